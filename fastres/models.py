@@ -68,7 +68,8 @@ class PaddedShortcut(nn.Module):
         self.after = out_channels - in_channels - self.before
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, K, ceil(H/s), ceil(W/s)]
-        x = x[:, :, :: self.stride, :: self.stride]
+        if self.stride != 1:  # a slice of step 1 would be traced as an alias
+            x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, self.before, self.after))
 
 

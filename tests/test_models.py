@@ -275,6 +275,12 @@ class TestPreActivation:
         x = torch.randn(2, 4, 6, 6)
         assert torch.equal(block(x), block.downsample(torch.relu(block.bn1(x))))
 
+    def test_projection_is_a_bare_convolution(self) -> None:
+        padded, projected = (
+            on_meta(models.preact_resnet, depth=20, shortcut=shortcut) for shortcut in "AB"
+        )
+        assert count(projected) - count(padded) == 16 * 32 + 32 * 64
+
     def test_has_6n_plus_2_layers_on_the_main_path(self) -> None:
         model = on_meta(models.preact_resnet, depth=110, shortcut="A")
         weighted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
