@@ -1,0 +1,1 @@
+"""Image data on its way into an engine: decoding, preprocessing, batches."""

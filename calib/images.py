@@ -1,0 +1,141 @@
+"""From image files to the tensor a network was trained on: decode, resize, crop, normalise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Preprocess(msgspec.Struct, frozen=True):
+    """What was done to an image in training, and must be done in deployment too.
+
+    x = (image * scale - mean) / std per channel, after resizing the shorter side to `resize` and
+    cropping `crop` x `crop` from the centre. The defaults are those of torchvision's ImageNet
+    weights.
+
+    Args:
+        resize: pixels of the shorter side; None keeps the size.
+        crop: side of the central crop; None keeps the whole image.
+        mean, std: per channel, in the order of `channels`, in units of the scaled image.
+        scale: 1/255 for networks fed 0 to 1, 1 for those fed 0 to 255.
+        channels: "RGB" or "BGR" (Caffe, detectron2).
+        interpolation: "bilinear" or "bicubic", antialiased.
+    """
+
+    resize: int | None = 256
+    crop: int | None = 224
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    scale: float = 1 / 255
+    channels: Literal["RGB", "BGR"] = "RGB"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        for name in ("resize", "crop"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1, or None")
+        if any(s <= 0 for s in self.std):
+            raise ValueError(f"std is {self.std}; every entry must be above 0")
+        if self.channels not in ("RGB", "BGR") or self.interpolation not in _FILTERS:
+            raise ValueError(
+                f"channels={self.channels!r}, interpolation={self.interpolation!r}: supported are "
+                "RGB, BGR and bilinear, bicubic"
+            )
+
+    def __call__(self, image: ImageLike) -> torch.Tensor:
+        """One image → float32 [3, H, W].
+
+        Raises:
+            ValueError: not an image, or smaller than the crop.
+        """
+        picture = self._resized(decode(image))
+        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
+        if self.channels == "BGR":
+            pixels = pixels.flip(0)
+        mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (self.mean, self.std))
+        return ((pixels * self.scale - mean) / std).contiguous()
+
+    def batch(self, images: Sequence[ImageLike]) -> torch.Tensor:
+        """Images of one size after preprocessing → float32 [N, 3, H, W]."""
+        tensors = [self(image) for image in images]
+        if len({t.shape for t in tensors}) > 1:
+            shapes = sorted({tuple(t.shape) for t in tensors})
+            raise ValueError(f"the images differ in size ({shapes}); set resize and crop")
+        return torch.stack(tensors)
+
+    def _resized(self, picture: Image.Image) -> Image.Image:
+        if self.resize is not None:
+            width, height = picture.size
+            ratio = self.resize / min(width, height)
+            size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+            picture = picture.resize(size, _FILTERS[self.interpolation])
+        if self.crop is not None:
+            width, height = picture.size
+            if min(width, height) < self.crop:
+                raise ValueError(
+                    f"the image is {width}x{height} after resizing, smaller than the crop of "
+                    f"{self.crop}; set resize to at least {self.crop}"
+                )
+            left, top = (width - self.crop) // 2, (height - self.crop) // 2
+            picture = picture.crop((left, top, left + self.crop, top + self.crop))
+        return picture
+
+
+def decode(image: ImageLike) -> Image.Image:
+    """A path, PIL image or uint8 [H, W, 3] array → RGB picture.
+
+    Raises:
+        ValueError: the file is no image, or the array has another shape or dtype.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"the array is {image.dtype}{list(image.shape)}; expected uint8 [H, W, 3] in RGB"
+            )
+        return Image.fromarray(image)
+    try:
+        with Image.open(image) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {os.fspath(image)}") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{os.fspath(image)} cannot be read as an image: {error}") from error
+
+
+def find_images(path: str | os.PathLike[str]) -> list[Path]:
+    """Image files: the file itself, or all below a folder, sorted by name.
+
+    Raises:
+        ValueError: there is no such path, or no image below it.
+    """
+    root = Path(path)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise ValueError(f"there is no file or folder {root}")
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not found:
+        raise ValueError(f"no image below {root}; looked for {', '.join(sorted(EXTENSIONS))}")
+    return found
+
+
+def batches(
+    images: Sequence[ImageLike], preprocess: Preprocess, batch_size: int
+) -> Iterator[torch.Tensor]:
+    """Preprocessed batches in order; the last may be smaller."""
+    for start in range(0, len(images), batch_size):
+        yield preprocess.batch(images[start : start + batch_size])

@@ -1,0 +1,55 @@
+"""fastres: a custom-kernel, high-performance ResNet inference engine.
+
+    engine = fastres.compile(model)
+    y = engine(x)
+
+Names are imported when they are first used: `import fastres` costs little beyond torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastres import errors as errors
+    from fastres import models as models
+    from fastres.artifact import load as load
+    from fastres.calib.images import Preprocess as Preprocess
+    from fastres.compiler import build as build
+    from fastres.compiler import compile as compile
+    from fastres.engine import Engine as Engine
+    from fastres.graph.builder import ResNetSpec as ResNetSpec
+    from fastres.options import Input as Input
+    from fastres.parity import verify as verify
+    from fastres.summary import summary as summary
+
+_HOMES = {
+    "compile": "fastres.compiler",
+    "build": "fastres.compiler",
+    "load": "fastres.artifact",
+    "verify": "fastres.parity",
+    "summary": "fastres.summary",
+    "Engine": "fastres.engine",
+    "Input": "fastres.options",
+    "Preprocess": "fastres.calib.images",
+    "ResNetSpec": "fastres.graph.builder",
+}
+_MODULES = ("errors", "models")
+__all__ = ["__version__", *_MODULES, *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fastres.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastres' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # found once: later look-ups do not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,77 @@
+"""The two protocols that every backend meets: Backend (refuse or lower) and Executable (run)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fastres.graph.ir import Graph, Node
+from fastres.options import Options, Precision, Sizes
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """Time of one graph node in one run, in milliseconds; `ran_as` is the kernel that ran."""
+
+    name: str
+    milliseconds: float
+    ran_as: str = ""
+
+
+class Executable(Protocol):
+    """A lowered graph. Any number of threads may call it."""
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Runs on inputs that fit the graph and returns freshly allocated outputs in its order."""
+
+    def precisions(self) -> dict[str, str]:
+        """The precision each node actually runs in, as far as the backend can tell."""
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
+        """The time of each node in one run."""
+
+    def close(self) -> None:
+        """Frees what it holds; it is not called afterwards."""
+
+
+class Backend(Protocol):
+    """Turns graphs into executables, or says why not."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """None, or why this backend cannot run on this machine and what would help."""
+
+    def precision(self, wanted: Precision) -> str | None:
+        """None if the precision is supported, else the reason why it is not."""
+
+    def supports(self, node: Node, graph: Graph) -> str | None:
+        """None if the node can be lowered, else the reason for refusing it."""
+
+    def lower(self, graph: Graph, options: Options, shapes: tuple[Sizes, ...]) -> Executable:
+        """Lowers a graph whose every node is supported, ready for inputs of these shapes."""
+
+    def device(self, options: Options) -> torch.device:
+        """Where the executable wants its inputs and puts its outputs."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that a backend does not take, and why."""
+
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason}"
+
+
+def refusals(backend: Backend, graph: Graph) -> tuple[Refusal, ...]:
+    """Every refusal at once, before anything is lowered."""
+    reasons = ((node.name, backend.supports(node, graph)) for node in graph.nodes)
+    return tuple(Refusal(name, reason) for name, reason in reasons if reason is not None)
+
+

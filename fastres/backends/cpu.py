@@ -1,0 +1,194 @@
+"""The CPU backend: Graph → ONNX → OpenVINO, specialised for every input shape it meets.
+
+Static shapes beat a dynamic batch and cost a fraction of a second to compile, so each shape seen
+gets a compiled model of its own; the least recently used is dropped when there are too many.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from fastres.backends.base import NodeTime
+from fastres.errors import FastresError
+from fastres.graph import onnx as onnx_form
+from fastres.graph.ir import Graph, Node
+from fastres.graph.shapes import infer_shapes
+from fastres.options import Options, Precision, Sizes
+
+Shapes = tuple[Sizes, ...]
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+@cache
+def _core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
+class CpuBackend:
+    """fp32 everywhere, bf16 where the processor has instructions for it."""
+
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        try:
+            import openvino  # noqa: F401
+        except ImportError as error:
+            return f"openvino cannot be imported ({error}); pip install openvino"
+        return None
+
+    def precision(self, wanted: Precision) -> str | None:
+        if wanted == "bf16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return "this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
+        return None if wanted in _HINTS else f"cpu runs fp32 and bf16, not {wanted}"
+
+    def supports(self, node: Node, graph: Graph) -> str | None:
+        return onnx_form.refusal(node)
+
+    def lower(self, graph: Graph, options: Options, shapes: Shapes) -> CpuExecutable:
+        executable = CpuExecutable(graph, options)
+        executable.prepare(shapes)
+        return executable
+
+    def device(self, options: Options) -> torch.device:
+        return torch.device("cpu")
+
+
+class CpuExecutable:
+    """One OpenVINO model, compiled once for each input shape."""
+
+    def __init__(self, graph: Graph, options: Options) -> None:
+        self._graph = graph
+        self._cache_size = options.cache_size
+        precision = options.precision or "fp32"
+        self._config = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": options.hint.upper(),
+            "INFERENCE_NUM_THREADS": options.num_threads,
+        }
+        self._model = _core().read_model(onnx_form.to_onnx(graph).SerializeToString())
+        self._plans: OrderedDict[Shapes, _Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def prepare(self, shapes: Shapes) -> None:
+        """Compiles for these input shapes now, so that the first call does not wait."""
+        self._plan(shapes)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        arrays = [tensor.detach().float().contiguous() for tensor in inputs]
+        return self._plan(tuple(tuple(a.shape) for a in arrays)).run(arrays)
+
+    def precisions(self) -> dict[str, str]:
+        """Read off the compiled model: what each node was compiled to run in."""
+        with self._lock:
+            plan = next(reversed(self._plans.values()))
+        return plan.precisions()
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
+        arrays = [tensor.detach().float().contiguous() for tensor in inputs]
+        shapes = tuple(tuple(a.shape) for a in arrays)
+        return self._compile(shapes, {"PERF_COUNT": True}).profile(arrays)
+
+    def close(self) -> None:
+        with self._lock:
+            self._plans.clear()
+            self._model = None
+
+    def _plan(self, shapes: Shapes) -> _Plan:
+        with self._lock:
+            plan = self._plans.get(shapes)
+            if plan is None:
+                plan = self._plans[shapes] = self._compile(shapes, {})
+                if len(self._plans) > self._cache_size:
+                    self._plans.popitem(last=False)
+            else:
+                self._plans.move_to_end(shapes)
+            return plan
+
+    def _compile(self, shapes: Shapes, extra: dict[str, Any]) -> _Plan:
+        if self._model is None:
+            raise FastresError("this engine was closed")
+        names = [value.name for value in self._graph.inputs]
+        self._model.reshape({n: list(s) for n, s in zip(names, shapes, strict=True)})
+        compiled = _core().compile_model(self._model, "CPU", {**self._config, **extra})
+        sizes = infer_shapes(self._graph, shapes)
+        return _Plan(compiled, [sizes[name] for name in self._graph.outputs])
+
+
+class _Plan:
+    """A model compiled for one shape, with as many infer requests as callers at a time."""
+
+    def __init__(self, compiled: Any, output_shapes: Sequence[Sizes]) -> None:
+        self._compiled = compiled
+        self._output_shapes = output_shapes
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        with self._request() as request:
+            return self._infer(request, inputs)
+
+    def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        import openvino
+
+        outputs = [torch.empty(shape) for shape in self._output_shapes]
+        for i, tensor in enumerate(inputs):  # both ways without a copy
+            request.set_input_tensor(i, openvino.Tensor(tensor.numpy(), shared_memory=True))
+        for i, tensor in enumerate(outputs):
+            request.set_output_tensor(i, openvino.Tensor(tensor.numpy(), shared_memory=True))
+        request.infer()
+        return outputs
+
+    def precisions(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for op in self._compiled.get_runtime_model().get_ops():
+            info = op.rt_info
+            name = {"f32": "fp32", "f16": "fp16"}.get(_text(info, "runtimePrecision"))
+            for origin in _origins(_text(info, "originalLayersNames")):
+                found.setdefault(origin, name or _text(info, "runtimePrecision"))
+        return found
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
+        kinds = {
+            op.friendly_name: _origins(_text(op.rt_info, "originalLayersNames"))
+            for op in self._compiled.get_runtime_model().get_ops()
+        }
+        with self._request() as request:
+            self._infer(request, inputs)  # once to warm up
+            self._infer(request, inputs)
+            steps = request.profiling_info
+        times = []
+        for step in steps:
+            spent = 1e3 * step.real_time.total_seconds()
+            if spent > 0:
+                origins = kinds.get(step.node_name) or [step.node_name]
+                times.append(NodeTime(origins[0], spent, step.exec_type))
+        return times
+
+    @contextmanager
+    def _request(self) -> Iterator[Any]:
+        try:
+            request = self._idle.get_nowait()
+        except Empty:
+            request = self._compiled.create_infer_request()
+        yield request  # one that failed is not used again
+        self._idle.put(request)
+
+
+def _text(info: Any, key: str) -> str:
+    return str(info[key].astype(str)) if key in info else ""
+
+
+def _origins(names: str) -> list[str]:
+    """The graph nodes behind a comma-separated list of ONNX node names, first to last."""
+    return list(dict.fromkeys(onnx_form.origin_of(n) for n in names.split(",") if n))
+
+

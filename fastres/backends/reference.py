@@ -1,0 +1,209 @@
+"""The meaning of a graph: every node through `fastres.kernels.reference`, in float32 or float64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from fastres.backends.base import NodeTime
+from fastres.graph import aten
+from fastres.graph.ir import (
+    Activation,
+    Add,
+    Aten,
+    AvgPool,
+    BatchNorm,
+    Concat,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Graph,
+    Linear,
+    MaxPool,
+    Mul,
+    Node,
+    Pad,
+    Slice,
+    Softmax,
+)
+from fastres.kernels import reference as meaning
+from fastres.options import PRECISION_OF, Options, Precision, Sizes
+
+
+class ReferenceBackend:
+    """Correct and slow; the oracle for every other backend."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def precision(self, wanted: Precision) -> str | None:
+        return None if wanted == "fp32" else f"reference computes in fp32, not {wanted}"
+
+    def supports(self, node: Node, graph: Graph) -> str | None:
+        return None
+
+    def lower(
+        self, graph: Graph, options: Options, shapes: tuple[Sizes, ...]
+    ) -> ReferenceExecutable:
+        return ReferenceExecutable(graph, torch.float32)
+
+    def device(self, options: Options) -> torch.device:
+        return torch.device("cpu")
+
+
+class ReferenceExecutable:
+    """Walks the graph node by node in PyTorch.
+
+    Args:
+        graph: lawful.
+        dtype: in which every node computes; float64 for an oracle.
+        device: where the constants lie and the inputs come from.
+    """
+
+    def __init__(
+        self, graph: Graph, dtype: torch.dtype, device: torch.device = torch.device("cpu")
+    ) -> None:
+        self._graph = graph
+        self._dtype = dtype
+        self._constants = {
+            name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            for name, tensor in graph.constants.items()
+        }
+        self._last_use = _last_uses(graph)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        values = self._walk(inputs, keep=self._graph.outputs)
+        specs = [self._graph.spec(name) for name in self._graph.outputs]
+        return [
+            values[name].to(spec.torch_dtype, copy=True)
+            for name, spec in zip(self._graph.outputs, specs, strict=True)
+        ]
+
+    def values(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Every node's value, in the executable's own dtype."""
+        return self._walk(inputs, keep=None)
+
+    def precisions(self) -> dict[str, str]:
+        name = "fp64" if self._dtype == torch.float64 else PRECISION_OF[self._dtype]
+        return dict.fromkeys((node.name for node in self._graph.nodes), name)
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
+        times: list[NodeTime] = []
+        self._walk(inputs, keep=self._graph.outputs, times=times)
+        return times
+
+    def close(self) -> None:
+        self._constants.clear()
+
+    @torch.no_grad()
+    def _walk(
+        self,
+        inputs: Sequence[torch.Tensor],
+        keep: Sequence[str] | None,
+        times: list[NodeTime] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        values = {
+            value.name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+            for value, tensor in zip(self._graph.inputs, inputs, strict=True)
+        }
+        for node in self._graph.nodes:
+            start = time.perf_counter()
+            values[node.name] = evaluate(node, values, self._constants)
+            if times is not None:
+                spent = 1e3 * (time.perf_counter() - start)
+                times.append(NodeTime(node.name, spent, "pytorch"))
+            if keep is not None:
+                for name in self._last_use[node.name]:
+                    if name not in keep:
+                        del values[name]
+        return values
+
+
+def _last_uses(graph: Graph) -> dict[str, list[str]]:
+    """For each node, the values that nothing after it reads."""
+    uses: dict[str, list[str]] = {node.name: [] for node in graph.nodes}
+    seen: set[str] = set()
+    for node in reversed(graph.nodes):
+        for name in (*node.inputs, node.name):
+            if name not in seen and name not in graph.constants:
+                seen.add(name)
+                uses[node.name].append(name)
+    return uses
+
+
+def evaluate(
+    node: Node, values: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """One node's value from the values it reads."""
+    inputs = [values[n] if n in values else constants[n] for n in node.inputs]
+    params = {slot: constants[name] for slot, name in node.params.items()}
+    return _EVALUATE[type(node.op)](node.op, inputs, params)
+
+
+Tensors = Sequence[torch.Tensor]
+Params = Mapping[str, torch.Tensor]
+
+
+def _conv2d(op: Conv2d, inputs: Tensors, params: Params) -> torch.Tensor:
+    return meaning.conv2d(
+        inputs[0],
+        params["weight"],
+        params.get("bias"),
+        stride=op.stride,
+        padding=op.padding,
+        dilation=op.dilation,
+        groups=op.groups,
+        residual=inputs[1] if op.epilogue.residual else None,
+        activation=op.epilogue.activation,
+    )
+
+
+def _batch_norm(op: BatchNorm, inputs: Tensors, params: Params) -> torch.Tensor:
+    return meaning.batch_norm(
+        inputs[0],
+        params.get("weight"),
+        params.get("bias"),
+        params["mean"],
+        params["var"],
+        op.eps,
+        op.activation,
+    )
+
+
+def _max_pool(op: MaxPool, inputs: Tensors, params: Params) -> torch.Tensor:
+    return meaning.max_pool(
+        inputs[0], op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode
+    )
+
+
+def _avg_pool(op: AvgPool, inputs: Tensors, params: Params) -> torch.Tensor:
+    return meaning.avg_pool(
+        inputs[0], op.kernel, op.stride, op.padding, op.ceil_mode, op.count_include_pad
+    )
+
+
+def _linear(op: Linear, inputs: Tensors, params: Params) -> torch.Tensor:
+    return meaning.linear(inputs[0], params["weight"], params.get("bias"), op.activation)
+
+
+_EVALUATE: dict[type, Callable[..., torch.Tensor]] = {
+    Conv2d: _conv2d,
+    BatchNorm: _batch_norm,
+    Activation: lambda op, x, _: meaning.activation(x[0], op.kind),
+    Add: lambda op, x, _: meaning.add(x[0], x[1], op.activation),
+    Mul: lambda op, x, _: meaning.mul(x[0], x[1]),
+    MaxPool: _max_pool,
+    AvgPool: _avg_pool,
+    GlobalAvgPool: lambda op, x, _: meaning.global_avg_pool(x[0], op.keepdim),
+    Linear: _linear,
+    Flatten: lambda op, x, _: meaning.flatten(x[0], op.start_dim),
+    Concat: lambda op, x, _: meaning.concat(x, op.dim),
+    Pad: lambda op, x, _: meaning.pad(x[0], op.before, op.after, op.value),
+    Slice: lambda op, x, _: meaning.slice_(x[0], op.starts, op.stops, op.steps),
+    Softmax: lambda op, x, _: meaning.softmax(x[0], op.dim),
+    Aten: lambda op, x, _: aten.call(op, x),
+}

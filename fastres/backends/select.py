@@ -1,0 +1,111 @@
+"""Name → backend, the order that "auto" means, and the choice among several with its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastres.backends.base import Backend, refusals
+from fastres.errors import BackendUnavailable, InputError, UnsupportedError
+from fastres.graph.ir import Graph
+from fastres.options import Options, Precision
+
+
+def _reference() -> Backend:
+    from fastres.backends.reference import ReferenceBackend
+
+    return ReferenceBackend()
+
+
+def _cpu() -> Backend:
+    from fastres.backends.cpu import CpuBackend
+
+    return CpuBackend()
+
+
+def _triton() -> Backend:
+    from fastres.backends.triton.backend import TritonBackend
+
+    return TritonBackend()
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "cpu": _cpu,
+    "triton": _triton,
+    "reference": _reference,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend taken, and why those before it in the list were not."""
+
+    backend: Backend
+    passed_over: tuple[str, ...]
+
+
+def backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"backend is {name!r}; there are auto, {', '.join(BACKENDS)}")
+    return BACKENDS[name]()
+
+
+def order(names: Sequence[str], device: torch.device | None) -> tuple[str, ...]:
+    """Replaces "auto": triton where there is a GPU to use, else cpu."""
+    on_gpu = device.type == "cuda" if device is not None else torch.cuda.is_available()
+    return tuple(("triton" if on_gpu else "cpu") if name == "auto" else name for name in names)
+
+
+def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
+    """The first backend of the list that runs here, in this precision, and takes every node.
+
+    With `on_unsupported="fallback"` it need not take every node.
+
+    Raises:
+        BackendUnavailable: none of them can run on this machine.
+        UnsupportedError: they refuse the precision or nodes; every reason is listed.
+    """
+    reasons: list[str] = []
+    runnable = False
+    for name in order(options.backend, options.device):
+        candidate = backend(name)
+        why = candidate.unavailable()
+        if why is not None:
+            reasons.append(f"{name} cannot run here: {why}")
+            continue
+        runnable = True
+        wrong = candidate.precision(precision)
+        if wrong is not None:
+            reasons.append(f"{name} refuses the precision: {wrong}")
+            continue
+        misplaced = _misplaced(candidate, options)
+        if misplaced is not None:
+            reasons.append(misplaced)
+            continue
+        refused = refusals(candidate, graph)
+        if refused and options.on_unsupported == "error":
+            listed = "\n".join(f"  {refusal}" for refusal in refused)
+            reasons.append(f"{name} refuses {len(refused)} of {len(graph.nodes)} nodes:\n{listed}")
+            continue
+        return Choice(candidate, tuple(reasons))
+    text = "\n".join(reasons)
+    if not runnable:
+        raise BackendUnavailable(f"no backend of {list(options.backend)} can run here\n{text}")
+    raise UnsupportedError(
+        f"{text}\nChoose another backend or precision, or pass on_unsupported='fallback' to run "
+        "refused nodes in PyTorch"
+    )
+
+
+def _misplaced(candidate: Backend, options: Options) -> str | None:
+    wants = candidate.device(options)
+    if options.device is None or wants.type == options.device.type:
+        return None
+    return f"{candidate.name} runs on {wants.type}, device={str(options.device)!r} was asked for"

@@ -1,0 +1,270 @@
+"""The corridor: capture → passes → choice of backend → lowering → engine, each done elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.export import ExportedProgram
+
+from fastres.backends.base import refusals
+from fastres.backends.segments import lower_in_segments
+from fastres.backends.select import choose
+from fastres.calib.images import Preprocess
+from fastres.engine import Engine, Lowered, Origin
+from fastres.errors import InputError
+from fastres.graph.builder import ResNetSpec, Version, build_graph
+from fastres.graph.capture import capture
+from fastres.graph.ir import Graph, Sym, spec_of
+from fastres.graph.passes.pipeline import optimise
+from fastres.options import (
+    PRECISION_OF,
+    Hint,
+    Input,
+    OnUnsupported,
+    Options,
+    Oversize,
+    PathLike,
+    Precision,
+)
+from fastres.weights import read_weights
+
+Model = torch.nn.Module | ExportedProgram | Graph
+Inputs = torch.Tensor | Input | Sequence[torch.Tensor | Input]
+
+
+def compile(
+    model: Model,
+    inputs: Inputs | None = None,
+    *,
+    backend: str | Sequence[str] = "auto",
+    precision: Precision | None = None,
+    hint: Hint = "latency",
+    device: str | torch.device | None = None,
+    max_batch_size: int | None = None,
+    oversize: Oversize = "split",
+    preprocess: Preprocess | None = None,
+    on_unsupported: OnUnsupported = "error",
+    verify: bool = False,
+    threads: int | None = None,
+) -> Engine:
+    """Compiles a trained residual network for inference.
+
+    Args:
+        model: an nn.Module in eval(), an ExportedProgram, or a Graph from `fastres.build`.
+        inputs: what the model is fed. A tensor is an example: its batch size is free, H and W are
+            fixed. An `Input` can give ranges. None takes (N, 3, 224, 224).
+        backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "reference", or a list that
+            is tried in order; what was passed over, and why, is in `engine.info`.
+        precision: "fp32", "tf32", "fp16", "bf16"; None takes that of the model's parameters.
+            Inputs and outputs keep the model's dtype whatever the precision.
+        hint: "latency" gives one caller all cores, "throughput" serves several at a time.
+        device: None takes the backend's own.
+        max_batch_size: larger batches are run in parts, or refused with oversize="error".
+        preprocess: how images become inputs; kept with the engine, used by `engine.predict`.
+        on_unsupported: "error" refuses a model with nodes that the backend does not take and lists
+            them; "fallback" runs those in PyTorch and says so in `engine.info`.
+        verify: cross-check against the model on random input before returning.
+        threads: CPU threads; None takes every core this process may use.
+
+    Returns:
+        An `Engine`, called like the model.
+
+    Raises:
+        CaptureError: the model is in training mode, holds NaN, or does not export.
+        InputError: an argument is out of range.
+        BackendUnavailable, UnsupportedError: no backend can take the model; says why.
+        ParityError: `verify` found a difference beyond the tolerance policy.
+    """
+    options = Options(
+        backend=(backend,) if isinstance(backend, str) else tuple(backend),
+        precision=precision,
+        hint=hint,
+        device=None if device is None else _device(device),
+        max_batch_size=max_batch_size,
+        oversize=oversize,
+        on_unsupported=on_unsupported,
+        threads=threads,
+    )
+    source = _source(model, inputs)
+    engine = assemble(
+        _detached(optimise(source.graph), source.graph),
+        Origin(without_values(source.graph), source.ignored_weights),
+        options,
+        source.inputs,
+        preprocess,
+    )
+    if verify:
+        from fastres.parity import verify as check
+
+        examples = tuple(torch.randn(i.usual, dtype=i.dtype or torch.float32) for i in source.inputs)
+        reference = model if isinstance(model, torch.nn.Module) else source.graph
+        check(reference, engine, [examples]).raise_if_failed()
+    return engine
+
+
+def build(
+    weights: Mapping[str, torch.Tensor] | PathLike,
+    *,
+    version: Version | None = None,
+    spec: ResNetSpec | None = None,
+    inputs: Input | None = None,
+) -> Graph:
+    """Assembles a residual network from weights alone, without the model's code.
+
+    Args:
+        weights: a state_dict with torchvision's names, or a .safetensors, .pt or .pth file.
+        version: "v1" or "v1.5"; needed for bottleneck nets, whose weights do not show it.
+        spec: what else the weights do not show; see `ResNetSpec`.
+        inputs: the image's shape; None takes (N, C, 224, 224), or 32 for a CIFAR stem.
+
+    Raises:
+        BuildError: the weights do not describe a residual network, or something must be said.
+    """
+    spec = spec or ResNetSpec()
+    if version is not None:
+        spec = replace(spec, version=version)
+    table = read_weights(weights) if isinstance(weights, str | os.PathLike) else weights
+    return build_graph(table, spec, inputs)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model as a graph, with what its engine must know besides."""
+
+    graph: Graph
+    inputs: tuple[Input, ...]
+    ignored_weights: tuple[str, ...] = ()
+
+
+def _source(model: Model, inputs: Inputs | None) -> _Source:
+    if isinstance(model, Graph):
+        if inputs is not None:
+            raise InputError("a Graph has its inputs already; give them to fastres.build")
+        return _Source(model, _inputs_of(model))
+    if not isinstance(model, torch.nn.Module | ExportedProgram):
+        raise InputError(
+            f"model is {type(model).__name__}; expected an nn.Module, an ExportedProgram, or a "
+            "Graph from fastres.build"
+        )
+    given = _as_inputs(inputs)
+    captured = capture(model, given)
+    graph = captured.graph
+    ignored = tuple(k for k in captured.program.state_dict if k not in graph.constants)
+    if isinstance(model, ExportedProgram):
+        return _Source(graph, _inputs_of(graph), ignored)
+    named = zip(given, graph.inputs, strict=True)
+    typed = tuple(replace(i, dtype=v.spec.torch_dtype, name=v.name) for i, v in named)
+    return _Source(graph, typed, ignored)
+
+
+def _as_inputs(inputs: Inputs | None) -> tuple[Input, ...]:
+    if inputs is None:
+        return (Input((1, 3, 224, 224)),)
+    several = [inputs] if isinstance(inputs, torch.Tensor | Input) else list(inputs)
+    found = []
+    for item in several:
+        if isinstance(item, torch.Tensor):
+            item = Input((max(1, item.shape[0]), *item.shape[1:]), dtype=item.dtype)
+        if not isinstance(item, Input):
+            raise InputError(
+                f"inputs holds {type(item).__name__}; give tensors as examples, or fastres.Input"
+            )
+        found.append(item)
+    return tuple(found)
+
+
+def _inputs_of(graph: Graph) -> tuple[Input, ...]:
+    """Inputs of a graph that brings its own sizes; a symbolic one may be anything up to 4096."""
+    found = []
+    for value in graph.inputs:
+        shape = value.spec.shape
+        low = tuple(1 if isinstance(d, Sym) else d for d in shape)
+        usual = tuple(d if isinstance(d, int) else 1 if i == 0 else 224 for i, d in enumerate(shape))
+        high = tuple(4096 if isinstance(d, Sym) else d for d in shape)
+        found.append(Input((low, usual, high), dtype=value.spec.torch_dtype, name=value.name))
+    return tuple(found)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not one: {error}") from error
+
+
+def _detached(graph: Graph, source: Graph) -> Graph:
+    """Copies the constants still shared with the model, which may go on training."""
+    originals = {tensor.data_ptr() for tensor in source.constants.values()}
+    constants = {
+        name: tensor.clone() if tensor.data_ptr() in originals else tensor
+        for name, tensor in graph.constants.items()
+    }
+    return graph.replace(constants=constants)
+
+
+def without_values(graph: Graph) -> Graph:
+    """The same graph with its constants on the meta device."""
+    return graph.replace(constants={k: t.to("meta") for k, t in graph.constants.items()})
+
+
+def assemble(
+    graph: Graph,
+    origin: Origin,
+    options: Options,
+    inputs: tuple[Input, ...],
+    preprocess: Preprocess | None = None,
+) -> Engine:
+    """Chooses a backend for an optimised graph, lowers it, and makes the engine."""
+    precision = options.precision or _precision_of(graph)
+    choice = choose(graph, options, precision)
+    options = replace(options, precision=precision)
+    usual = tuple(i.usual for i in inputs)
+    refused = refusals(choice.backend, graph)
+    if refused:
+        names = {refusal.node for refusal in refused}
+        executable = lower_in_segments(choice.backend, graph, options, usual, names)
+    else:
+        executable = choice.backend.lower(graph, options, usual)
+    return Engine(
+        Lowered(graph, executable, refused),
+        origin,
+        choice.backend,
+        options,
+        inputs,
+        preprocess,
+        choice.passed_over,
+    )
+
+
+def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowered:
+    """The engine's graph anew from other weights, lowered to the same backend."""
+    constants = {}
+    for name, old in engine.source.constants.items():
+        if name not in state_dict:
+            raise InputError(f"the weight {name} is missing; nothing was changed")
+        new = state_dict[name]
+        if not isinstance(new, torch.Tensor) or spec_of(new.detach()) != spec_of(old):
+            found = spec_of(new) if isinstance(new, torch.Tensor) else type(new).__name__
+            raise InputError(f"{name} is {found}, expected {spec_of(old)}; nothing was changed")
+        if new.is_floating_point() and not torch.isfinite(new).all():
+            raise InputError(f"{name} holds NaN or infinite values; nothing was changed")
+        constants[name] = new.detach().cpu()
+    unknown = set(state_dict) - set(constants) - set(engine.ignored_weights)
+    if unknown:
+        some = ", ".join(sorted(unknown)[:5])
+        raise InputError(f"{len(unknown)} weights are not the model's: {some}; nothing was changed")
+    source = engine.source.replace(constants=constants)
+    graph = _detached(optimise(source), source)
+    origin = Origin(engine.source, engine.ignored_weights)
+    options = replace(engine.options, backend=(engine.backend.name,))
+    return assemble(graph, origin, options, engine.inputs)._lowered
+
+
+def _precision_of(graph: Graph) -> Precision:
+    dtype = graph.inputs[0].spec.torch_dtype
+    if dtype not in PRECISION_OF:
+        raise InputError(f"the model's input is {dtype}; say which precision to run in")
+    return PRECISION_OF[dtype]

@@ -1,0 +1,322 @@
+"""What `fastres.compile` returns: called like the model, checked, thread-safe, able to explain."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from fastres.backends.base import Backend, Executable, Refusal
+from fastres.calib.images import ImageLike, Preprocess, batches
+from fastres.engine_info import EngineInfo, describe
+from fastres.errors import FastresError, InputError
+from fastres.graph.ir import Graph, Sym, Value
+from fastres.graph.shapes import infer_shapes
+from fastres.options import Input, Options, PathLike
+
+if TYPE_CHECKING:
+    from fastres.profiling import Profile
+
+Batch = torch.Tensor | Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An optimised graph with the executable made from it; replaced as a whole by new weights."""
+
+    graph: Graph
+    executable: Executable
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is needed to make the graph anew from other weights.
+
+    Args:
+        graph: as captured, its constants on the meta device: names, shapes and dtypes only.
+        ignored_weights: state_dict entries that the graph does not read.
+    """
+
+    graph: Graph
+    ignored_weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first."""
+
+    classes: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass
+class Engine:
+    """A compiled network; made by `fastres.compile` or `fastres.load`, not by hand.
+
+    Any number of threads may call one engine. Results are bit-identical for the same engine, batch
+    size and thread count; between batch sizes they differ in the last bits.
+    """
+
+    _lowered: Lowered
+    _origin: Origin
+    backend: Backend
+    options: Options
+    inputs: tuple[Input, ...]
+    preprocess: Preprocess | None = None
+    passed_over: tuple[str, ...] = ()
+    _closed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._tree = pytree.treespec_loads(self.graph.output_tree)
+
+    @property
+    def graph(self) -> Graph:
+        """The optimised graph that runs."""
+        return self._lowered.graph
+
+    @property
+    def source(self) -> Graph:
+        """The graph as captured, without the values of its weights."""
+        return self._origin.graph
+
+    @property
+    def ignored_weights(self) -> tuple[str, ...]:
+        """state_dict entries of the model that no output depends on."""
+        return self._origin.ignored_weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must lie and outputs come to lie."""
+        return self.backend.device(self.options)
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        """Runs the network.
+
+        Args:
+            inputs: as the model takes them: [N, C, H, W], contiguous or channels_last, in the
+                model's dtype, on the engine's device. N may be 0; above `max_batch_size` the batch
+                is run in parts.
+
+        Returns:
+            What the model returns (a tensor, or the same nesting of tensors), on the same device,
+            without gradient.
+
+        Raises:
+            InputError: an input does not fit; says what was expected and what came.
+        """
+        lowered = self._open()
+        size = self._check(inputs)
+        if size == 0:
+            outputs = self._empty(lowered.graph, inputs)
+        else:
+            limit = self.options.max_batch_size or size
+            parts = [
+                lowered.executable.run([x[i : i + limit] for x in inputs])
+                for i in range(0, size, limit)
+            ]
+            outputs = parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
+        typed = [
+            y.to(lowered.graph.spec(name).torch_dtype)
+            for y, name in zip(outputs, lowered.graph.outputs, strict=True)
+        ]
+        return pytree.tree_unflatten(typed, self._tree)
+
+    def map(self, batches: Iterable[Batch], *, depth: int = 2) -> Iterator[Any]:
+        """Runs many batches with up to `depth` in flight; yields results in order.
+
+        With `hint="throughput"` the batches in flight run on streams of their own.
+
+        Raises:
+            InputError: depth is below 1, or a batch does not fit (raised when its turn comes).
+        """
+        if not isinstance(depth, int) or depth < 1:
+            raise InputError(f"depth is {depth!r}; it must be an integer of at least 1")
+        self._open()
+        return self._map(iter(batches), depth)
+
+    def _map(self, batches: Iterator[Batch], depth: int) -> Iterator[Any]:
+        pending: deque[Future[Any]] = deque()
+        with ThreadPoolExecutor(depth, thread_name_prefix="fastres") as pool:
+            try:
+                for batch in batches:
+                    inputs = (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+                    pending.append(pool.submit(self, *inputs))
+                    if len(pending) > depth:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:  # the caller stopped early, or a batch failed
+                for future in pending:
+                    future.cancel()
+
+    def predict(
+        self, images: Sequence[ImageLike], *, batch_size: int = 8, top_k: int = 5
+    ) -> list[Prediction]:
+        """Classifies images: decoded, preprocessed as in training, softmax, `top_k` best.
+
+        Raises:
+            InputError: the engine has no `preprocess`, the images are unreadable, or the network
+                does not return one [N, classes] tensor.
+        """
+        if self.preprocess is None:
+            raise InputError("this engine has no preprocess: compile with preprocess=Preprocess(...)")
+        if batch_size < 1 or top_k < 1:
+            raise InputError(f"batch_size={batch_size}, top_k={top_k}: both must be at least 1")
+        found: list[Prediction] = []
+        try:
+            for logits in self.map(batches(images, self.preprocess, batch_size)):
+                if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+                    raise InputError("predict needs a network that returns one [N, classes] tensor")
+                best = logits.float().softmax(1).topk(min(top_k, logits.shape[1]))
+                for values, indices in zip(best.values, best.indices, strict=True):
+                    found.append(Prediction(tuple(indices.tolist()), tuple(values.tolist())))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return found
+
+    @property
+    def info(self) -> EngineInfo:
+        """Per node: operation, what was fused into it, backend, precision, fallbacks and why."""
+        lowered = self._open()
+        return describe(
+            lowered.graph,
+            backend=self.backend.name,
+            precision=self.options.precision or "fp32",
+            ran=lowered.executable.precisions(),
+            refused=lowered.refused,
+            passed_over=self.passed_over,
+        )
+
+    def profile(self, *inputs: torch.Tensor) -> Profile:
+        """Time, TFLOP/s and GB/s of every node in one run, measured by the backend itself.
+
+        Raises:
+            InputError: an input does not fit, or the batch is empty.
+        """
+        from fastres.profiling import make_profile
+
+        lowered = self._open()
+        if self._check(inputs) == 0:
+            raise InputError("the batch is empty: there is nothing to profile")
+        shapes = infer_shapes(lowered.graph, [tuple(x.shape) for x in inputs])
+        executable = lowered.executable
+        return make_profile(
+            lowered.graph, shapes, executable.profile(inputs), executable.precisions()
+        )
+
+    def update_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Takes new weights for the same architecture; calls under way finish with the old ones.
+
+        Raises:
+            InputError: a weight is missing, unknown, misshapen, or not finite; nothing is changed.
+        """
+        from fastres.compiler import with_weights
+
+        self._open()
+        self._lowered = with_weights(self, state_dict)
+
+    def save(self, path: PathLike) -> None:
+        """Saves graph, weights and settings; see `fastres.load`. Ends in .fastres: one zip file.
+
+        Raises:
+            ArtifactError: the path holds something else, or cannot be written.
+        """
+        from fastres import artifact
+
+        self._open()
+        artifact.save(self, path)
+
+    def close(self) -> None:
+        """Frees the executable; the engine cannot be called afterwards. Closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._lowered.executable.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{value.name}: {value.spec}" for value in self.graph.inputs)
+        return (
+            f"Engine({inputs}; {len(self.graph.nodes)} nodes on {self.backend.name} in "
+            f"{self.options.precision})"
+        )
+
+    def _open(self) -> Lowered:
+        if self._closed:
+            raise FastresError("this engine was closed; compile or load it again")
+        return self._lowered
+
+    def _empty(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        shapes = infer_shapes(graph, [tuple(x.shape) for x in inputs])
+        return [torch.empty(shapes[name], device=self.device) for name in graph.outputs]
+
+    def _check(self, inputs: Sequence[object]) -> int:
+        """Checks every input and returns the batch size."""
+        values = self.graph.inputs
+        if len(inputs) != len(values):
+            names = ", ".join(value.name for value in values)
+            raise InputError(f"expected {len(values)} inputs ({names}), got {len(inputs)}")
+        sizes = set()
+        for given, value, allowed in zip(inputs, values, self.inputs, strict=True):
+            if not isinstance(given, torch.Tensor):
+                raise InputError(
+                    f"{value.name}: expected a torch.Tensor {value.spec}, got "
+                    f"{type(given).__module__}.{type(given).__qualname__}"
+                )
+            self._check_tensor(given, value, allowed)
+            sizes.add(given.shape[0])
+        if len(sizes) > 1:
+            raise InputError(f"the inputs have different batch sizes: {sorted(sizes)}")
+        size = sizes.pop()
+        limit = self.options.max_batch_size
+        if limit is not None and size > limit and self.options.oversize == "error":
+            raise InputError(f"the batch is {size}, max_batch_size is {limit}; see oversize='split'")
+        return size
+
+    def _check_tensor(self, given: torch.Tensor, value: Value, allowed: Input) -> None:
+        spec = value.spec
+        if given.dtype != spec.torch_dtype:
+            raise InputError(
+                f"{value.name}: expected dtype {spec.torch_dtype}, got {given.dtype}; "
+                f"convert it with x.to({spec.torch_dtype})"
+            )
+        if given.device.type != self.device.type or given.layout != torch.strided:
+            where = f"{given.device}" + ("" if given.layout == torch.strided else f" {given.layout}")
+            raise InputError(
+                f"{value.name}: expected a dense tensor on {self.device}, got {where}"
+            )
+        fits = given.dim() == len(spec.shape)
+        for i, dim in enumerate(spec.shape if fits else ()):
+            size = given.shape[i]
+            if isinstance(dim, int):
+                fits = fits and size == dim
+            elif i > 0:
+                fits = fits and allowed.smallest[i] <= size <= allowed.largest[i]
+        if not fits:
+            raise InputError(
+                f"{value.name}: expected [{_expected(value, allowed)}], got {list(given.shape)}"
+            )
+
+
+def _expected(value: Value, allowed: Input) -> str:
+    parts = []
+    for i, dim in enumerate(value.spec.shape):
+        ranged = isinstance(dim, Sym) and i > 0
+        parts.append(f"{allowed.smallest[i]}..{allowed.largest[i]}" if ranged else str(dim))
+    return ", ".join(parts)

@@ -1,0 +1,89 @@
+"""What an engine says of itself: per node what it does, what was fused, where and how it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from fastres.backends.base import Refusal
+from fastres.graph.ir import Graph, op_name
+from fastres.text import render
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """One node that runs.
+
+    `fused` lists the captured operations it stands for; `precision` is the one it was compiled to
+    run in, `reason` why it runs in PyTorch rather than in the backend.
+    """
+
+    name: str
+    op: str
+    fused: tuple[str, ...]
+    output: str
+    backend: str
+    precision: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """An engine's account of itself; `str()` is a table."""
+
+    backend: str
+    precision: str
+    nodes: tuple[NodeInfo, ...]
+    passed_over: tuple[str, ...]
+
+    @property
+    def fallbacks(self) -> tuple[NodeInfo, ...]:
+        """The nodes that run in PyTorch because the backend refuses them."""
+        return tuple(node for node in self.nodes if node.reason is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return msgspec.json.format(msgspec.json.encode(self.to_dict()).decode(), indent=2)
+
+    def __str__(self) -> str:
+        table = Table(title=f"{len(self.nodes)} nodes on {self.backend} in {self.precision}")
+        for column in ("node", "op", "fused", "output", "backend", "precision"):
+            table.add_column(column, overflow="fold")
+        for node in self.nodes:
+            fused = " + ".join(name.rsplit(".", 1)[-1] for name in node.fused)
+            table.add_row(node.name, node.op, fused, node.output, node.backend, node.precision)
+        lines = [render(table)]
+        lines += [f"fallback {node.name}: {node.reason}" for node in self.fallbacks]
+        lines += [f"passed over: {reason}" for reason in self.passed_over]
+        return "\n".join(lines)
+
+
+def describe(
+    graph: Graph,
+    *,
+    backend: str,
+    precision: str,
+    ran: Mapping[str, str],
+    refused: Sequence[Refusal],
+    passed_over: Sequence[str],
+) -> EngineInfo:
+    """Puts together what the graph, the executable and the choice of backend know."""
+    reasons = {refusal.node: refusal.reason for refusal in refused}
+    nodes = []
+    for node in graph.nodes:
+        reason = reasons.get(node.name)
+        # a runtime may fold a node into its neighbour and no longer list it
+        actual = ran.get(node.name, "merged by the runtime")
+        where = backend if reason is None else "pytorch"
+        nodes.append(
+            NodeInfo(
+                node.name, op_name(node.op), node.origins, str(node.spec), where, actual, reason
+            )
+        )
+    return EngineInfo(backend, precision, tuple(nodes), tuple(passed_over))

@@ -1,0 +1,42 @@
+"""What can go wrong, one class per thing a caller can do about it.
+
+Every message says what was found, where, what is supported, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FastresError(Exception):
+    """Base of every error that fastres raises on purpose."""
+
+
+class CaptureError(FastresError):
+    """The model cannot be read: training mode, non-finite weights, or it does not export."""
+
+
+class BuildError(FastresError):
+    """A state_dict does not describe a residual network, or leaves something to be said."""
+
+
+class GraphError(FastresError):
+    """A graph breaks one of the laws of the IR; raised for damaged files and faulty passes."""
+
+
+class UnsupportedError(FastresError):
+    """A backend refuses the model, the precision or the device; all reasons are listed at once."""
+
+
+class BackendUnavailable(FastresError):
+    """A backend cannot run here: a package, a driver or a device is missing."""
+
+
+class InputError(FastresError, ValueError):
+    """An argument does not fit: wrong dtype, shape, channels, device, or not a tensor."""
+
+
+class ArtifactError(FastresError):
+    """A saved engine is damaged, incomplete, or written by a newer version."""
+
+
+class ParityError(FastresError):
+    """A candidate's numbers are outside the tolerance policy."""

@@ -1,0 +1,355 @@
+"""The intermediate representation: a closed set of operations in a flat, single-assignment graph.
+
+Everything here is frozen. A `Graph` is rewritten by building a new one (`fastres.graph.passes`),
+its laws are in `fastres.graph.laws`, its sizes in `fastres.graph.shapes`. The structs are msgspec
+structs, so the same definitions are the strict JSON schema of a saved engine.
+
+Activations are logically NCHW, weights as PyTorch keeps them (KCRS for a convolution); physical
+layout is a matter for a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from dataclasses import replace as _replace
+from typing import Any
+
+import msgspec
+import torch
+
+from fastres.kernels.epilogue import ActivationKind, Epilogue
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "bool": torch.bool,
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Sym(msgspec.Struct, frozen=True, tag=True):
+    """A size that is not known yet: floor((symbol + add) / div), with symbol one of N, H, W.
+
+    Convolution and pooling sizes are closed under this form, because
+    floor((x + a)/d) + b = floor((x + a + b*d)/d) and floor(floor(x/a)/b) = floor(x/(a*b)),
+    so two sizes are equal exactly when their forms are.
+    """
+
+    symbol: str
+    add: int = 0
+    div: int = 1
+
+    def plus(self, n: int) -> Sym:
+        return Sym(self.symbol, self.add + n * self.div, self.div)
+
+    def floordiv(self, n: int) -> Sym:
+        return Sym(self.symbol, self.add, self.div * n)
+
+    def at(self, value: int) -> int:
+        return (value + self.add) // self.div
+
+    def __str__(self) -> str:
+        text = self.symbol if not self.add else f"{self.symbol}{self.add:+d}"
+        if self.div == 1:
+            return text
+        return f"({text})//{self.div}" if self.add else f"{text}//{self.div}"
+
+
+Dim = int | Sym
+Shape = tuple[Dim, ...]
+Pair = tuple[int, int]
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """Shape and element type of a value; a dimension is an integer or an expression in N, H, W."""
+
+    shape: Shape
+    dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{_short(self.dtype)}[{', '.join(str(d) for d in self.shape)}]"
+
+
+def _short(dtype: str) -> str:
+    for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
+        if dtype.startswith(long):
+            return short + dtype.removeprefix(long)
+    return dtype
+
+
+class Conv2d(msgspec.Struct, frozen=True, tag=True):
+    """y = epilogue(x * weight + bias); params weight [K, C/groups, R, S] and maybe bias [K].
+
+    With `epilogue.residual` the node has a second input of the output's shape.
+    """
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    epilogue: Epilogue = Epilogue()
+
+
+class BatchNorm(msgspec.Struct, frozen=True, tag=True):
+    """y = act(weight * (x - mean) / sqrt(var + eps) + bias), per channel, running statistics.
+
+    Params mean, var [C], and weight, bias [C] where the layer is affine.
+    """
+
+    eps: float = 1e-5
+    activation: ActivationKind | None = None
+
+
+class Activation(msgspec.Struct, frozen=True, tag=True):
+    """y = act(x), elementwise."""
+
+    kind: ActivationKind
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """y = act(a + b), with broadcasting."""
+
+    activation: ActivationKind | None = None
+
+
+class Mul(msgspec.Struct, frozen=True, tag=True):
+    """y = a * b, with broadcasting."""
+
+
+class MaxPool(msgspec.Struct, frozen=True, tag=True):
+    """y = maximum over each window; padding counts as minus infinity."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    ceil_mode: bool = False
+
+
+class AvgPool(msgspec.Struct, frozen=True, tag=True):
+    """y = mean over each window."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+
+
+class GlobalAvgPool(msgspec.Struct, frozen=True, tag=True):
+    """y = mean over H and W; [N, C, H, W] to [N, C, 1, 1], or [N, C] without `keepdim`."""
+
+    keepdim: bool = True
+
+
+class Linear(msgspec.Struct, frozen=True, tag=True):
+    """y = act(x @ weight.T + bias); params weight [K, C] and maybe bias [K]."""
+
+    activation: ActivationKind | None = None
+
+
+class Flatten(msgspec.Struct, frozen=True, tag=True):
+    """Joins all dimensions from `start_dim` on."""
+
+    start_dim: int = 1
+
+
+class Concat(msgspec.Struct, frozen=True, tag=True):
+    """Joins any number of inputs along `dim`."""
+
+    dim: int = 1
+
+
+class Pad(msgspec.Struct, frozen=True, tag=True):
+    """Adds `before[i]` and `after[i]` elements of `value` to dimension i."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    value: float = 0.0
+
+
+class Slice(msgspec.Struct, frozen=True, tag=True):
+    """x[start:stop:step] in every dimension; a stop of None is the end."""
+
+    starts: tuple[int, ...]
+    stops: tuple[int | None, ...]
+    steps: tuple[int, ...]
+
+
+class Softmax(msgspec.Struct, frozen=True, tag=True):
+    """y = exp(x) / sum(exp(x)) along `dim`."""
+
+    dim: int = -1
+
+
+class Aten(msgspec.Struct, frozen=True, tag=True):
+    """An operation the IR does not know, kept with its overload so that PyTorch can run it.
+
+    `args` and `kwargs` are JSON of the call, with {"input": i} where the i-th input stands.
+    Its result's shape as exported is `shape`: nobody else knows it.
+    """
+
+    overload: str
+    args: str
+    kwargs: str
+    result: TensorSpec
+
+
+Op = (
+    Conv2d
+    | BatchNorm
+    | Activation
+    | Add
+    | Mul
+    | MaxPool
+    | AvgPool
+    | GlobalAvgPool
+    | Linear
+    | Flatten
+    | Concat
+    | Pad
+    | Slice
+    | Softmax
+    | Aten
+)
+
+
+class Value(msgspec.Struct, frozen=True):
+    """A named tensor that enters the graph."""
+
+    name: str
+    spec: TensorSpec
+
+
+class Node(msgspec.Struct, frozen=True):
+    """One operation: `inputs` name earlier values, `params` map a slot (weight, bias, mean, var)
+    to a constant.
+
+    `origin` names the captured operations this node now stands for, in order; its value is the
+    value of the last of them in the original model. Empty means just the node itself.
+    """
+
+    name: str
+    op: Op
+    inputs: tuple[str, ...]
+    spec: TensorSpec
+    params: dict[str, str] = {}
+    origin: tuple[str, ...] = ()
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return self.origin or (self.name,)
+
+    def with_(self, **changes: Any) -> Node:
+        return msgspec.structs.replace(self, **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A network: inputs, nodes in execution order, outputs, and the constants they name.
+
+    `output_tree` is the JSON of the pytree that the model returns, with one leaf per output.
+    """
+
+    inputs: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]
+    constants: Mapping[str, torch.Tensor]
+    output_tree: str
+    _index: dict[str, Node] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", {node.name: node for node in self.nodes})
+
+    def __getitem__(self, name: str) -> Node:
+        return self._index[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def replace(self, **changes: Any) -> Graph:
+        return _replace(self, **changes)
+
+    def spec(self, name: str) -> TensorSpec:
+        """The spec of any value: a graph input, a node's result, or a constant."""
+        if name in self._index:
+            return self._index[name].spec
+        if name in self.constants:
+            return spec_of(self.constants[name])
+        for value in self.inputs:
+            if value.name == name:
+                return value.spec
+        raise KeyError(name)
+
+    def users(self) -> dict[str, list[Node]]:
+        """Which nodes read each value; a graph output is not a user (see `outputs`)."""
+        users: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in node.inputs:
+                users.setdefault(name, []).append(node)
+        return users
+
+    def sole_user(self, users: Mapping[str, list[Node]], name: str) -> Node | None:
+        """The one node that reads `name`, or None if several do, or the caller of the model does."""
+        if name in self.outputs or len(users.get(name, ())) != 1:
+            return None
+        return users[name][0]
+
+    def structure(self) -> tuple[Any, ...]:
+        """Everything but the numbers, comparable with ==."""
+        specs = {name: str(spec_of(t)) for name, t in self.constants.items()}
+        return self.inputs, self.nodes, self.outputs, self.output_tree, specs
+
+    def equals(self, other: Graph) -> bool:
+        """Same structure and bit-identical constants."""
+        return self.structure() == other.structure() and all(
+            torch.equal(tensor, other.constants[name]) for name, tensor in self.constants.items()
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{v.name}: {v.spec} = input" for v in self.inputs]
+        lines += [_line(self, node) for node in self.nodes]
+        return "\n".join([*lines, f"return {', '.join(self.outputs)}"])
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+
+
+def op_name(op: Op) -> str:
+    """The short name that tables and dumps show, such as `conv2d` or `aten.roll.default`."""
+    return op.overload if isinstance(op, Aten) else type(op).__name__.lower()
+
+
+def _line(graph: Graph, node: Node) -> str:
+    settings = [
+        f"{key}={value}"
+        for key, value in msgspec.structs.asdict(node.op).items()
+        if key not in ("overload", "result", "epilogue") and value != _default(node.op, key)
+    ]
+    if isinstance(node.op, Conv2d) and str(node.op.epilogue):
+        settings.append(f"epilogue={node.op.epilogue}")
+    settings += [f"{slot}={graph.spec(name)}" for slot, name in node.params.items()]
+    text = f"{node.name}: {node.spec} = {op_name(node.op)}({', '.join([*node.inputs, *settings])})"
+    return f"{text}  # {' + '.join(node.origin)}" if node.origin else text
+
+
+def _default(op: Op, key: str) -> Any:
+    for info in msgspec.structs.fields(op):
+        if info.name == key:
+            return info.default
+    raise KeyError(key)

@@ -1,0 +1,79 @@
+"""The laws of the IR, checked after capture, after every pass, and on everything that is loaded.
+
+1. Names are unique; a node reads only graph inputs, constants and nodes before it.
+2. Every output is produced, and there is one per leaf of the output tree.
+3. Every node's spec is what the shape rules say, and its dtype is that of its first input.
+4. Parameters fill exactly the slots that the operation has.
+"""
+
+from __future__ import annotations
+
+import torch.utils._pytree as pytree
+
+from fastres.errors import GraphError
+from fastres.graph.ir import Aten, BatchNorm, Conv2d, Graph, Linear, Node, Shape
+from fastres.graph.shapes import node_shape
+
+_SLOTS: dict[type, tuple[set[str], set[str]]] = {
+    # operation: (slots that must be there, slots that may be)
+    Conv2d: ({"weight"}, {"bias"}),
+    Linear: ({"weight"}, {"bias"}),
+    BatchNorm: ({"mean", "var"}, {"weight", "bias"}),
+}
+
+
+def check(graph: Graph, after: str = "capture") -> Graph:
+    """Returns the graph if it is lawful.
+
+    Raises:
+        GraphError: names the law, the node, and the step after which it was broken.
+    """
+    try:
+        _check(graph)
+    except GraphError as error:
+        raise GraphError(f"after {after}: {error}") from error
+    return graph
+
+
+def _check(graph: Graph) -> None:
+    shapes: dict[str, Shape] = {}
+    for value in graph.inputs:
+        _unique(graph, value.name, shapes)
+        shapes[value.name] = value.spec.shape
+    for node in graph.nodes:
+        _unique(graph, node.name, shapes)
+        for name in node.inputs:
+            if name not in shapes and name not in graph.constants:
+                raise GraphError(f"{node.name} reads {name}, which nothing before it produces")
+        _check_slots(graph, node)
+        shape = node_shape(graph, node, shapes)
+        if shape != node.spec.shape:
+            want = ", ".join(map(str, shape))
+            raise GraphError(f"{node.name} claims {node.spec}, the shape rules say [{want}]")
+        first = graph.spec(node.inputs[0]).dtype if node.inputs else node.spec.dtype
+        if node.spec.dtype != first and not isinstance(node.op, Aten):
+            raise GraphError(f"{node.name} claims {node.spec}, its first input is {first}")
+        shapes[node.name] = shape
+    for name in graph.outputs:
+        if name not in shapes:
+            raise GraphError(f"output {name} is produced by nothing")
+    try:
+        leaves = pytree.treespec_loads(graph.output_tree).num_leaves
+    except Exception as error:  # the text may come from a file; torch raises many kinds here
+        raise GraphError(f"the output tree cannot be read: {error}") from error
+    if leaves != len(graph.outputs):
+        raise GraphError(f"{len(graph.outputs)} outputs, but the output tree has {leaves} leaves")
+
+
+def _unique(graph: Graph, name: str, seen: dict[str, Shape]) -> None:
+    if name in seen or name in graph.constants:
+        raise GraphError(f"the name {name} is used twice")
+
+
+def _check_slots(graph: Graph, node: Node) -> None:
+    must, may = _SLOTS.get(type(node.op), (set(), set()))
+    if not must <= set(node.params) <= must | may:
+        raise GraphError(f"{node.name} has parameters {sorted(node.params)}, needs {sorted(must)}")
+    for slot, name in node.params.items():
+        if name not in graph.constants:
+            raise GraphError(f"{node.name}.{slot} is the constant {name}, which does not exist")

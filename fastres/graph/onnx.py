@@ -1,0 +1,284 @@
+"""Graph → ONNX: the form in which the CPU backend, and users of other runtimes, take a graph.
+
+Every ONNX node bears the name of the graph node it came from, with a suffix (`/add`, `/relu`)
+where one graph node becomes several, so that a runtime's own report can be read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+
+from fastres.graph.ir import (
+    Activation,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Concat,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Graph,
+    Linear,
+    MaxPool,
+    Mul,
+    Node,
+    Pad,
+    Slice,
+    Softmax,
+    TensorSpec,
+)
+from fastres.kernels.epilogue import ActivationKind
+
+OPSET = 20
+IR_VERSION = 10
+_FLOAT = onnx.TensorProto.FLOAT
+_ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "gelu": "Gelu", "hardswish": "HardSwish"}
+
+
+def refusal(node: Node) -> str | None:
+    """None if the node can be written as ONNX, else the reason why not."""
+    if type(node.op) not in _WRITERS:
+        return f"{node.op} has no ONNX form here"
+    if not node.spec.dtype.startswith(("float", "bfloat")):
+        return f"its result is {node.spec.dtype}; only floating-point values are written"
+    return None
+
+
+def to_onnx(graph: Graph) -> onnx.ModelProto:
+    """Writes a graph as a float32 ONNX model with the same inputs, outputs and symbolic sizes.
+
+    Raises:
+        KeyError: a node for which `refusal` gives a reason.
+    """
+    writer = _Writer(graph)
+    for node in graph.nodes:
+        _WRITERS[type(node.op)](writer, node)
+    proto = helper.make_graph(
+        writer.nodes,
+        "fastres",
+        [_value_info(value.name, value.spec) for value in graph.inputs],
+        [_value_info(name, graph.spec(name)) for name in graph.outputs],
+        writer.initializers,
+    )
+    opset = helper.make_opsetid("", OPSET)
+    return helper.make_model(
+        proto, opset_imports=[opset], ir_version=IR_VERSION, producer_name="fastres"
+    )
+
+
+def origin_of(onnx_name: str) -> str:
+    """The graph node that an ONNX node came from."""
+    return onnx_name.split("/", 1)[0]
+
+
+def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
+    dims = [size if isinstance(size, int) else str(size) for size in spec.shape]
+    return helper.make_tensor_value_info(name, _FLOAT, dims)
+
+
+class _Writer:
+    """Collects nodes and initializers; a constant is written once however often it is read."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._written: set[str] = set()
+
+    def constant(self, name: str) -> str:
+        if name not in self._written:
+            self._written.add(name)
+            array = self.graph.constants[name].detach().to(torch.float32).contiguous().numpy()
+            self.initializers.append(
+                helper.make_tensor(name, _FLOAT, array.shape, array.tobytes(), raw=True)
+            )
+        return name
+
+    def inputs(self, node: Node) -> list[str]:
+        return [self.constant(n) if n in self.graph.constants else n for n in node.inputs]
+
+    def params(self, node: Node, *slots: str) -> list[str]:
+        return [self.constant(node.params[slot]) for slot in slots if slot in node.params]
+
+    def filled(self, node: Node, slot: str, value: float, length: int) -> str:
+        """A parameter, or a vector of `value` where the layer has none."""
+        if slot in node.params:
+            return self.constant(node.params[slot])
+        array = np.full(length, value, np.float32)
+        return self.initializer(f"{node.name}/{slot}", _FLOAT, array)
+
+    def ints(self, node: Node, slot: str, values: Sequence[int]) -> str:
+        array = np.asarray(values, np.int64)
+        return self.initializer(f"{node.name}/{slot}", onnx.TensorProto.INT64, array)
+
+    def initializer(self, name: str, kind: int, array: np.ndarray[Any, Any]) -> str:
+        tensor = helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
+        self.initializers.append(tensor)
+        return name
+
+    def emit(self, kind: str, name: str, inputs: Sequence[str], output: str, **attrs: Any) -> None:
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=name, **attrs))
+
+    def activate(self, node: Node, kind: ActivationKind | None, source: str) -> None:
+        """Ends a graph node: applies its activation and gives the result the node's name."""
+        if kind is None:
+            self.nodes[-1].output[0] = node.name
+        elif kind == "silu":
+            self.emit("Sigmoid", f"{node.name}/sigmoid", [source], f"{node.name}/gate")
+            self.emit("Mul", f"{node.name}/silu", [source, f"{node.name}/gate"], node.name)
+        else:
+            self.emit(_ACTIVATIONS[kind], f"{node.name}/{kind}", [source], node.name)
+
+
+def _conv2d(w: _Writer, node: Node) -> None:
+    op = node.op
+    assert isinstance(op, Conv2d)
+    value = f"{node.name}/conv"
+    w.emit(
+        "Conv",
+        node.name,
+        [w.inputs(node)[0], *w.params(node, "weight", "bias")],
+        value,
+        strides=op.stride,
+        pads=(*op.padding, *op.padding),
+        dilations=op.dilation,
+        group=op.groups,
+    )
+    if op.epilogue.residual:
+        w.emit("Add", f"{node.name}/add", [value, w.inputs(node)[1]], f"{node.name}/sum")
+        value = f"{node.name}/sum"
+    w.activate(node, op.epilogue.activation, value)
+
+
+def _batch_norm(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, BatchNorm)
+    channels = w.graph.constants[node.params["mean"]].shape[0]
+    scale, shift = w.filled(node, "weight", 1.0, channels), w.filled(node, "bias", 0.0, channels)
+    inputs = [*w.inputs(node), scale, shift, *w.params(node, "mean", "var")]
+    w.emit(
+        "BatchNormalization", node.name, inputs, f"{node.name}/norm", epsilon=node.op.eps
+    )
+    w.activate(node, node.op.activation, f"{node.name}/norm")
+
+
+def _activation(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Activation)
+    kind = node.op.kind
+    if kind == "silu":
+        w.activate(node, kind, w.inputs(node)[0])
+    else:
+        w.emit(_ACTIVATIONS[kind], node.name, w.inputs(node), node.name)
+
+
+def _add(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Add)
+    w.emit("Add", node.name, w.inputs(node), f"{node.name}/sum")
+    w.activate(node, node.op.activation, f"{node.name}/sum")
+
+
+def _mul(w: _Writer, node: Node) -> None:
+    w.emit("Mul", node.name, w.inputs(node), node.name)
+
+
+def _max_pool(w: _Writer, node: Node) -> None:
+    op = node.op
+    assert isinstance(op, MaxPool)
+    pads = (*op.padding, *op.padding)
+    attrs = {"strides": op.stride, "pads": pads, "dilations": op.dilation}
+    attrs["ceil_mode"] = int(op.ceil_mode)
+    w.emit("MaxPool", node.name, w.inputs(node), node.name, kernel_shape=op.kernel, **attrs)
+
+
+def _avg_pool(w: _Writer, node: Node) -> None:
+    op = node.op
+    assert isinstance(op, AvgPool)
+    attrs = {"strides": op.stride, "pads": (*op.padding, *op.padding)}
+    attrs |= {"ceil_mode": int(op.ceil_mode), "count_include_pad": int(op.count_include_pad)}
+    w.emit("AveragePool", node.name, w.inputs(node), node.name, kernel_shape=op.kernel, **attrs)
+
+
+def _global_avg_pool(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, GlobalAvgPool)
+    out = node.name if node.op.keepdim else f"{node.name}/pooled"
+    w.emit("GlobalAveragePool", node.name, w.inputs(node), out)
+    if not node.op.keepdim:
+        w.emit("Flatten", f"{node.name}/flatten", [out], node.name, axis=1)
+
+
+def _linear(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Linear)
+    weight, *bias = w.params(node, "weight", "bias")
+    value = f"{node.name}/linear"
+    if len(node.spec.shape) == 2:
+        w.emit("Gemm", node.name, [*w.inputs(node), weight, *bias], value, transB=1)
+    else:
+        w.emit("Transpose", f"{node.name}/transpose", [weight], f"{node.name}/wt", perm=(1, 0))
+        w.emit("MatMul", node.name, [*w.inputs(node), f"{node.name}/wt"], value)
+        if bias:
+            w.emit("Add", f"{node.name}/bias", [value, *bias], f"{node.name}/sum")
+            value = f"{node.name}/sum"
+    w.activate(node, node.op.activation, value)
+
+
+def _flatten(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Flatten)
+    if node.op.start_dim == 1:
+        w.emit("Flatten", node.name, w.inputs(node), node.name, axis=1)
+    else:  # 0 keeps a dimension, -1 takes the rest
+        shape = w.ints(node, "shape", [0] * node.op.start_dim + [-1])
+        w.emit("Reshape", node.name, [*w.inputs(node), shape], node.name)
+
+
+def _concat(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Concat)
+    w.emit("Concat", node.name, w.inputs(node), node.name, axis=node.op.dim)
+
+
+def _pad(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Pad)
+    pads = w.ints(node, "pads", (*node.op.before, *node.op.after))
+    value = w.initializer(f"{node.name}/value", _FLOAT, np.asarray(node.op.value, np.float32))
+    w.emit("Pad", node.name, [*w.inputs(node), pads, value], node.name, mode="constant")
+
+
+def _slice(w: _Writer, node: Node) -> None:
+    op = node.op
+    assert isinstance(op, Slice)
+    end = np.iinfo(np.int64).max
+    stops = [end if stop is None else stop for stop in op.stops]
+    operands = [
+        w.ints(node, "starts", op.starts),
+        w.ints(node, "stops", stops),
+        w.ints(node, "axes", range(len(stops))),
+        w.ints(node, "steps", op.steps),
+    ]
+    w.emit("Slice", node.name, [*w.inputs(node), *operands], node.name)
+
+
+def _softmax(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Softmax)
+    w.emit("Softmax", node.name, w.inputs(node), node.name, axis=node.op.dim)
+
+
+_WRITERS: dict[type, Callable[[_Writer, Node], None]] = {
+    Conv2d: _conv2d,
+    BatchNorm: _batch_norm,
+    Activation: _activation,
+    Add: _add,
+    Mul: _mul,
+    MaxPool: _max_pool,
+    AvgPool: _avg_pool,
+    GlobalAvgPool: _global_avg_pool,
+    Linear: _linear,
+    Flatten: _flatten,
+    Concat: _concat,
+    Pad: _pad,
+    Slice: _slice,
+    Softmax: _softmax,
+}

@@ -1,0 +1,245 @@
+"""The one place that knows sizes: the shape of every value, for symbolic or concrete inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
+
+import torch
+
+from fastres.errors import GraphError
+from fastres.graph import aten
+from fastres.graph.ir import (
+    Activation,
+    Add,
+    Aten,
+    AvgPool,
+    BatchNorm,
+    Concat,
+    Conv2d,
+    Dim,
+    Flatten,
+    GlobalAvgPool,
+    Graph,
+    Linear,
+    MaxPool,
+    Mul,
+    Node,
+    Op,
+    Pad,
+    Shape,
+    Slice,
+    Softmax,
+    Sym,
+)
+
+Ints = tuple[int, ...]
+
+
+def infer_shapes(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[str, Ints]:
+    """The concrete shape of every input and node for inputs of the given shapes.
+
+    Raises:
+        GraphError: the inputs do not fit the graph, or an operation cannot take its inputs.
+    """
+    shapes: dict[str, Shape] = dict(bind(graph, input_shapes))
+    for node in graph.nodes:
+        shapes[node.name] = node_shape(graph, node, shapes)
+    return shapes  # type: ignore[return-value]  # integers in, integers out
+
+
+def bind(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[str, Ints]:
+    """Checks concrete input shapes against the graph's and returns them by name."""
+    if len(input_shapes) != len(graph.inputs):
+        raise GraphError(f"{len(input_shapes)} inputs given, the graph has {len(graph.inputs)}")
+    symbols: dict[str, int] = {}
+    for value, given in zip(graph.inputs, input_shapes, strict=True):
+        fits = len(given) == len(value.spec.shape)
+        for dim, size in zip(value.spec.shape, given, strict=False):
+            want = symbols.setdefault(dim.symbol, size) if isinstance(dim, Sym) else dim
+            fits = fits and want == size
+        if not fits:
+            raise GraphError(f"input {value.name} has shape {list(given)}, expected {value.spec}")
+    pairs = zip(graph.inputs, input_shapes, strict=True)
+    return {value.name: tuple(int(size) for size in given) for value, given in pairs}
+
+
+def node_shape(graph: Graph, node: Node, shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of one node's result, given the shapes of what it reads."""
+
+    def shape_of(name: str) -> Shape:
+        return shapes[name] if name in shapes else tuple(graph.constants[name].shape)
+
+    inputs = [shape_of(name) for name in node.inputs]
+    params = {slot: tuple(graph.constants[name].shape) for slot, name in node.params.items()}
+    try:
+        return result_shape(node.op, inputs, params)
+    except (GraphError, IndexError, KeyError, ValueError) as error:
+        got = ", ".join(f"[{', '.join(map(str, s))}]" for s in inputs)
+        raise GraphError(f"{node.name}: {node.op} cannot take {got}: {error}") from error
+
+
+def result_shape(op: Op, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    """The shape rule of an operation; integers and symbolic sizes may be mixed."""
+    return _rule(op, inputs, params)
+
+
+def conv_size(size: Dim, kernel: int, stride: int, padding: int, dilation: int) -> Dim:
+    """floor((size + 2*padding - dilation*(kernel - 1) - 1) / stride) + 1."""
+    reach = 2 * padding - dilation * (kernel - 1) - 1
+    return _plus(_floordiv(_plus(size, reach), stride), 1)
+
+
+def pool_size(
+    size: Dim, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> Dim:
+    """As conv_size, or rounded up where the last window still starts inside the padded input."""
+    if not ceil_mode:
+        return conv_size(size, kernel, stride, padding, dilation)
+    reach = 2 * padding - dilation * (kernel - 1) - 1 + stride - 1
+    out = _plus(_floordiv(_plus(size, reach), stride), 1)
+    if isinstance(size, Sym) or isinstance(out, Sym):
+        if padding or stride > kernel:
+            raise GraphError("ceil_mode with padding needs fixed H and W: pass a fixed Input")
+        return out
+    return out - 1 if (out - 1) * stride >= size + padding else out
+
+
+def _plus(size: Dim, n: int) -> Dim:
+    return size.plus(n) if isinstance(size, Sym) else size + n
+
+
+def _floordiv(size: Dim, n: int) -> Dim:
+    return size.floordiv(n) if isinstance(size, Sym) else size // n
+
+
+def _positive(shape: Shape) -> Shape:
+    for size in shape[2:]:
+        if isinstance(size, int) and size < 1:
+            raise GraphError("the result would be empty; the image is too small")
+    return shape
+
+
+@singledispatch
+def _rule(op: Op, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    raise GraphError(f"no shape rule for {op}")
+
+
+@_rule.register
+def _(op: Conv2d, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    n, c, h, w = inputs[0]
+    k, c_group, r, s = params["weight"]
+    if c != c_group * op.groups:
+        raise GraphError(f"weight {list(params['weight'])} needs {c_group * op.groups} channels")
+    p = conv_size(h, r, op.stride[0], op.padding[0], op.dilation[0])
+    q = conv_size(w, s, op.stride[1], op.padding[1], op.dilation[1])
+    out = _positive((n, k, p, q))
+    if op.epilogue.residual != (len(inputs) == 2) or (len(inputs) == 2 and inputs[1] != out):
+        raise GraphError(f"the residual must have the output's shape {list(out)}")
+    return out
+
+
+@_rule.register(BatchNorm)
+def _(op: BatchNorm, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    if any(shape != (inputs[0][1],) for shape in params.values()):
+        raise GraphError(f"parameters {dict(params)} need one value per channel")
+    return inputs[0]
+
+
+@_rule.register(Activation)
+@_rule.register(Softmax)
+def _(op: Activation | Softmax, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    return inputs[0]
+
+
+@_rule.register(Add)
+@_rule.register(Mul)
+def _(op: Add | Mul, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    a, b = inputs
+    rank = max(len(a), len(b))
+    ones: Shape = (1,) * rank
+    out: list[Dim] = []
+    for x, y in zip((ones + a)[-rank:], (ones + b)[-rank:], strict=True):
+        if x != y and 1 not in (x, y):
+            raise GraphError(f"sizes {x} and {y} do not broadcast")
+        out.append(y if x == 1 else x)
+    return tuple(out)
+
+
+@_rule.register(MaxPool)
+@_rule.register(AvgPool)
+def _(op: MaxPool | AvgPool, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    n, c, h, w = inputs[0]
+    dilation = op.dilation if isinstance(op, MaxPool) else (1, 1)
+    sizes = [
+        pool_size(size, op.kernel[i], op.stride[i], op.padding[i], dilation[i], op.ceil_mode)
+        for i, size in enumerate((h, w))
+    ]
+    return _positive((n, c, *sizes))
+
+
+@_rule.register
+def _(op: GlobalAvgPool, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    n, c, _, _ = inputs[0]
+    return (n, c, 1, 1) if op.keepdim else (n, c)
+
+
+@_rule.register
+def _(op: Linear, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    k, c = params["weight"]
+    if inputs[0][-1] != c:
+        raise GraphError(f"weight {list(params['weight'])} needs {c} features")
+    return (*inputs[0][:-1], k)
+
+
+@_rule.register
+def _(op: Flatten, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    head, tail = inputs[0][: op.start_dim], inputs[0][op.start_dim :]
+    if any(isinstance(size, Sym) for size in tail):
+        if all(size == 1 for size in tail[1:]):
+            return (*head, tail[0])
+        raise GraphError("flattening needs fixed sizes: pass a fixed Input")
+    return (*head, math.prod(size for size in tail if isinstance(size, int)))
+
+
+@_rule.register
+def _(op: Concat, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    first = inputs[0]
+    total = 0
+    for shape in inputs:
+        same = [i for i in range(len(first)) if i != op.dim]
+        size = shape[op.dim]
+        if any(shape[i] != first[i] for i in same) or isinstance(size, Sym):
+            raise GraphError("inputs must agree in every other dimension")
+        total += size
+    return (*first[: op.dim], total, *first[op.dim + 1 :])
+
+
+@_rule.register
+def _(op: Pad, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    sizes = zip(inputs[0], op.before, op.after, strict=True)
+    return tuple(_plus(size, before + after) for size, before, after in sizes)
+
+
+@_rule.register
+def _(op: Slice, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    out: list[Dim] = []
+    for size, start, stop, step in zip(inputs[0], op.starts, op.stops, op.steps, strict=True):
+        if isinstance(size, Sym):
+            if stop is not None:
+                raise GraphError("a slice that ends inside a variable size is not supported")
+            out.append(_floordiv(_plus(size, step - 1 - start), step))
+        else:
+            out.append(len(range(size)[start:stop:step]))
+    return tuple(out)
+
+
+@_rule.register
+def _(op: Aten, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+    if not any(isinstance(size, Sym) for shape in inputs for size in shape):
+        metas = [torch.empty([int(str(d)) for d in s], device="meta") for s in inputs]
+        return tuple(aten.call(op, metas).shape)
+    return op.result.shape
+
+

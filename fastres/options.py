@@ -1,0 +1,131 @@
+"""The settings that travel through the corridor: `Input` and the frozen `Options`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from fastres.errors import InputError
+
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+Hint = Literal["latency", "throughput"]
+Oversize = Literal["split", "error"]
+OnUnsupported = Literal["error", "fallback"]
+
+PRECISION_OF: dict[torch.dtype, Precision] = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp32",
+}
+DTYPE_OF: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What an engine is fed: one shape, or a range (smallest, usual, largest) of shapes.
+
+    The batch size N is always free. H and W are fixed where smallest and largest agree, and may
+    vary between them otherwise. Example: `Input(((1, 3, 160, 160), (8, 3, 224, 224),
+    (32, 3, 320, 320)))`.
+
+    Args:
+        shape: (N, C, H, W), or three of them.
+        dtype: of the input; None takes the model's.
+        format: "NCHW" is the only one so far.
+        name: None takes the name of the model's argument.
+
+    Raises:
+        InputError: a size below 1, ranks or orders that do not fit, or a range over channels.
+    """
+
+    shape: Sizes | tuple[Sizes, Sizes, Sizes]
+    dtype: torch.dtype | None = None
+    format: Literal["NCHW"] = "NCHW"
+    name: str | None = None
+
+    smallest: Sizes = field(init=False)
+    usual: Sizes = field(init=False)
+    largest: Sizes = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.format != "NCHW":
+            raise InputError(f"format {self.format!r} is not supported; use 'NCHW'")
+        given = tuple(self.shape)
+        three = (given,) * 3 if all(isinstance(size, int) for size in given) else given
+        if len(three) != 3 or not all(isinstance(s, Sequence) for s in three):
+            raise InputError(f"shape {self.shape!r} is neither one shape nor three of them")
+        smallest, usual, largest = (tuple(s) for s in three)  # type: ignore[arg-type]
+        if not len(smallest) == len(usual) == len(largest) >= 2:
+            raise InputError(f"the shapes {three} must have the same rank, at least 2")
+        for i, sizes in enumerate(zip(smallest, usual, largest, strict=True)):
+            if not all(isinstance(s, int) and not isinstance(s, bool) for s in sizes):
+                raise InputError(f"dimension {i} of {self.shape!r} holds something not an integer")
+            if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+                raise InputError(
+                    f"dimension {i} goes from {sizes[0]} over {sizes[1]} to {sizes[2]}; it must be "
+                    "at least 1 and must not fall"
+                )
+            if sizes[0] != sizes[2] and i not in (0, 2, 3):
+                raise InputError(f"dimension {i} is ranged; only N, H and W may vary")
+        object.__setattr__(self, "smallest", smallest)
+        object.__setattr__(self, "usual", usual)
+        object.__setattr__(self, "largest", largest)
+
+    @property
+    def ranged(self) -> tuple[int, ...]:
+        """The dimensions other than N that may vary."""
+        rank = range(1, len(self.usual))
+        return tuple(i for i in rank if self.smallest[i] != self.largest[i])
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `fastres.compile`; see there. None stands for "the backend's default"."""
+
+    backend: tuple[str, ...] = ("auto",)
+    precision: Precision | None = None
+    hint: Hint = "latency"
+    device: torch.device | None = None
+    max_batch_size: int | None = None
+    oversize: Oversize = "split"
+    on_unsupported: OnUnsupported = "error"
+    threads: int | None = None
+    cache_size: int = 8
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, (None, *get_args(Precision)))
+        _one_of("hint", self.hint, get_args(Hint))
+        _one_of("oversize", self.oversize, get_args(Oversize))
+        _one_of("on_unsupported", self.on_unsupported, get_args(OnUnsupported))
+        for name in ("max_batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {value!r}; it must be an integer of at least 1, or None")
+        if not self.backend or not all(isinstance(name, str) for name in self.backend):
+            raise InputError(f"backend is {self.backend!r}; give a name or a list of names")
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads to use: as asked, else every core this process may run on."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        raise InputError(f"{name} is {value!r}; supported are {names}")
+
+
+PathLike = str | os.PathLike[str] | Path

@@ -1,0 +1,1 @@
+"""Triton kernels and their torch-only meaning; importing this package imports no triton."""

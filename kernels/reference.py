@@ -1,0 +1,159 @@
+"""The meaning of every operation, in PyTorch alone: what each kernel is compared with.
+
+Logical NCHW; everything is computed in the dtype of the arguments, so callers pass float64 for an
+oracle. Activations keep NaN, as PyTorch's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from fastres.kernels.epilogue import ActivationKind
+
+Pair = tuple[int, int]
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    residual: torch.Tensor | None = None,
+    activation: ActivationKind | None = None,
+) -> torch.Tensor:
+    """y = act(x * weight + bias + residual).
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, C/groups, R, S].
+        bias: [K].
+        residual: [N, K, P, Q].
+
+    Returns:
+        [N, K, P, Q].
+    """
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _finish(y if residual is None else y + residual, activation)
+
+
+def batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    activation: ActivationKind | None = None,
+) -> torch.Tensor:
+    """y = act(weight * (x - mean) / sqrt(var + eps) + bias), per channel of [N, C, H, W]."""
+    y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    return _finish(y, activation)
+
+
+def activation(x: torch.Tensor, kind: ActivationKind) -> torch.Tensor:
+    """y = act(x); gelu is the exact form x * Phi(x)."""
+    return _ACTIVATIONS[kind](x)
+
+
+def add(
+    a: torch.Tensor, b: torch.Tensor, activation: ActivationKind | None = None
+) -> torch.Tensor:
+    """y = act(a + b), broadcasting."""
+    return _finish(a + b, activation)
+
+
+def mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """y = a * b, broadcasting."""
+    return a * b
+
+
+def max_pool(
+    x: torch.Tensor,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    ceil_mode: bool = False,
+) -> torch.Tensor:
+    """Maximum over each window of [N, C, H, W]; NaN wins, padding loses."""
+    return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+
+
+def avg_pool(
+    x: torch.Tensor,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> torch.Tensor:
+    """Mean over each window of [N, C, H, W]."""
+    return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad)
+
+
+def global_avg_pool(x: torch.Tensor, keepdim: bool = True) -> torch.Tensor:
+    """Mean over H and W: [N, C, H, W] to [N, C, 1, 1], or [N, C]."""
+    return x.mean((2, 3), keepdim=keepdim)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: ActivationKind | None = None,
+) -> torch.Tensor:
+    """y = act(x @ weight.T + bias) with weight [K, C]."""
+    return _finish(F.linear(x, weight, bias), activation)
+
+
+def flatten(x: torch.Tensor, start_dim: int) -> torch.Tensor:
+    """Joins all dimensions from `start_dim` on."""
+    return x.flatten(start_dim)
+
+
+def concat(xs: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Joins tensors along `dim`."""
+    return torch.cat(list(xs), dim)
+
+
+def pad(
+    x: torch.Tensor, before: Sequence[int], after: Sequence[int], value: float = 0.0
+) -> torch.Tensor:
+    """Adds `before[i]` and `after[i]` elements of `value` to dimension i."""
+    pairs = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
+    return F.pad(x, pairs, value=value)
+
+
+def slice_(
+    x: torch.Tensor,
+    starts: Sequence[int],
+    stops: Sequence[int | None],
+    steps: Sequence[int],
+) -> torch.Tensor:
+    """x[start:stop:step] in every dimension; a stop of None is the end."""
+    return x[tuple(slice(*cut) for cut in zip(starts, stops, steps, strict=True))]
+
+
+def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """y = exp(x) / sum(exp(x)) along `dim`."""
+    return x.softmax(dim)
+
+
+_ACTIVATIONS = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+}
+
+
+def _finish(y: torch.Tensor, kind: ActivationKind | None) -> torch.Tensor:
+    return y if kind is None else activation(y, kind)
