@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.export import ExportedProgram
 
-from fastres.backends.base import refusals
+from fastres.backends.base import Executable, refusals
 from fastres.backends.segments import lower_in_segments
 from fastres.backends.select import choose
 from fastres.calib.images import Preprocess
@@ -99,7 +99,9 @@ def compile(
     if verify:
         from fastres.parity import verify as check
 
-        examples = tuple(torch.randn(i.usual, dtype=i.dtype or torch.float32) for i in source.inputs)
+        examples = tuple(
+            torch.randn(i.usual, dtype=i.dtype or torch.float32) for i in source.inputs
+        )
         reference = model if isinstance(model, torch.nn.Module) else source.graph
         check(reference, engine, [examples]).raise_if_failed()
     return engine
@@ -182,7 +184,9 @@ def _inputs_of(graph: Graph) -> tuple[Input, ...]:
     for value in graph.inputs:
         shape = value.spec.shape
         low = tuple(1 if isinstance(d, Sym) else d for d in shape)
-        usual = tuple(d if isinstance(d, int) else 1 if i == 0 else 224 for i, d in enumerate(shape))
+        usual = tuple(
+            d if isinstance(d, int) else 1 if i == 0 else 224 for i, d in enumerate(shape)
+        )
         high = tuple(4096 if isinstance(d, Sym) else d for d in shape)
         found.append(Input((low, usual, high), dtype=value.spec.torch_dtype, name=value.name))
     return tuple(found)
@@ -225,7 +229,7 @@ def assemble(
     refused = refusals(choice.backend, graph)
     if refused:
         names = {refusal.node for refusal in refused}
-        executable = lower_in_segments(choice.backend, graph, options, usual, names)
+        executable: Executable = lower_in_segments(choice.backend, graph, options, usual, names)
     else:
         executable = choice.backend.lower(graph, options, usual)
     return Engine(

@@ -121,7 +121,9 @@ class Engine:
                 lowered.executable.run([x[i : i + limit] for x in inputs])
                 for i in range(0, size, limit)
             ]
-            outputs = parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
+            outputs = (
+                parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
+            )
         typed = [
             y.to(lowered.graph.spec(name).torch_dtype)
             for y, name in zip(outputs, lowered.graph.outputs, strict=True)
@@ -166,7 +168,9 @@ class Engine:
                 does not return one [N, classes] tensor.
         """
         if self.preprocess is None:
-            raise InputError("this engine has no preprocess: compile with preprocess=Preprocess(...)")
+            raise InputError(
+                "this engine has no preprocess: compile with preprocess=Preprocess(...)"
+            )
         if batch_size < 1 or top_k < 1:
             raise InputError(f"batch_size={batch_size}, top_k={top_k}: both must be at least 1")
         found: list[Prediction] = []
@@ -286,7 +290,9 @@ class Engine:
         size = sizes.pop()
         limit = self.options.max_batch_size
         if limit is not None and size > limit and self.options.oversize == "error":
-            raise InputError(f"the batch is {size}, max_batch_size is {limit}; see oversize='split'")
+            raise InputError(
+                f"the batch is {size}, max_batch_size is {limit}; see oversize='split'"
+            )
         return size
 
     def _check_tensor(self, given: torch.Tensor, value: Value, allowed: Input) -> None:
@@ -297,10 +303,10 @@ class Engine:
                 f"convert it with x.to({spec.torch_dtype})"
             )
         if given.device.type != self.device.type or given.layout != torch.strided:
-            where = f"{given.device}" + ("" if given.layout == torch.strided else f" {given.layout}")
-            raise InputError(
-                f"{value.name}: expected a dense tensor on {self.device}, got {where}"
+            where = f"{given.device}" + (
+                "" if given.layout == torch.strided else f" {given.layout}"
             )
+            raise InputError(f"{value.name}: expected a dense tensor on {self.device}, got {where}")
         fits = given.dim() == len(spec.shape)
         for i, dim in enumerate(spec.shape if fits else ()):
             size = given.shape[i]

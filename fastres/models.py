@@ -105,9 +105,10 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(spec, spec.planes)
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
         out: Tensor = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)) + identity)
+        out = self.bn2(self.conv2(out))
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(out + identity)
         return out
 
 
@@ -136,10 +137,11 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(spec, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
         out: Tensor = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.relu(self.bn3(self.conv3(out)) + identity)
+        out = self.bn3(self.conv3(out))
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(out + identity)
         return out
 
 

@@ -66,7 +66,7 @@ class Input:
         three = (given,) * 3 if all(isinstance(size, int) for size in given) else given
         if len(three) != 3 or not all(isinstance(s, Sequence) for s in three):
             raise InputError(f"shape {self.shape!r} is neither one shape nor three of them")
-        smallest, usual, largest = (tuple(s) for s in three)  # type: ignore[arg-type]
+        smallest, usual, largest = (tuple(s) for s in three if isinstance(s, Sequence))
         if not len(smallest) == len(usual) == len(largest) >= 2:
             raise InputError(f"the shapes {three} must have the same rank, at least 2")
         for i, sizes in enumerate(zip(smallest, usual, largest, strict=True)):
@@ -112,7 +112,9 @@ class Options:
         for name in ("max_batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is {value!r}; it must be an integer of at least 1, or None")
+                raise InputError(
+                    f"{name} is {value!r}; it must be an integer of at least 1, or None"
+                )
         if not self.backend or not all(isinstance(name, str) for name in self.backend):
             raise InputError(f"backend is {self.backend!r}; give a name or a list of names")
 

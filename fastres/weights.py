@@ -29,7 +29,8 @@ def read_weights(path: PathLike) -> dict[str, torch.Tensor]:
         raise BuildError(f"there is no file {file}")
     try:
         if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
+            table: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
+            return table
         if file.suffix not in _PICKLED:
             raise BuildError(f"{file} is neither .safetensors nor {', '.join(_PICKLED)}")
         found = torch.load(file, map_location="cpu", weights_only=True)
@@ -45,5 +46,7 @@ def read_weights(path: PathLike) -> dict[str, torch.Tensor]:
         raise BuildError(f"{file} holds {type(found).__name__}, not a table of tensors")
     wrong = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
     if wrong:
-        raise BuildError(f"{file} holds entries that are no tensors: {', '.join(map(str, wrong[:5]))}")
+        raise BuildError(
+            f"{file} holds entries that are no tensors: {', '.join(map(str, wrong[:5]))}"
+        )
     return dict(found)

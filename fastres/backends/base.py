@@ -73,5 +73,3 @@ def refusals(backend: Backend, graph: Graph) -> tuple[Refusal, ...]:
     """Every refusal at once, before anything is lowered."""
     reasons = ((node.name, backend.supports(node, graph)) for node in graph.nodes)
     return tuple(Refusal(name, reason) for name, reason in reasons if reason is not None)
-
-

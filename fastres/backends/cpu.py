@@ -47,7 +47,9 @@ class CpuBackend:
         return None
 
     def precision(self, wanted: Precision) -> str | None:
-        if wanted == "bf16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if wanted == "bf16" and "BF16" not in _core().get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
             return "this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
         return None if wanted in _HINTS else f"cpu runs fp32 and bf16, not {wanted}"
 
@@ -190,5 +192,3 @@ def _text(info: Any, key: str) -> str:
 def _origins(names: str) -> list[str]:
     """The graph nodes behind a comma-separated list of ONNX node names, first to last."""
     return list(dict.fromkeys(onnx_form.origin_of(n) for n in names.split(",") if n))
-
-

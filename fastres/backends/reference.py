@@ -65,7 +65,7 @@ class ReferenceExecutable:
     """
 
     def __init__(
-        self, graph: Graph, dtype: torch.dtype, device: torch.device = torch.device("cpu")
+        self, graph: Graph, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self._graph = graph
         self._dtype = dtype
@@ -175,9 +175,7 @@ def _batch_norm(op: BatchNorm, inputs: Tensors, params: Params) -> torch.Tensor:
 
 
 def _max_pool(op: MaxPool, inputs: Tensors, params: Params) -> torch.Tensor:
-    return meaning.max_pool(
-        inputs[0], op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode
-    )
+    return meaning.max_pool(inputs[0], op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode)
 
 
 def _avg_pool(op: AvgPool, inputs: Tensors, params: Params) -> torch.Tensor:

@@ -130,9 +130,7 @@ def _infer(weights: Mapping[str, torch.Tensor], spec: ResNetSpec) -> ResNetSpec:
         raise BuildError(f"conv1 is {kernel}; known stems are 7x7 (imagenet) and 3x3 (cifar)")
     if len(spec.dilate) < len(depths) - 1:
         raise BuildError(f"dilate={spec.dilate} needs {len(depths) - 1} entries, one per stage")
-    filled = replace(
-        spec, stem=spec.stem or stems[kernel], head=spec.head or _infer_head(weights)
-    )
+    filled = replace(spec, stem=spec.stem or stems[kernel], head=spec.head or _infer_head(weights))
     object.__setattr__(filled, "block", "bottleneck" if bottleneck else "basic")
     object.__setattr__(filled, "depths", tuple(depths))
     return filled
@@ -156,9 +154,7 @@ def _infer_head(weights: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 class _Assembler:
     """Emits nodes in the order in which a PyTorch model would run them."""
 
-    def __init__(
-        self, weights: Mapping[str, torch.Tensor], spec: ResNetSpec, image: Input
-    ) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], spec: ResNetSpec, image: Input) -> None:
         self.weights = weights
         self.spec = spec
         self.unused = {k for k in weights if not k.endswith("num_batches_tracked")}
@@ -201,12 +197,11 @@ class _Assembler:
         return self.emit("maxpool", MaxPool((3, 3), (2, 2), (1, 1)), x) if imagenet else x
 
     def block(self, name: str, x: str, stride: int, dilation: int) -> str:
-        bottleneck = self.spec.block == "bottleneck"
-        if bottleneck:
-            v1 = self.spec.version == "v1"
-            strides, dilations = ((stride, 1, 1) if v1 else (1, stride, 1)), (1, dilation, 1)
-        else:
-            strides, dilations = (stride, 1), (dilation, dilation)
+        strides: tuple[int, ...] = (stride, 1)
+        dilations: tuple[int, ...] = (dilation, dilation)
+        if self.spec.block == "bottleneck":
+            strides = (stride, 1, 1) if self.spec.version == "v1" else (1, stride, 1)
+            dilations = (1, dilation, 1)
         y = x
         for i, (s, d) in enumerate(zip(strides, dilations, strict=True), start=1):
             y = self.conv_bn(f"{name}.conv{i}", f"{name}.bn{i}", y, stride=s, dilation=d)
@@ -225,7 +220,7 @@ class _Assembler:
                 steps = [1, 1, 1, 1]
                 steps[dim] = stride
                 cut = Slice((0,) * 4, (None,) * 4, (steps[0], steps[1], steps[2], steps[3]))
-                x = self.emit(f"{name}.slice", cut, x)
+                x = self.emit(f"{name}.downsample.slice", cut, x)
         have = self.shapes[x][1]
         assert isinstance(have, int) and isinstance(channels, int)
         if have > channels:
@@ -233,7 +228,7 @@ class _Assembler:
         if have < channels:
             front = (channels - have) // 2
             pad = Pad((0, front, 0, 0), (0, channels - have - front, 0, 0))
-            x = self.emit(f"{name}.pad", pad, x)
+            x = self.emit(f"{name}.downsample.pad", pad, x)
         return x
 
     def head(self, x: str) -> str:
@@ -260,9 +255,7 @@ class _Assembler:
             )
         kernel = (weight.shape[2], weight.shape[3])
         padding = (dilation * (kernel[0] // 2), dilation * (kernel[1] // 2))
-        op = Conv2d(
-            (stride, stride), padding, (dilation, dilation), channels // weight.shape[1]
-        )
+        op = Conv2d((stride, stride), padding, (dilation, dilation), channels // weight.shape[1])
         params = {"weight": f"{conv}.weight", **self.optional(bias=f"{conv}.bias")}
         x = self.emit(conv, op, x, params=params)
         params = self.optional(weight=f"{norm}.weight", bias=f"{norm}.bias")

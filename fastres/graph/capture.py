@@ -75,9 +75,7 @@ def _export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
     tensor = next(iter(model.parameters()), torch.empty(0))
     examples = tuple(
         # a batch of one would be specialised by the exporter
-        torch.zeros(
-            (2, *spec.usual[1:]), dtype=spec.dtype or tensor.dtype, device=tensor.device
-        )
+        torch.zeros((2, *spec.usual[1:]), dtype=spec.dtype or tensor.dtype, device=tensor.device)
         for spec in inputs
     )
     free = tuple({i: ExportDim.AUTO for i in (0, *spec.ranged)} for spec in inputs)
@@ -201,7 +199,9 @@ class _Reader:
                 self.hints[letter] = int(size.node.hint)
         name = self.namer.name(node.name)
         if val.dtype not in DTYPE_NAMES:
-            raise CaptureError(f"input {name} is {val.dtype}; supported: {sorted(DTYPE_NAMES)}")
+            raise CaptureError(
+                f"input {name} is {val.dtype}; supported: {sorted(DTYPE_NAMES.values())}"
+            )
         spec = TensorSpec(self._shape(node), DTYPE_NAMES[val.dtype])
         self.inputs.append(Value(name, spec))
         self._bind(node, name, spec)
@@ -285,9 +285,7 @@ class _Reader:
 
     def _agrees(self, name: str, node: torch.fx.Node, spec: TensorSpec) -> None:
         """What we read must have the shape that PyTorch saw: a misread call stops here."""
-        want = [
-            s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape
-        ]
+        want = [s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape]
         got = [d.at(self.hints[d.symbol]) if isinstance(d, Sym) else d for d in spec.shape]
         if got != want:
             raise CaptureError(f"{name} ({node.target}) was read as {got}, PyTorch has {want}")

@@ -304,7 +304,7 @@ class Graph:
         return users
 
     def sole_user(self, users: Mapping[str, list[Node]], name: str) -> Node | None:
-        """The one node that reads `name`, or None if several do, or the caller of the model does."""
+        """The one node that reads `name`; None if several do, or if the model returns it."""
         if name in self.outputs or len(users.get(name, ())) != 1:
             return None
         return users[name][0]

@@ -161,9 +161,7 @@ def _batch_norm(w: _Writer, node: Node) -> None:
     channels = w.graph.constants[node.params["mean"]].shape[0]
     scale, shift = w.filled(node, "weight", 1.0, channels), w.filled(node, "bias", 0.0, channels)
     inputs = [*w.inputs(node), scale, shift, *w.params(node, "mean", "var")]
-    w.emit(
-        "BatchNormalization", node.name, inputs, f"{node.name}/norm", epsilon=node.op.eps
-    )
+    w.emit("BatchNormalization", node.name, inputs, f"{node.name}/norm", epsilon=node.op.eps)
     w.activate(node, node.op.activation, f"{node.name}/norm")
 
 
@@ -190,17 +188,33 @@ def _max_pool(w: _Writer, node: Node) -> None:
     op = node.op
     assert isinstance(op, MaxPool)
     pads = (*op.padding, *op.padding)
-    attrs = {"strides": op.stride, "pads": pads, "dilations": op.dilation}
-    attrs["ceil_mode"] = int(op.ceil_mode)
-    w.emit("MaxPool", node.name, w.inputs(node), node.name, kernel_shape=op.kernel, **attrs)
+    w.emit(
+        "MaxPool",
+        node.name,
+        w.inputs(node),
+        node.name,
+        kernel_shape=op.kernel,
+        strides=op.stride,
+        pads=pads,
+        dilations=op.dilation,
+        ceil_mode=int(op.ceil_mode),
+    )
 
 
 def _avg_pool(w: _Writer, node: Node) -> None:
     op = node.op
     assert isinstance(op, AvgPool)
-    attrs = {"strides": op.stride, "pads": (*op.padding, *op.padding)}
-    attrs |= {"ceil_mode": int(op.ceil_mode), "count_include_pad": int(op.count_include_pad)}
-    w.emit("AveragePool", node.name, w.inputs(node), node.name, kernel_shape=op.kernel, **attrs)
+    w.emit(
+        "AveragePool",
+        node.name,
+        w.inputs(node),
+        node.name,
+        kernel_shape=op.kernel,
+        strides=op.stride,
+        pads=(*op.padding, *op.padding),
+        ceil_mode=int(op.ceil_mode),
+        count_include_pad=int(op.count_include_pad),
+    )
 
 
 def _global_avg_pool(w: _Writer, node: Node) -> None:

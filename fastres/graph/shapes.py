@@ -241,5 +241,3 @@ def _(op: Aten, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
         metas = [torch.empty([int(str(d)) for d in s], device="meta") for s in inputs]
         return tuple(aten.call(op, metas).shape)
     return op.result.shape
-
-

@@ -48,9 +48,7 @@ class Merger:
             if node.name not in self._gone
         ]
         outputs = tuple(self._renamed.get(name, name) for name in self._graph.outputs)
-        return self._graph.replace(
-            nodes=tuple(nodes), outputs=outputs, constants=self.constants
-        )
+        return self._graph.replace(nodes=tuple(nodes), outputs=outputs, constants=self.constants)
 
 
 def rename_inputs(node: Node, names: Mapping[str, str]) -> Node:

@@ -1,0 +1,51 @@
+# Two commands set everything up on a fresh machine: `make run` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test install dev lint types unit interpret bench gpu clean
+
+run: install  ## install, then the main job: real photographs through ResNet-50 v1 and v1.5
+	$(BIN)/python examples/main_job.py
+
+test: dev lint types interpret unit  ## install [dev], then lint, types and every test
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed
+
+dev: $(VENV)/.dev
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: dev  ## mypy does not follow setup.py's package_dir: give it a tree of links that it can
+	rm -rf build/types && mkdir -p build/types/fastres
+	ln -sfn $(CURDIR)/fastres/* build/types/fastres/
+	ln -sfn $(CURDIR)/kernels build/types/fastres/kernels
+	ln -sfn $(CURDIR)/calib build/types/fastres/calib
+	$(BIN)/mypy --config-file pyproject.toml -p fastres
+
+# Triton's interpreter and its compiler cannot share a process, so there are two runs of pytest.
+interpret: dev
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
+
+unit: dev
+	$(BIN)/python -m pytest -q -m 'not interpret'
+
+bench: dev
+	$(BIN)/python bench/compare.py
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
