@@ -1,0 +1,335 @@
+"""A saved engine: settings, graph and weights, without pickle and without a byte taken on trust.
+
+    manifest.json        schema, versions, settings, and size and SHA-256 of the files below
+    manifest.sha256      SHA-256 of the manifest
+    graph.json           the graph that runs and the graph it was made from (graph/serial.py)
+    weights.safetensors  the constants of the graph that runs
+
+The files lie in a folder, or in one zip if the path ends in `.fastres` (container.py). Digests
+are checked before anything but the manifest is parsed, and saving the same engine twice gives the
+same bytes. A digest shows damage, not who wrote a file; that nothing in it can run code of its own
+is a matter of the strict decoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import safetensors.torch
+import torch
+
+import fastres
+from fastres.backends.select import BACKENDS
+from fastres.calib.images import Preprocess
+from fastres.container import MANIFEST, SEAL, Container, defect, open_container, read_manifest, seal
+from fastres.container import write as write_container
+from fastres.errors import GraphError, InputError
+from fastres.graph import serial
+from fastres.graph.ir import DTYPE_NAMES, DTYPES, Graph
+from fastres.graph.shapes import bind
+from fastres.options import (
+    DTYPE_OF,
+    Hint,
+    Input,
+    OnUnsupported,
+    Options,
+    Oversize,
+    PathLike,
+    Precision,
+)
+from fastres.tolerances import FLOOR
+
+if TYPE_CHECKING:
+    from fastres.engine import Engine
+
+SCHEMA = 1
+GRAPH = "graph.json"
+WEIGHTS = "weights.safetensors"
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size in bytes and SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+class InputEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An `Input`, its dtype by name."""
+
+    smallest: tuple[int, ...]
+    usual: tuple[int, ...]
+    largest: tuple[int, ...]
+    dtype: str | None
+    format: Literal["NCHW"]
+    name: str | None
+
+
+class OptionsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`Options`, with the backend that was chosen; the device is chosen anew when loading."""
+
+    backend: str
+    precision: Precision
+    hint: Hint
+    max_batch_size: int | None
+    oversize: Oversize
+    on_unsupported: OnUnsupported
+    threads: int | None
+    cache_size: int
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The part of a manifest that every schema has."""
+
+    format: Literal["fastres-engine"]
+    schema: int
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of manifest.json; `versions` and `tolerance` are for people to read."""
+
+    format: Literal["fastres-engine"]
+    schema: int
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+    options: OptionsEntry
+    inputs: tuple[InputEntry, ...]
+    preprocess: Preprocess | None
+    ignored_weights: tuple[str, ...]
+    tolerance: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an engine is made of, apart from anything compiled; see `Engine`."""
+
+    graph: Graph
+    source: Graph
+    options: Options
+    inputs: tuple[Input, ...]
+    preprocess: Preprocess | None = None
+    ignored_weights: tuple[str, ...] = ()
+
+
+def save(engine: Engine, path: PathLike) -> None:
+    """Saves an engine to a folder, or to one zip file if the path ends in `.fastres`.
+
+    Nothing is left half-written; a saved engine that is there already is replaced.
+
+    Raises:
+        ArtifactError: the path holds something else or cannot be written, or the model returns
+            something that cannot be written down.
+    """
+    options = replace(engine.options, backend=(engine.backend.name,))
+    contents = Contents(
+        engine.graph,
+        engine.source,
+        options,
+        engine.inputs,
+        engine.preprocess,
+        engine.ignored_weights,
+    )
+    write(contents, path)
+
+
+def load(
+    path: PathLike, *, device: str | torch.device | None = None, trust_engine: bool = False
+) -> Engine:
+    """Loads a saved engine; the model's code and torch.export are not needed.
+
+    Args:
+        path: folder or file.
+        device: None takes the backend's own.
+        trust_engine: whether compiled parts may run. An artifact of schema 1 holds none: the
+            backend compiles its graph on this machine, whatever is said here.
+
+    Raises:
+        ArtifactError: the artifact is damaged, incomplete, or newer than this version.
+        BackendUnavailable, UnsupportedError: its backend or precision cannot run on this machine.
+    """
+    from fastres.compiler import assemble
+    from fastres.engine import Origin
+
+    contents = read(path)
+    try:
+        place = None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not one: {error}") from error
+    return assemble(
+        contents.graph,
+        Origin(contents.source, contents.ignored_weights),
+        replace(contents.options, device=place),
+        contents.inputs,
+        contents.preprocess,
+    )
+
+
+def write(contents: Contents, path: PathLike) -> None:
+    """Writes an artifact; `read` gives equal contents back.
+
+    Raises:
+        ArtifactError: as `save`.
+    """
+    where = Path(path)
+    try:
+        graph, tensors = serial.encode(contents.graph, contents.source)
+        serial.decode(graph, tensors)  # what could not be loaded again is not saved
+        files = {GRAPH: graph, WEIGHTS: safetensors.torch.save(tensors)}
+        manifest = serial.canonical(_manifest(contents, files), Manifest)
+    except (GraphError, msgspec.MsgspecError, TypeError) as error:
+        raise defect(where, f"this engine cannot be saved: {error}") from error
+    text = msgspec.json.format(manifest, indent=2)
+    write_container(where, {MANIFEST: text, SEAL: seal(text), **files})
+
+
+def read(path: PathLike) -> Contents:
+    """Reads an artifact without lowering it for a backend.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    container = open_container(Path(path))
+    manifest = _read_manifest(container)
+    files = {name: _checked(container, name, entry) for name, entry in manifest.files.items()}
+    try:
+        tensors = safetensors.torch.load(files[WEIGHTS])
+    except Exception as error:  # safetensors raises its own kinds, torch others
+        raise defect(container.path, f"{WEIGHTS} cannot be read: {error}") from error
+    try:
+        graph, source = serial.decode(files[GRAPH], tensors)
+        inputs = tuple(_input(entry) for entry in manifest.inputs)
+        bind(graph, [i.usual for i in inputs])
+        options = _options(manifest.options)
+    except (GraphError, InputError) as error:
+        raise defect(container.path, f"its content contradicts itself: {error}") from error
+    if source.inputs != graph.inputs:
+        raise defect(container.path, "the graph and its source have different inputs")
+    return Contents(graph, source, options, inputs, manifest.preprocess, manifest.ignored_weights)
+
+
+def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
+    options = contents.options
+    assert options.precision is not None  # an engine has it resolved
+    floor = FLOOR[DTYPE_OF[options.precision]]
+    return Manifest(
+        format="fastres-engine",
+        schema=SCHEMA,
+        versions={
+            "fastres": fastres.__version__,
+            "torch": str(torch.__version__),
+            "openvino": _version("openvino"),
+        },
+        files={
+            name: FileEntry(len(data), hashlib.sha256(data).hexdigest())
+            for name, data in files.items()
+        },
+        options=OptionsEntry(
+            backend=options.backend[0],
+            precision=options.precision,
+            hint=options.hint,
+            max_batch_size=options.max_batch_size,
+            oversize=options.oversize,
+            on_unsupported=options.on_unsupported,
+            threads=options.threads,
+            cache_size=options.cache_size,
+        ),
+        inputs=tuple(
+            InputEntry(
+                i.smallest,
+                i.usual,
+                i.largest,
+                None if i.dtype is None else DTYPE_NAMES[i.dtype],
+                i.format,
+                i.name,
+            )
+            for i in contents.inputs
+        ),
+        preprocess=contents.preprocess,
+        ignored_weights=contents.ignored_weights,
+        tolerance=(
+            f"relative to the RMS of a float64 oracle: at most twice PyTorch's own error in "
+            f"{options.precision}, or {floor:g}"
+        ),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _read_manifest(container: Container) -> Manifest:
+    text = read_manifest(container)
+    try:
+        header = msgspec.json.decode(text, type=Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise defect(container.path, f"{MANIFEST} is not fastres's: {error}") from error
+    if header.schema > SCHEMA:
+        raise defect(
+            container.path,
+            f"written by schema {header.schema}, this fastres ({fastres.__version__}) reads up to "
+            f"{SCHEMA}: upgrade fastres",
+        )
+    if header.schema < 1:
+        raise defect(container.path, f"{MANIFEST} says schema {header.schema}; the first is 1")
+    try:
+        manifest = serial.strict(text, Manifest)
+    except GraphError as error:
+        raise defect(container.path, f"{MANIFEST} cannot be read: {error}") from error
+    if set(manifest.files) != {GRAPH, WEIGHTS}:
+        raise defect(
+            container.path,
+            f"{MANIFEST} lists {sorted(manifest.files)}; schema 1 has {[GRAPH, WEIGHTS]}",
+        )
+    present, wanted = set(container.sizes), {MANIFEST, SEAL, *manifest.files}
+    if missing := sorted(wanted - present):
+        raise defect(container.path, f"{', '.join(missing)} is missing. Copy the engine anew")
+    if strange := sorted(present - wanted):
+        raise defect(
+            container.path, f"{', '.join(strange)} is no part of it. Remove it if it is yours"
+        )
+    if manifest.options.backend not in BACKENDS:
+        raise defect(
+            container.path,
+            f"made for the backend {manifest.options.backend!r}; this fastres "
+            f"({fastres.__version__}) has {', '.join(BACKENDS)}",
+        )
+    return manifest
+
+
+def _checked(container: Container, name: str, entry: FileEntry) -> bytes:
+    """A file's content, if size and digest are those of the manifest."""
+    size = container.sizes[name]
+    if size != entry.size:
+        raise defect(
+            container.path, f"{name} has {size} bytes, {entry.size} were written. Copy it anew"
+        )
+    data = container.read(name)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise defect(container.path, f"{name} was altered: its SHA-256 differs. Copy it anew")
+    return data
+
+
+def _input(entry: InputEntry) -> Input:
+    if entry.dtype is not None and entry.dtype not in DTYPES:
+        raise InputError(f"an input has the dtype {entry.dtype!r}; known are {', '.join(DTYPES)}")
+    fixed = entry.smallest == entry.usual == entry.largest
+    return Input(
+        entry.usual if fixed else (entry.smallest, entry.usual, entry.largest),
+        None if entry.dtype is None else DTYPES[entry.dtype],
+        entry.format,
+        entry.name,
+    )
+
+
+def _options(entry: OptionsEntry) -> Options:
+    settings = msgspec.structs.asdict(entry)
+    return Options(**{**settings, "backend": (entry.backend,)})

@@ -1,0 +1,272 @@
+"""Graph ↔ JSON and a table of tensors: the form in which a saved engine keeps its network.
+
+The structs of `fastres.graph.ir` are the schema of the JSON, decoded strictly, so what loads is
+made of nothing but the operations of the IR. Constants lie beside the JSON, in a table of tensors;
+constants that are one tensor under several names (tied weights) are one entry of the table and one
+tensor again when loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import torch
+
+from fastres.errors import GraphError
+from fastres.graph import laws
+from fastres.graph.ir import (
+    DTYPE_NAMES,
+    DTYPES,
+    Aten,
+    Conv2d,
+    Dim,
+    Graph,
+    Node,
+    Op,
+    Pad,
+    Sym,
+    TensorSpec,
+    Value,
+    spec_of,
+)
+
+_T = TypeVar("_T")
+_HUGE = 2**48  # more elements than any memory holds
+
+
+class ConstantEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A constant's spec, and the name of the tensor that holds its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    stored: str
+
+
+class GraphEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `Graph` without the values of its constants.
+
+    `infinite_pads` names the Pad nodes whose value is infinite: JSON has no such number.
+    """
+
+    inputs: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]
+    constants: dict[str, ConstantEntry]
+    output_tree: str
+    infinite_pads: dict[str, Literal["inf", "-inf"]] = {}
+
+
+class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of graph.json: the graph that runs, and the one it was made from."""
+
+    graph: GraphEntry
+    source: GraphEntry
+
+
+class _Tree(msgspec.Struct, forbid_unknown_fields=True):
+    """PyTorch's JSON form of a pytree: `type` is None for a leaf."""
+
+    type: str | None
+    context: Any
+    children_spec: list[_Tree]
+
+
+def encode(graph: Graph, source: Graph) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """Writes both graphs down.
+
+    Args:
+        graph: lawful, constants on the CPU.
+        source: lawful; only the specs of its constants are kept.
+
+    Returns:
+        The JSON, and the tensors it refers to, contiguous and each in a storage of its own.
+
+    Raises:
+        GraphError: the graph holds something that JSON cannot, such as a NaN.
+    """
+    document = Document(_entry(graph), _entry(source))
+    try:
+        text = canonical(document, Document)
+    except (msgspec.MsgspecError, TypeError) as error:
+        raise GraphError(f"the graph cannot be written as JSON: {error}") from error
+    tensors: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, stored in same_tensors(graph.constants).items():
+        if name == stored:
+            tensor = graph.constants[name].detach().contiguous()
+            storage = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if storage in storages else tensor
+            storages.add(storage)
+    return text, tensors
+
+
+def decode(data: bytes, tensors: Mapping[str, torch.Tensor]) -> tuple[Graph, Graph]:
+    """Reads both graphs back; the source's constants come to lie on the meta device.
+
+    Args:
+        data: JSON as `encode` writes it; nothing is taken on trust.
+        tensors: the table of tensors, by stored name.
+
+    Raises:
+        GraphError: the JSON is not what this version writes, the tensors do not fit it, or a graph
+            breaks the laws of the IR.
+    """
+    document = strict(data, Document)
+    for entry in (document.graph, document.source):
+        _check_entry(entry)
+    metas = {
+        entry.stored: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        for entry in document.source.constants.values()
+    }
+    return _graph(document.graph, tensors, "graph"), _graph(document.source, metas, "source")
+
+
+def same_tensors(constants: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For each constant, the first name of the same tensor: the same memory, seen the same way."""
+    first: dict[tuple[object, ...], str] = {}
+    names: dict[str, str] = {}
+    for name, tensor in constants.items():
+        where = id(tensor) if tensor.is_meta else tensor.data_ptr()
+        key = (where, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        names[name] = first.setdefault(key, name)
+    return names
+
+
+def canonical(value: Any, kind: type[Any]) -> bytes:
+    """The one JSON text of a struct; numbers take the type that the struct declares.
+
+    Raises:
+        msgspec.MsgspecError, TypeError: a value does not have its declared type.
+    """
+    return msgspec.json.encode(msgspec.json.decode(msgspec.json.encode(value), type=kind))
+
+
+def strict(data: bytes, kind: type[_T]) -> _T:
+    """Decodes JSON that must be exactly what this version would write.
+
+    Raises:
+        GraphError: it is not JSON, a value has another type, or a field is unknown or given twice.
+    """
+    try:
+        value = msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise GraphError(f"it is not what this version of fastres writes: {error}") from error
+    if msgspec.json.encode(value) != msgspec.json.format(data, indent=-1):
+        raise GraphError("it holds fields that this version of fastres does not know")
+    return value
+
+
+def _entry(graph: Graph) -> GraphEntry:
+    pads: dict[str, Literal["inf", "-inf"]] = {}
+    nodes = []
+    for node in graph.nodes:
+        if isinstance(node.op, Pad) and math.isinf(node.op.value):
+            pads[node.name] = "inf" if node.op.value > 0 else "-inf"
+            node = node.with_(op=msgspec.structs.replace(node.op, value=0.0))
+        nodes.append(node)
+    constants = {
+        name: ConstantEntry(
+            tuple(graph.constants[name].shape), DTYPE_NAMES[graph.constants[name].dtype], stored
+        )
+        for name, stored in same_tensors(graph.constants).items()
+    }
+    return GraphEntry(graph.inputs, tuple(nodes), graph.outputs, constants, graph.output_tree, pads)
+
+
+def _graph(entry: GraphEntry, tensors: Mapping[str, torch.Tensor], which: str) -> Graph:
+    wanted = {c.stored for c in entry.constants.values()}
+    if wanted != set(tensors):
+        some = ", ".join(sorted(wanted ^ set(tensors))[:5])
+        raise GraphError(f"the graph and the weights do not hold the same tensors: {some}")
+    constants: dict[str, torch.Tensor] = {}
+    for name, constant in entry.constants.items():
+        tensor = tensors[constant.stored]
+        if tensor.dtype not in DTYPE_NAMES or spec_of(tensor) != TensorSpec(
+            constant.shape, constant.dtype
+        ):
+            want = TensorSpec(constant.shape, constant.dtype)
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise GraphError(f"the graph says {name} is {want}, the weights hold {got}")
+        constants[name] = tensor
+    nodes = tuple(_with_infinity(node, entry.infinite_pads) for node in entry.nodes)
+    graph = Graph(entry.inputs, nodes, entry.outputs, constants, entry.output_tree)
+    try:
+        return laws.check(graph, f"loading the {which}")
+    except GraphError:
+        raise
+    except Exception as error:  # an Aten call that does not fit: PyTorch raises many kinds
+        raise GraphError(f"the {which} holds a call that PyTorch refuses: {error}") from error
+
+
+def _with_infinity(node: Node, pads: Mapping[str, str]) -> Node:
+    if node.name not in pads:
+        return node
+    if not isinstance(node.op, Pad):
+        raise GraphError(f"{node.name} is said to pad with infinity, but is no Pad")
+    return node.with_(op=msgspec.structs.replace(node.op, value=float(pads[node.name])))
+
+
+def _check_entry(entry: GraphEntry) -> None:
+    """What the laws take for granted, because no pass could break it, but a file can."""
+    for name, spec in _specs(entry):
+        if spec.dtype not in DTYPES:
+            raise GraphError(f"{name} has the dtype {spec.dtype!r}; known are {', '.join(DTYPES)}")
+        for dim in spec.shape:
+            if not 0 <= _smallest(dim) < _HUGE:
+                raise GraphError(f"{name} has the impossible size {dim}")
+        if math.prod(d for d in spec.shape if isinstance(d, int)) >= _HUGE:
+            raise GraphError(f"{name} is {spec}: more elements than any memory holds")
+    for node in entry.nodes:
+        _check_settings(node.name, node.op)
+    _check_tree(entry.output_tree)
+
+
+def _specs(entry: GraphEntry) -> Iterator[tuple[str, TensorSpec]]:
+    for name, constant in entry.constants.items():
+        yield name, TensorSpec(constant.shape, constant.dtype)
+    for value in entry.inputs:
+        yield value.name, value.spec
+    for node in entry.nodes:
+        yield node.name, node.spec
+        if isinstance(node.op, Aten):
+            yield node.name, node.op.result
+
+
+def _smallest(dim: Dim) -> int:
+    """A lower bound of a size; negative for a form that is no size at all."""
+    if isinstance(dim, Sym):
+        return 0 if dim.div > 0 else -1
+    return dim
+
+
+def _check_settings(name: str, op: Op) -> None:
+    for setting in ("kernel", "stride", "dilation", "steps"):
+        if any(size < 1 for size in getattr(op, setting, ())):
+            raise GraphError(f"{name} has {setting} {getattr(op, setting)}; it must be above 0")
+    for setting in ("padding", "before", "after"):
+        if any(size < 0 for size in getattr(op, setting, ())):
+            raise GraphError(f"{name} has {setting} {getattr(op, setting)}; it must not be below 0")
+    if isinstance(op, Conv2d) and op.groups < 1:
+        raise GraphError(f"{name} has {op.groups} groups; it must have at least 1")
+    if isinstance(op, Aten) and op.overload.startswith("aten.from_file"):
+        raise GraphError(f"{name} would open a file ({op.overload}); a network has no need to")
+
+
+def _check_tree(text: str) -> None:
+    """Refuses what would make PyTorch import a module that the file names."""
+    try:
+        _, tree = msgspec.json.decode(text, type=tuple[int, _Tree])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise GraphError(f"the output tree cannot be read: {error}") from error
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if node.type == "collections.defaultdict" or "__enum__" in str(node.context):
+            raise GraphError(
+                f"the output tree holds a {node.type} that names code to import; let the model "
+                "return a dict with plain keys"
+            )
+        pending += node.children_spec

@@ -1,0 +1,184 @@
+"""What a network consists of: per layer its output shape, parameters and multiply-adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+import torch
+from rich.table import Table
+
+from fastres.engine import Engine
+from fastres.errors import InputError
+from fastres.graph.capture import capture
+from fastres.graph.ir import Aten, Conv2d, Flatten, Graph, Linear, Node, Slice, Sym, op_name
+from fastres.graph.serial import same_tensors
+from fastres.graph.shapes import infer_shapes
+from fastres.options import Input, Sizes
+from fastres.text import render
+
+Shapes = Mapping[str, Sizes]
+_STATISTICS = ("mean", "var")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node of the graph; `macs` are its multiply-adds."""
+
+    name: str
+    op: str
+    output_shape: Sizes
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A network's layers and totals; `str()` is a table.
+
+    Args:
+        parameters: of the whole network; a weight that several layers share counts once.
+        uncounted: operations outside the IR, whose multiply-adds are not known and not in `macs`.
+    """
+
+    input_shapes: tuple[Sizes, ...]
+    layers: tuple[Layer, ...]
+    parameters: int
+    macs: int
+    uncounted: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    def __str__(self) -> str:
+        table = Table()
+        for heading in ("layer", "operation"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("output", "parameters", "multiply-adds"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for layer in self.layers:
+            shape = "x".join(map(str, layer.output_shape))
+            table.add_row(layer.name, layer.op, shape, f"{layer.parameters:,}", f"{layer.macs:,}")
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
+        lines = [
+            render(table),
+            f"input {shapes}: {self.parameters:,} parameters, {self.macs:,} multiply-adds "
+            f"({2 * self.macs / 1e9:.3f} GFLOP)",
+        ]
+        if self.uncounted:
+            lines.append(f"multiply-adds not known: {', '.join(self.uncounted)}")
+        return "\n".join(lines)
+
+
+def summary(
+    model: torch.nn.Module | Graph | Engine, input_size: Sequence[int] | Input | None = None
+) -> Summary:
+    """Lists the layers of a network.
+
+    Args:
+        model: in eval(); or a Graph, which may be optimised; or an Engine, of which the network as
+            captured is shown, before anything was fused.
+        input_size: (N, C, H, W) or an Input, of which the usual size is taken. None takes
+            (1, 3, 224, 224), or the size that the graph or engine has.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        InputError, GraphError: the size does not fit the network.
+    """
+    given = input_size
+    if given is not None and not isinstance(given, Input):
+        given = Input(tuple(given))
+    if isinstance(model, Graph):
+        return _of_graph(model, [given.usual] if given else _usual(model))
+    if isinstance(model, torch.nn.Module):
+        image = given or Input((1, 3, 224, 224))
+        return _of_graph(capture(model, [image]).graph, [image.usual])
+    if isinstance(model, Engine):
+        usual = [entry.usual for entry in model.inputs]
+        return _of_graph(model.source, [given.usual] if given else usual)
+    raise InputError(f"model is {type(model).__name__}, not an nn.Module, a Graph or an Engine")
+
+
+def multiply_adds(node: Node, shapes: Shapes, graph: Graph) -> int:
+    """Multiplications, each with its addition, that a node needs; half its floating-point count.
+
+    As the ResNet paper counts: a convolution has N*K*P*Q * (C/groups)*R*S, a linear layer
+    (product of its output's sizes) * C. Biases, normalisation, activations, additions and pooling
+    count nothing, and neither does an operation that the IR does not know.
+
+    Source: He et al. 2015, table 1.
+    """
+    if not isinstance(node.op, Conv2d | Linear):
+        return 0
+    weight = graph.constants[node.params["weight"]]
+    return math.prod(shapes[node.name]) * math.prod(weight.shape[1:])
+
+
+def traffic(node: Node, shapes: Shapes, graph: Graph, itemsize: int) -> int:
+    """Bytes that a node must move at least: every operand read once, the result written once.
+
+    A slice reads what it keeps, and a flattening moves nothing.
+
+    Args:
+        itemsize: bytes of one element, of activations and parameters alike.
+    """
+    if isinstance(node.op, Flatten):
+        return 0
+    written = math.prod(shapes[node.name])
+    if isinstance(node.op, Slice):
+        return 2 * written * itemsize
+    read = sum(
+        math.prod(shapes[name] if name in shapes else graph.constants[name].shape)
+        for name in node.inputs
+    )
+    params = sum(graph.constants[name].numel() for name in node.params.values())
+    return (read + params + written) * itemsize
+
+
+def _of_graph(graph: Graph, input_shapes: Sequence[Sizes]) -> Summary:
+    shapes = infer_shapes(graph, input_shapes)
+    layers = tuple(
+        Layer(
+            node.name,
+            op_name(node.op),
+            shapes[node.name],
+            _parameters(graph, _learned(node)),
+            multiply_adds(node, shapes, graph),
+        )
+        for node in graph.nodes
+    )
+    first = same_tensors(graph.constants)
+    distinct = {first[name] for node in graph.nodes for name in _learned(node)}
+    return Summary(
+        tuple(tuple(shape) for shape in input_shapes),
+        layers,
+        _parameters(graph, distinct),
+        sum(layer.macs for layer in layers),
+        tuple(node.name for node in graph.nodes if isinstance(node.op, Aten)),
+    )
+
+
+def _learned(node: Node) -> list[str]:
+    """The constants that training learns: not the running statistics of a BatchNorm."""
+    return [name for slot, name in node.params.items() if slot not in _STATISTICS]
+
+
+def _parameters(graph: Graph, names: Iterable[str]) -> int:
+    return sum(graph.constants[name].numel() for name in names)
+
+
+def _usual(graph: Graph) -> list[Sizes]:
+    """A batch of one, and 224 for any other size that is left open."""
+    return [
+        tuple(
+            size if not isinstance(size, Sym) else 1 if i == 0 else 224
+            for i, size in enumerate(value.spec.shape)
+        )
+        for value in graph.inputs
+    ]
