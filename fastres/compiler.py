@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.export import ExportedProgram
 
-from fastres.backends.base import Executable, refusals
+from fastres.backends.base import Executable
 from fastres.backends.segments import lower_in_segments
 from fastres.backends.select import choose
 from fastres.calib.images import Preprocess
@@ -226,7 +226,7 @@ def assemble(
     choice = choose(graph, options, precision)
     options = replace(options, precision=precision)
     usual = tuple(i.usual for i in inputs)
-    refused = refusals(choice.backend, graph)
+    refused = choice.backend.refusals(graph)
     if refused:
         names = {refusal.node for refusal in refused}
         executable: Executable = lower_in_segments(choice.backend, graph, options, usual, names)

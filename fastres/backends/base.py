@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from fastres.graph.ir import Graph, Node
+from fastres.graph.ir import Graph
 from fastres.options import Options, Precision, Sizes
 
 
@@ -19,6 +19,17 @@ class NodeTime:
     name: str
     milliseconds: float
     ran_as: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that a backend does not take, and why."""
+
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason}"
 
 
 class Executable(Protocol):
@@ -48,28 +59,11 @@ class Backend(Protocol):
     def precision(self, wanted: Precision) -> str | None:
         """None if the precision is supported, else the reason why it is not."""
 
-    def supports(self, node: Node, graph: Graph) -> str | None:
-        """None if the node can be lowered, else the reason for refusing it."""
+    def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
+        """Every node that cannot be lowered, with the reason; nothing is lowered."""
 
     def lower(self, graph: Graph, options: Options, shapes: tuple[Sizes, ...]) -> Executable:
         """Lowers a graph whose every node is supported, ready for inputs of these shapes."""
 
     def device(self, options: Options) -> torch.device:
         """Where the executable wants its inputs and puts its outputs."""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A node that a backend does not take, and why."""
-
-    node: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.node}: {self.reason}"
-
-
-def refusals(backend: Backend, graph: Graph) -> tuple[Refusal, ...]:
-    """Every refusal at once, before anything is lowered."""
-    reasons = ((node.name, backend.supports(node, graph)) for node in graph.nodes)
-    return tuple(Refusal(name, reason) for name, reason in reasons if reason is not None)

@@ -7,7 +7,6 @@ gets a compiled model of its own; the least recently used is dropped when there 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -16,14 +15,13 @@ from typing import Any
 
 import torch
 
-from fastres.backends.base import NodeTime
-from fastres.errors import FastresError
+from fastres.backends.base import NodeTime, Refusal
+from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.graph import onnx as onnx_form
-from fastres.graph.ir import Graph, Node
+from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision, Sizes
 
-Shapes = tuple[Sizes, ...]
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -53,8 +51,9 @@ class CpuBackend:
             return "this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
         return None if wanted in _HINTS else f"cpu runs fp32 and bf16, not {wanted}"
 
-    def supports(self, node: Node, graph: Graph) -> str | None:
-        return onnx_form.refusal(node)
+    def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
+        reasons = ((node.name, onnx_form.refusal(node)) for node in graph.nodes)
+        return tuple(Refusal(name, reason) for name, reason in reasons if reason is not None)
 
     def lower(self, graph: Graph, options: Options, shapes: Shapes) -> CpuExecutable:
         executable = CpuExecutable(graph, options)
@@ -70,58 +69,42 @@ class CpuExecutable:
 
     def __init__(self, graph: Graph, options: Options) -> None:
         self._graph = graph
-        self._cache_size = options.cache_size
         precision = options.precision or "fp32"
         self._config = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": options.hint.upper(),
             "INFERENCE_NUM_THREADS": options.num_threads,
         }
+        self._reshaping = threading.Lock()
         self._model = _core().read_model(onnx_form.to_onnx(graph).SerializeToString())
-        self._plans: OrderedDict[Shapes, _Plan] = OrderedDict()
-        self._lock = threading.Lock()
+        self._plans = ShapeCache(self._compile, options.cache_size)
 
     def prepare(self, shapes: Shapes) -> None:
         """Compiles for these input shapes now, so that the first call does not wait."""
-        self._plan(shapes)
+        self._plans.get(shapes)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         arrays = [tensor.detach().float().contiguous() for tensor in inputs]
-        return self._plan(tuple(tuple(a.shape) for a in arrays)).run(arrays)
+        return self._plans.get(tuple(tuple(a.shape) for a in arrays)).run(arrays)
 
     def precisions(self) -> dict[str, str]:
         """Read off the compiled model: what each node was compiled to run in."""
-        with self._lock:
-            plan = next(reversed(self._plans.values()))
-        return plan.precisions()
+        return self._plans.latest().precisions()
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         arrays = [tensor.detach().float().contiguous() for tensor in inputs]
         shapes = tuple(tuple(a.shape) for a in arrays)
-        return self._compile(shapes, {"PERF_COUNT": True}).profile(arrays)
+        return self._compile(shapes, counters=True).profile(arrays)
 
     def close(self) -> None:
-        with self._lock:
-            self._plans.clear()
-            self._model = None
+        self._plans.clear()
 
-    def _plan(self, shapes: Shapes) -> _Plan:
-        with self._lock:
-            plan = self._plans.get(shapes)
-            if plan is None:
-                plan = self._plans[shapes] = self._compile(shapes, {})
-                if len(self._plans) > self._cache_size:
-                    self._plans.popitem(last=False)
-            else:
-                self._plans.move_to_end(shapes)
-            return plan
-
-    def _compile(self, shapes: Shapes, extra: dict[str, Any]) -> _Plan:
-        if self._model is None:
-            raise FastresError("this engine was closed")
+    def _compile(self, shapes: Shapes, counters: bool = False) -> _Plan:
         names = [value.name for value in self._graph.inputs]
-        self._model.reshape({n: list(s) for n, s in zip(names, shapes, strict=True)})
-        compiled = _core().compile_model(self._model, "CPU", {**self._config, **extra})
+        config = {**self._config, "PERF_COUNT": counters}
+        with self._reshaping:  # the one model is bent to each shape in turn
+            self._model.reshape({n: list(s) for n, s in zip(names, shapes, strict=True)})
+            compiled = _core().compile_model(self._model, "CPU", config)
         sizes = infer_shapes(self._graph, shapes)
         return _Plan(compiled, [sizes[name] for name in self._graph.outputs])
 

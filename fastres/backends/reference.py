@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fastres.backends.base import NodeTime
+from fastres.backends.base import NodeTime, Refusal
 from fastres.graph import aten
 from fastres.graph.ir import (
     Activation,
@@ -43,8 +43,8 @@ class ReferenceBackend:
     def precision(self, wanted: Precision) -> str | None:
         return None if wanted == "fp32" else f"reference computes in fp32, not {wanted}"
 
-    def supports(self, node: Node, graph: Graph) -> str | None:
-        return None
+    def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
+        return ()
 
     def lower(
         self, graph: Graph, options: Options, shapes: tuple[Sizes, ...]

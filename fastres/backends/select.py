@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastres.backends.base import Backend, refusals
+from fastres.backends.base import Backend
 from fastres.errors import BackendUnavailable, InputError, UnsupportedError
 from fastres.graph.ir import Graph
 from fastres.options import Options, Precision
@@ -89,7 +89,7 @@ def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
         if misplaced is not None:
             reasons.append(misplaced)
             continue
-        refused = refusals(candidate, graph)
+        refused = candidate.refusals(graph)
         if refused and options.on_unsupported == "error":
             listed = "\n".join(f"  {refusal}" for refusal in refused)
             reasons.append(f"{name} refuses {len(refused)} of {len(graph.nodes)} nodes:\n{listed}")

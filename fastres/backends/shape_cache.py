@@ -1,0 +1,51 @@
+"""A bounded, thread-safe table of what was made for each input shape."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from fastres.options import Sizes
+
+T = TypeVar("T")
+Shapes = tuple[Sizes, ...]
+
+
+class ShapeCache(Generic[T]):
+    """Keeps the `limit` entries used last; the others are dropped and made again on demand.
+
+    Args:
+        make: makes an entry for input shapes; never called twice at a time.
+        limit: how many entries to keep.
+    """
+
+    def __init__(self, make: Callable[[Shapes], T], limit: int) -> None:
+        self._make = make
+        self._limit = limit
+        self._entries: OrderedDict[Shapes, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, shapes: Shapes) -> T:
+        with self._lock:
+            entry = self._entries.get(shapes)
+            if entry is None:
+                entry = self._entries[shapes] = self._make(shapes)
+                if len(self._entries) > self._limit:
+                    self._entries.popitem(last=False)
+            else:
+                self._entries.move_to_end(shapes)
+            return entry
+
+    def latest(self) -> T:
+        """The entry used last."""
+        with self._lock:
+            return next(reversed(self._entries.values()))
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)

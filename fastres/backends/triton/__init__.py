@@ -1,0 +1,1 @@
+"""Graph → Plan → kernel launches on an NVIDIA GPU (or in Triton's interpreter, for tests)."""

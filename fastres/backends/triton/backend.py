@@ -1,0 +1,102 @@
+"""The Triton backend: our kernels on an NVIDIA GPU; for tests, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from fastres.backends.base import NodeTime, Refusal
+from fastres.backends.shape_cache import ShapeCache, Shapes
+from fastres.graph.ir import Graph
+from fastres.options import DTYPE_OF, Options, Precision
+
+_OLDEST = 80
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonBackend:
+    """fp32, tf32, fp16 and bf16 on GPUs from sm_80 on."""
+
+    name = "triton"
+
+    def unavailable(self) -> str | None:
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            return f"triton cannot be imported ({error}); pip install triton"
+        if _interpreting():
+            return None
+        if not torch.cuda.is_available():
+            return (
+                "there is no NVIDIA GPU (torch.cuda.is_available() is False); for tests, "
+                "TRITON_INTERPRET=1 with device='cpu' runs the kernels in Triton's interpreter"
+            )
+        major, minor = torch.cuda.get_device_capability()
+        if 10 * major + minor < _OLDEST:
+            return f"the GPU is sm_{major}{minor}; the kernels need sm_{_OLDEST} or newer"
+        return None
+
+    def precision(self, wanted: Precision) -> str | None:
+        return None if wanted in DTYPE_OF else f"triton runs {', '.join(DTYPE_OF)}, not {wanted}"
+
+    def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
+        from fastres.backends.triton.lower import refusals
+
+        return refusals(graph)
+
+    def lower(self, graph: Graph, options: Options, shapes: Shapes) -> TritonExecutable:
+        executable = TritonExecutable(graph, options, self.device(options))
+        executable.prepare(shapes)
+        return executable
+
+    def device(self, options: Options) -> torch.device:
+        if options.device is not None and options.device.index is not None:
+            return options.device
+        kind = options.device.type if options.device is not None else None
+        if kind == "cpu" or (kind is None and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+
+class TritonExecutable:
+    """Packed weights, and a plan for each input shape."""
+
+    def __init__(self, graph: Graph, options: Options, device: torch.device) -> None:
+        from fastres.backends.triton.lower import make_plan
+        from fastres.backends.triton.pack import pack
+        from fastres.backends.triton.run import PlanRunner
+        from fastres.kernels.cost import Target
+        from fastres.kernels.launch import target_of
+
+        self._graph = graph
+        self._precision: Precision = options.precision or "fp32"
+        constants = pack(graph, DTYPE_OF[self._precision], device)
+        # The interpreter runs one block after the other, like a GPU with a single SM.
+        target = target_of(device) if device.type == "cuda" else Target(90, 1)
+
+        def make(shapes: Shapes) -> PlanRunner:
+            plan = make_plan(graph, shapes, self._precision, target)
+            return PlanRunner(plan, constants, device)
+
+        self._runners = ShapeCache(make, options.cache_size)
+
+    def prepare(self, shapes: Shapes) -> None:
+        """Plans for these input shapes now."""
+        self._runners.get(shapes)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self._runners.get(tuple(tuple(x.shape) for x in inputs)).run(inputs)
+
+    def precisions(self) -> dict[str, str]:
+        return dict.fromkeys((node.name for node in self._graph.nodes), self._precision)
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
+        return self._runners.get(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
+
+    def close(self) -> None:
+        self._runners.clear()

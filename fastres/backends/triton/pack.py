@@ -1,0 +1,27 @@
+"""Weights in the layout and dtype that the kernels read: KRSC convolutions, fp32 biases."""
+
+from __future__ import annotations
+
+import torch
+
+from fastres.graph.ir import Conv2d, Graph, Linear
+
+
+def pack(graph: Graph, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """The constants that the plan's launches name, each rounded once.
+
+    A convolution's weight [K, C/groups, R, S] becomes [K, R, S, C/groups]; biases stay fp32, they
+    are added to the fp32 accumulator.
+    """
+    packed: dict[str, torch.Tensor] = {}
+    for node in graph.nodes:
+        if not isinstance(node.op, Conv2d | Linear):
+            continue
+        weight = graph.constants[node.params["weight"]]
+        if isinstance(node.op, Conv2d):
+            weight = weight.permute(0, 2, 3, 1)
+        packed[node.params["weight"]] = weight.to(device, dtype).contiguous()
+        if "bias" in node.params:
+            bias = graph.constants[node.params["bias"]]
+            packed[node.params["bias"]] = bias.to(device, torch.float32).contiguous()
+    return packed
