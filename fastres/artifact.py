@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,7 +32,6 @@ from fastres.container import write as write_container
 from fastres.errors import GraphError, InputError
 from fastres.graph import serial
 from fastres.graph.ir import DTYPE_NAMES, DTYPES, Graph
-from fastres.graph.shapes import bind
 from fastres.options import (
     DTYPE_OF,
     Hint,
@@ -42,6 +41,7 @@ from fastres.options import (
     Oversize,
     PathLike,
     Precision,
+    Sizes,
 )
 from fastres.tolerances import FLOOR
 
@@ -179,7 +179,8 @@ def write(contents: Contents, path: PathLike) -> None:
     where = Path(path)
     try:
         graph, tensors = serial.encode(contents.graph, contents.source)
-        serial.decode(graph, tensors)  # what could not be loaded again is not saved
+        # what could not be loaded again is not saved
+        serial.decode(graph, tensors, _sizes(contents.inputs))
         files = {GRAPH: graph, WEIGHTS: safetensors.torch.save(tensors)}
         manifest = serial.canonical(_manifest(contents, files), Manifest)
     except (GraphError, msgspec.MsgspecError, TypeError) as error:
@@ -202,9 +203,8 @@ def read(path: PathLike) -> Contents:
     except Exception as error:  # safetensors raises its own kinds, torch others
         raise defect(container.path, f"{WEIGHTS} cannot be read: {error}") from error
     try:
-        graph, source = serial.decode(files[GRAPH], tensors)
         inputs = tuple(_input(entry) for entry in manifest.inputs)
-        bind(graph, [i.usual for i in inputs])
+        graph, source = serial.decode(files[GRAPH], tensors, _sizes(inputs))
         options = _options(manifest.options)
     except (GraphError, InputError) as error:
         raise defect(container.path, f"its content contradicts itself: {error}") from error
@@ -257,6 +257,10 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
             f"{options.precision}, or {floor:g}"
         ),
     )
+
+
+def _sizes(inputs: Sequence[Input]) -> list[Sizes]:
+    return [entry.usual for entry in inputs]
 
 
 def _version(package: str) -> str:

@@ -131,7 +131,10 @@ class _Zip:
             if info.filename in self.sizes:
                 raise defect(path, f"{info.filename} is in it twice")
             kind = stat.S_IFMT(info.external_attr >> 16)
-            if info.compress_type != zipfile.ZIP_STORED or kind not in (0, stat.S_IFREG):
+            packed = (
+                info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
+            )
+            if packed or kind not in (0, stat.S_IFREG):
                 raise defect(path, f"{info.filename} is compressed, or a link; neither is read")
             self.sizes[info.filename] = info.file_size
 

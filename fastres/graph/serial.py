@@ -9,14 +9,14 @@ tensor again when loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
 import torch
 
 from fastres.errors import GraphError
-from fastres.graph import laws
+from fastres.graph import aten, laws
 from fastres.graph.ir import (
     DTYPE_NAMES,
     DTYPES,
@@ -32,6 +32,8 @@ from fastres.graph.ir import (
     Value,
     spec_of,
 )
+from fastres.graph.shapes import infer_shapes
+from fastres.options import Sizes
 
 _T = TypeVar("_T")
 _HUGE = 2**48  # more elements than any memory holds
@@ -103,12 +105,15 @@ def encode(graph: Graph, source: Graph) -> tuple[bytes, dict[str, torch.Tensor]]
     return text, tensors
 
 
-def decode(data: bytes, tensors: Mapping[str, torch.Tensor]) -> tuple[Graph, Graph]:
+def decode(
+    data: bytes, tensors: Mapping[str, torch.Tensor], sizes: Sequence[Sizes]
+) -> tuple[Graph, Graph]:
     """Reads both graphs back; the source's constants come to lie on the meta device.
 
     Args:
         data: JSON as `encode` writes it; nothing is taken on trust.
         tensors: the table of tensors, by stored name.
+        sizes: of the inputs; both graphs must be able to take them.
 
     Raises:
         GraphError: the JSON is not what this version writes, the tensors do not fit it, or a graph
@@ -121,7 +126,8 @@ def decode(data: bytes, tensors: Mapping[str, torch.Tensor]) -> tuple[Graph, Gra
         entry.stored: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
         for entry in document.source.constants.values()
     }
-    return _graph(document.graph, tensors, "graph"), _graph(document.source, metas, "source")
+    graph = _lawful(_graph(document.graph, tensors), sizes, "graph")
+    return graph, _lawful(_graph(document.source, metas), sizes, "source")
 
 
 def same_tensors(constants: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -176,7 +182,7 @@ def _entry(graph: Graph) -> GraphEntry:
     return GraphEntry(graph.inputs, tuple(nodes), graph.outputs, constants, graph.output_tree, pads)
 
 
-def _graph(entry: GraphEntry, tensors: Mapping[str, torch.Tensor], which: str) -> Graph:
+def _graph(entry: GraphEntry, tensors: Mapping[str, torch.Tensor]) -> Graph:
     wanted = {c.stored for c in entry.constants.values()}
     if wanted != set(tensors):
         some = ", ".join(sorted(wanted ^ set(tensors))[:5])
@@ -192,9 +198,14 @@ def _graph(entry: GraphEntry, tensors: Mapping[str, torch.Tensor], which: str) -
             raise GraphError(f"the graph says {name} is {want}, the weights hold {got}")
         constants[name] = tensor
     nodes = tuple(_with_infinity(node, entry.infinite_pads) for node in entry.nodes)
-    graph = Graph(entry.inputs, nodes, entry.outputs, constants, entry.output_tree)
+    return Graph(entry.inputs, nodes, entry.outputs, constants, entry.output_tree)
+
+
+def _lawful(graph: Graph, sizes: Sequence[Sizes], which: str) -> Graph:
     try:
-        return laws.check(graph, f"loading the {which}")
+        laws.check(graph, f"loading the {which}")
+        infer_shapes(graph, sizes)
+        return graph
     except GraphError:
         raise
     except Exception as error:  # an Aten call that does not fit: PyTorch raises many kinds
@@ -251,8 +262,10 @@ def _check_settings(name: str, op: Op) -> None:
             raise GraphError(f"{name} has {setting} {getattr(op, setting)}; it must not be below 0")
     if isinstance(op, Conv2d) and op.groups < 1:
         raise GraphError(f"{name} has {op.groups} groups; it must have at least 1")
-    if isinstance(op, Aten) and op.overload.startswith("aten.from_file"):
-        raise GraphError(f"{name} would open a file ({op.overload}); a network has no need to")
+    if isinstance(op, Aten):
+        aten.resolve(op.overload)  # the laws need not look at it where sizes are open
+        if op.overload.startswith("aten.from_file"):
+            raise GraphError(f"{name} would open a file ({op.overload}); a network has no need to")
 
 
 def _check_tree(text: str) -> None:
