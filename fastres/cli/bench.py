@@ -1,0 +1,180 @@
+"""fastres bench: throughput and latency, ours and our peers', timed interleaved in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastres.cli import flags, pictures
+from fastres.cli.flags import Request
+from fastres.cli.output import emit, note, progress, working
+from fastres.cli.targets import Target, open_target, precision_ran, split, to_engine
+from fastres.errors import InputError, ParityError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastres.benchmarking import Target as Timed
+
+
+def bench(
+    positionals: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL...",
+            help=f"{flags.NAMES}, or the path of a saved engine; several are timed interleaved. "
+            "May be left out where --weights is given.",
+            show_default=False,
+        ),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Timed beside ours: eager, eager_channels_last, torch_compile, openvino, onnxruntime.",
+        ),
+    ] = None,
+    duration: Annotated[
+        float, typer.Option(min=0.01, help="Seconds for each target and batch size.")
+    ] = 3.0,
+    percentile: Annotated[
+        str, typer.Option(metavar="P,P", help="Latency percentiles.")
+    ] = "50,90,95,99",
+    backend: flags.Backend = None,
+    precision: flags.Precision = None,
+    batch_size: flags.BatchSize = None,
+    image_size: flags.ImageSize = None,
+    weights: flags.Weights = None,
+    version: flags.Version = None,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+    on_unsupported: flags.OnUnsupported = None,
+    as_json: flags.Json = False,
+    output: flags.Output = None,
+) -> None:
+    """Time models, and peers beside them.
+
+    Targets take turns in one run; each is shown with the precision it really ran in.
+    """
+    from fastres.benchmarking import benchmark
+
+    common = Request(
+        None,
+        weights,
+        version,
+        backend,
+        None,
+        device,
+        threads,
+        on_unsupported,
+        flags.batch_sizes(batch_size, (1,)),
+        image_size,
+    )
+    chosen, percentiles = _peers(peers), _percentiles(percentile)
+    targets = _open(positionals or (), common)
+    examples = {n: pictures.synthetic(n, targets[0]) for n in common.batch_sizes}
+    precisions = precision.split(",") if precision else [None]
+    lanes: list[Lane] = []
+    for target in targets:
+        for one in precisions:
+            tag = f"{target.name} " * (len(targets) > 1) + f"{one} " * (len(precisions) > 1)
+            lanes.append(_lane(tag, target, replace(common, precision=one), chosen, examples))
+    left_out = {name: why for lane in lanes for name, why in lane.left_out.items()}
+    for name, why in left_out.items():
+        note(f"{name} is left out: {why}")
+    baseline = next((t.name for lane in lanes for t in lane.peers), None)
+    with progress("timing") as advance:
+        report = benchmark(
+            [timed for lane in lanes for timed in (lane.ours, *lane.peers)],
+            {n: batch.to(lanes[0].device) for n, batch in examples.items()},
+            duration_s=duration,
+            percentiles=percentiles,
+            baseline=baseline,
+            progress=advance,
+        )
+    names = [target.name for target in targets]
+    fields = {"models": names, "left_out": left_out, **report.to_dict()}
+    emit("bench", f"{', '.join(names)}\n{report}", fields, as_json=as_json, output=output)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One of our engines with the peers that run the same model in the same precision."""
+
+    ours: Timed
+    peers: list[Timed]
+    left_out: dict[str, str]
+    device: torch.device
+
+
+def _open(positionals: Sequence[str], request: Request) -> list[Target]:
+    """All targets; they must take the same images, since they are fed the same ones."""
+    first, rest = split(positionals, request.weights)
+    if request.weights is not None and rest:
+        raise InputError(f"--weights goes with one model, got also {', '.join(rest)}")
+    names = list(dict.fromkeys([first, *rest]))
+    targets = [open_target(replace(request, model=name)) for name in names]
+    kinds = {(target.shape, target.dtype): target for target in targets}
+    if len(kinds) > 1:
+        takes = "; ".join(f"{t.name} takes {t.dtype} {list(t.shape)}" for t in kinds.values())
+        raise InputError(f"models timed in one run must take the same images: {takes}")
+    return targets
+
+
+def _lane(
+    tag: str,
+    target: Target,
+    request: Request,
+    names: Sequence[str],
+    examples: Mapping[int, torch.Tensor],
+) -> Lane:
+    """Compiles the target and prepares its peers; every result is checked before it is timed.
+
+    Raises:
+        ParityError: ours is wrong, so that its speed means nothing.
+    """
+    from torch import nn
+
+    from fastres.benchmarking import Target as Timed
+    from fastres.peers import contenders
+
+    engine = to_engine(target, request)
+    ours = Timed(f"{tag}fastres {engine.info.backend}", engine, precision_ran(engine))
+    if not isinstance(target.model, nn.Module):
+        if names:
+            raise InputError(f"peers need the model's code, which {target.name} does not have")
+        note(f"{target.name} is timed without a check: only a model can be checked against")
+        return Lane(ours, [], {}, engine.device)
+    with working(f"preparing and checking {target.name}"):
+        found, refused = contenders(
+            names,
+            target.model,
+            {n: batch.to(engine.device) for n, batch in examples.items()},
+            ours=[ours],
+            precision=engine.options.precision or "fp32",
+            threads=request.threads,
+        )
+    if ours.name in refused:
+        raise ParityError(refused[ours.name])
+    peers = [replace(peer, name=tag + peer.name) for peer in found if peer is not ours]
+    return Lane(ours, peers, {tag + n: why for n, why in refused.items()}, engine.device)
+
+
+def _peers(text: str | None) -> list[str]:
+    from fastres.peers import PEERS
+
+    names = [part.strip() for part in text.split(",")] if text else []
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise InputError(f"there is no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    return list(dict.fromkeys(names))
+
+
+def _percentiles(text: str) -> tuple[float, ...]:
+    found = flags.numbers("--percentile", text, text.count(",") + 1)
+    if not all(0 < p <= 100 for p in found):
+        raise InputError(f"--percentile {text!r}: each must be above 0 and at most 100")
+    return found

@@ -1,0 +1,131 @@
+"""The flags that commands share, and what they add up to: a `Request`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastres.errors import InputError
+
+NAMES = "fastres:NAME[@v1|@v1.5], torchvision:NAME, timm:NAME or package.module:factory"
+_TARGET = f"{NAMES}, or the path of a saved engine"
+
+ModelName = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"{NAMES}; may be left out where --weights is given."),
+]
+TargetName = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"{_TARGET}; may be left out where --weights is given."),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="auto, cpu, triton or reference; several are tried in order: triton,cpu. "
+        "Without it: auto, which is triton with a GPU and cpu without.",
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="fp32, tf32, fp16 or bf16. Without it: that of the model's parameters."),
+]
+BatchSize = Annotated[
+    str | None, typer.Option(metavar="N[,N...]", help="One batch size, or several: 1,8.")
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="PIXELS", help="Height and width. Without it: 224, or 32 for CIFAR nets."
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A state_dict, .safetensors or .pth: loaded strictly into MODEL, or built into a "
+        "network by itself where MODEL is left out.",
+    ),
+]
+Version = Annotated[
+    str | None,
+    typer.Option(
+        metavar="v1|v1.5",
+        help="Where a bottleneck has its stride: v1 in the first 1x1, v1.5 in the 3x3. "
+        "Weights alone do not show it.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Without it: the backend's.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Without it: every core allowed.")
+]
+OnUnsupported = Annotated[
+    str | None,
+    typer.Option(
+        metavar="error|fallback",
+        help="What to do with nodes that the backend refuses: stop, or run them in PyTorch.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write the JSON document there too."),
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the shared flags ask for; None is what was left unsaid."""
+
+    model: str | None = None
+    weights: Path | None = None
+    version: str | None = None
+    backend: str | None = None
+    precision: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    on_unsupported: str | None = None
+    batch_sizes: tuple[int, ...] = (1,)
+    image_size: int | None = None
+
+    def only_for_models(self) -> list[str]:
+        """The flags given that change how a model is compiled, so that no saved engine takes."""
+        names = ("weights", "version", "backend", "precision", "threads", "on_unsupported")
+        return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
+
+
+def batch_sizes(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """ "1,8" → (1, 8), each size once.
+
+    Raises:
+        InputError: something in the list is not an integer of at least 1.
+    """
+    if text is None:
+        return default
+    sizes = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < 1:
+            raise InputError(
+                f"--batch-size {text!r}: {part.strip()!r} is not an integer of at least 1; "
+                "give one size or several, as in 1,8"
+            )
+        sizes.append(int(part))
+    return tuple(dict.fromkeys(sizes))
+
+
+def numbers(flag: str, text: str, count: int) -> tuple[float, ...]:
+    """ "0.5,0.5,0.5" → (0.5, 0.5, 0.5).
+
+    Raises:
+        InputError: not so many, or something that is no number.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != count:
+        raise InputError(f"{flag} {text!r}: expected {count} numbers with commas between them")
+    return found

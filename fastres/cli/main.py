@@ -1,0 +1,99 @@
+"""`fastres`: the entry point, the list of commands, and what becomes of errors.
+
+Exit status: 0 well, 1 a check failed, 2 usage or bad input, 3 this machine lacks something,
+130 interrupted, 141 nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastres import __version__
+from fastres.cli.bench import bench
+from fastres.cli.compile import compile_model
+from fastres.cli.doctor import doctor
+from fastres.cli.inspect import inspect_engine
+from fastres.cli.output import complain
+from fastres.cli.predict import predict
+from fastres.cli.profile import profile
+from fastres.cli.summary import summary
+from fastres.cli.verify import verify
+from fastres.errors import BackendUnavailable, FastresError, ParityError
+
+
+class Commands(TyperGroup):
+    """The group of all commands: turns their errors into one message and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a reader that has gone is noticed here, not at the exit
+            return result
+        except FastresError as error:
+            complain(str(error))
+            raise typer.Exit(_status(error)) from error
+        except KeyboardInterrupt as error:
+            complain("interrupted")
+            raise typer.Exit(130) from error
+        except BrokenPipeError as error:
+            # what is still buffered has nowhere to go, and must not be complained of at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from error
+
+
+def _status(error: FastresError) -> int:
+    if isinstance(error, ParityError):
+        return 1
+    return 3 if isinstance(error, BackendUnavailable) else 2
+
+
+app = typer.Typer(
+    name="fastres",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help and errors: easy to search, no boxes in logs
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command("compile")(compile_model)
+app.command("verify")(verify)
+app.command("bench")(bench)
+app.command("inspect")(inspect_engine)
+app.command("profile")(profile)
+app.command("summary")(summary)
+app.command("predict")(predict)
+app.command("doctor")(doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastres {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """fastres: high-performance inference for residual networks.
+
+    A model is fastres:resnet50@v1, torchvision:resnet50, timm:resnet50d, package.module:factory, or
+    the path of a saved engine.
+
+    Exit status: 0 well, 1 a check failed, 2 usage or bad input, 3 this machine lacks something.
+    """
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="fastres")

@@ -1,0 +1,79 @@
+"""Where a command's words go: the report to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from fastres import __version__
+from fastres.errors import InputError
+
+
+def emit(
+    command: str, text: str, fields: Mapping[str, Any], *, as_json: bool, output: Path | None = None
+) -> None:
+    """Prints a command's report once, as text or as one JSON document.
+
+    Args:
+        command: the subcommand; heads the document, beside fastres's version.
+        text: the report for people.
+        fields: the report for programs; NaN and infinity become null.
+        as_json: which of the two goes to stdout.
+        output: a file that takes the JSON document besides.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    document = {"command": command, "fastres": __version__, **fields}
+    body = msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    typer.echo(body if as_json else text)
+    if output is not None:
+        try:
+            output.write_text(body + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def note(text: str) -> None:
+    """Something the user must know, on stderr so that it cannot spoil a report."""
+    _say(Text.assemble(("note: ", "yellow"), text))
+
+
+def complain(text: str) -> None:
+    """An error, in one message on stderr."""
+    _say(Text.assemble(("error: ", "bold red"), text))
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Shows a spinner while something takes long: on a terminal, and nowhere else."""
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        yield
+        return
+    with console.status(Text(what)):
+        yield
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float], None] | None]:
+    """A bar on a terminal, moved by calling what this yields with the fraction done; else None."""
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        yield None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _say(text: Text) -> None:
+    Console(stderr=True).print(text, soft_wrap=True)

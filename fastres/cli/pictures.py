@@ -1,0 +1,66 @@
+"""Pictures for commands that need some: from files, or made in code, the same at every call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastres.cli.targets import Shape, Target
+from fastres.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastres.calib.images import Preprocess
+
+
+def preprocess_for(shape: Shape) -> Preprocess:
+    """ImageNet's: the shorter side to 256/224 of the image's, the middle of that, mean and std.
+
+    Raises:
+        InputError: the network does not take square RGB pictures.
+    """
+    from fastres.calib.images import Preprocess
+
+    channels, height, width = shape
+    if channels != 3 or height != width:
+        raise InputError(f"images become square RGB pictures; the network takes {list(shape)}")
+    return Preprocess(resize=height * 256 // 224, crop=height)
+
+
+def read(path: Path, target: Target) -> torch.Tensor:
+    """All image files at or below a path → [N, 3, H, W] in the target's dtype.
+
+    Raises:
+        InputError: there is none, one is unreadable, or the network takes no such pictures.
+    """
+    from fastres.calib.images import find_images
+
+    try:
+        return preprocess_for(target.shape).batch(find_images(path)).to(target.dtype)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def synthetic(count: int, target: Target) -> torch.Tensor:
+    """[N, C, H, W]: smooth random fields, mean 0 and deviation 1, as photographs normalised.
+
+    Amplitudes fall as 1/f, as in photographs, where white noise would average out in the first
+    convolution; channels share most of their light. The first pictures of a longer batch are those
+    of a shorter one.
+
+    Source: Field 1987, "Relations between the statistics of natural images".
+    """
+    import torch
+
+    channels, height, width = target.shape
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
+    frequency = (rows.square() + columns.square()).sqrt().clamp_min(1 / max(height, width))
+    pictures = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(channels + 1, height, width, generator=generator)
+        fields = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
+        light = 0.9 * fields[:1] + 0.4 * fields[1:]
+        pictures.append((light - light.mean()) / light.std().clamp_min(1e-6))
+    return torch.stack(pictures).to(target.dtype)

@@ -1,0 +1,152 @@
+"""fastres predict: what a network sees in pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from fastres.cli import flags
+from fastres.cli.flags import Request
+from fastres.cli.output import emit, working
+from fastres.cli.pictures import preprocess_for
+from fastres.cli.targets import open_target, split, to_engine, warn_if_untrained
+from fastres.errors import InputError
+
+if TYPE_CHECKING:
+    from fastres.engine import Engine, Prediction
+
+
+def predict(
+    positionals: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL IMAGES...",
+            help=f"{flags.NAMES}, or a saved engine's path; then image files or folders of them. "
+            "MODEL may be left out where --weights is given.",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 5,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Names of the classes, one a line.")
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels of the shorter side. Without it: 256/224 of the crop."),
+    ] = None,
+    crop: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels of the central crop. Without it: the image size."),
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Without it: 0.485,0.456,0.406.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Without it: 0.229,0.224,0.225.")
+    ] = None,
+    backend: flags.Backend = None,
+    precision: flags.Precision = None,
+    batch_size: flags.BatchSize = None,
+    image_size: flags.ImageSize = None,
+    weights: flags.Weights = None,
+    version: flags.Version = None,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+    on_unsupported: flags.OnUnsupported = None,
+    as_json: flags.Json = False,
+    output: flags.Output = None,
+) -> None:
+    """Classify images.
+
+    They are decoded, resized, cropped and normalised as in training.
+    """
+    model, paths = split(positionals or (), weights)
+    images = _images(paths)
+    request = Request(
+        model,
+        weights,
+        version,
+        backend,
+        precision,
+        device,
+        threads,
+        on_unsupported,
+        flags.batch_sizes(batch_size, (min(8, len(images)),)),
+        image_size or crop,
+    )
+    changed: dict[str, Any] = {
+        "resize": resize or (crop and crop * 256 // 224),
+        "crop": crop,
+        "mean": mean and flags.numbers("--mean", mean, 3),
+        "std": std and flags.numbers("--std", std, 3),
+    }
+    names = None if labels is None else _labels(labels)
+    target = open_target(request)
+    warn_if_untrained(target)
+    engine = to_engine(target, request)
+    start = engine.preprocess or preprocess_for(target.shape)
+    try:
+        engine.preprocess = msgspec.structs.replace(
+            start, **{key: value for key, value in changed.items() if value is not None}
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    _check_labels(names, labels, engine)
+    with working(f"looking at {len(images)} images"):
+        found = engine.predict(images, batch_size=max(request.batch_sizes), top_k=top_k)
+    rows = _rows(images, found, names)
+    fields = {"model": target.name, "untrained": target.untrained, "predictions": rows}
+    emit("predict", _table(rows), fields, as_json=as_json, output=output)
+
+
+def _images(paths: Sequence[str]) -> list[Path]:
+    from fastres.calib.images import find_images
+
+    if not paths:
+        raise InputError("give the images to classify: files, or folders of them")
+    try:
+        return [image for path in paths for image in find_images(path)]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _labels(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--labels {file} cannot be read: {error}") from error
+
+
+def _check_labels(names: list[str] | None, file: Path | None, engine: Engine) -> None:
+    classes = engine.graph.spec(engine.graph.outputs[0]).shape[-1]
+    if names is not None and isinstance(classes, int) and len(names) != classes:
+        raise InputError(f"--labels {file} has {len(names)} lines, the network {classes} classes")
+
+
+def _rows(
+    images: Sequence[Path], found: Sequence[Prediction], names: list[str] | None
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "image": str(image),
+            "top": [
+                {"class": index, "label": names[index] if names else None, "probability": chance}
+                for index, chance in zip(p.classes, p.probabilities, strict=True)
+            ],
+        }
+        for image, p in zip(images, found, strict=True)
+    ]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        lines.append(row["image"])
+        for best in row["top"]:
+            label = "" if best["label"] is None else f"  {best['label']}"
+            lines.append(f"  {best['probability']:7.2%}  {best['class']:>5}{label}")
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""fastres verify: an engine's numbers against its model's, whole, layer by layer, or bisected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastres.cli import flags, pictures
+from fastres.cli.flags import Request
+from fastres.cli.output import emit, note, working
+from fastres.cli.targets import Target, open_model, open_target, split, to_engine
+from fastres.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_TO_SETTLE = 4  # pictures at least: BatchNorm needs several values per channel
+
+
+def verify(
+    positionals: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL [ENGINE]",
+            help=f"The reference: {flags.NAMES}; may be left out where --weights is given. "
+            "Then the path of a saved engine; without it the model is compiled on the spot.",
+            show_default=False,
+        ),
+    ] = None,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="Compare every layer; names the first one past.")
+    ] = False,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="On failure, find the first node that goes wrong.")
+    ] = False,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Images, or a folder. Without it: made in code."),
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option(min=0, help="Absolute tolerance in place of the policy.")
+    ] = None,
+    rtol: Annotated[
+        float | None, typer.Option(min=0, help="Relative tolerance in place of the policy.")
+    ] = None,
+    backend: flags.Backend = None,
+    precision: flags.Precision = None,
+    batch_size: flags.BatchSize = None,
+    image_size: flags.ImageSize = None,
+    weights: flags.Weights = None,
+    version: flags.Version = None,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+    on_unsupported: flags.OnUnsupported = None,
+    as_json: flags.Json = False,
+    output: flags.Output = None,
+) -> None:
+    """Check an engine against its model; status 1 if it fails.
+
+    The bounds are twice the error of PyTorch itself in the engine's precision, both measured
+    against float64. Several batch sizes are all checked.
+    """
+    import torch
+
+    import fastres
+
+    model, rest = split(positionals or (), weights)
+    if len(rest) > 1:
+        raise InputError(f"one engine at a time, got {', '.join(rest)}")
+    request = Request(
+        model,
+        weights,
+        version,
+        backend,
+        precision,
+        device,
+        threads,
+        on_unsupported,
+        flags.batch_sizes(batch_size, (4,)),
+        image_size,
+    )
+    engine_path = rest[0] if rest else None
+    _check_flags(request, engine_path)
+    target = open_model(request)
+    data = _data(target, images, max(request.batch_sizes))
+    origin = _weights(target, data, weights, engine_path)
+    engine = to_engine(_candidate(engine_path, request) or target, request)
+    with working(f"verifying {target.name}"):
+        report = fastres.verify(
+            target.model,
+            engine,
+            [part for size in request.batch_sizes for part in torch.split(data, size)],
+            layerwise=layerwise,
+            bisect=bisect,
+            atol=atol,
+            rtol=rtol,
+        )
+    fields: dict[str, Any] = {"model": target.name, "engine": engine_path, "weights": origin}
+    emit("verify", str(report), {**fields, **report.to_dict()}, as_json=as_json, output=output)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _check_flags(request: Request, engine: str | None) -> None:
+    if engine is None:
+        return
+    wrong = [f for f in request.only_for_models() if f not in ("--weights", "--version")]
+    if wrong:
+        raise InputError(
+            f"{engine} is compiled already: {', '.join(wrong)} cannot be given with it"
+        )
+
+
+def _data(target: Target, images: Path | None, count: int) -> torch.Tensor:
+    if images is not None:
+        return pictures.read(images, target)
+    return pictures.synthetic(count, target)
+
+
+def _weights(target: Target, data: torch.Tensor, weights: Path | None, engine: str | None) -> str:
+    """Gives an untrained network statistics that matter, and says what weights were compared."""
+    if not target.untrained:
+        return "as in the model" if weights is None else str(weights)
+    if engine is not None:
+        note(
+            "untrained weights: BatchNorms without an effect are hard to check; compile and verify "
+            "with --weights"
+        )
+        return "untrained"
+    _settle(target.model, data, target)
+    note("untrained weights, given BatchNorm statistics that matter (fastres.models.settle)")
+    return "untrained, settled"
+
+
+def _settle(model: object, data: torch.Tensor, target: Target) -> None:
+    import torch
+    from torch import nn
+
+    from fastres.models import settle
+
+    assert isinstance(model, nn.Module), "only a model can be untrained"
+
+    missing = _TO_SETTLE - len(data)
+    enough = torch.cat([data, pictures.synthetic(missing, target)]) if missing > 0 else data
+    try:
+        settle(model, enough)
+    except ValueError as error:
+        raise InputError(f"{target.name} cannot be settled: {error}; give --weights") from error
+
+
+def _candidate(path: str | None, request: Request) -> Target | None:
+    return None if path is None else open_target(Request(path, device=request.device))
