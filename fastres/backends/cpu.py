@@ -64,6 +64,27 @@ class CpuBackend:
         return torch.device("cpu")
 
 
+def _read(graph: Graph) -> Any:
+    """The graph as an OpenVINO model that reads the weights where they lie.
+
+    The ONNX form carries no weights: as part of it they would be copied three times over.
+    """
+    from openvino import op
+
+    proto = onnx_form.to_onnx(graph, weights_as_inputs=True)
+    model = _core().read_model(proto.SerializeToString())
+    for parameter in model.get_parameters():
+        name = parameter.friendly_name
+        if name in graph.constants:
+            array = graph.constants[name].detach().float().contiguous().numpy()
+            constant = op.Constant(array, shared_memory=True)
+            constant.friendly_name = name
+            parameter.output(0).replace(constant.output(0))
+            model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
 class CpuExecutable:
     """One OpenVINO model, compiled once for each input shape."""
 
@@ -76,7 +97,7 @@ class CpuExecutable:
             "INFERENCE_NUM_THREADS": options.num_threads,
         }
         self._reshaping = threading.Lock()
-        self._model = _core().read_model(onnx_form.to_onnx(graph).SerializeToString())
+        self._model = _read(graph)
         self._plans = ShapeCache(self._compile, options.cache_size)
 
     def prepare(self, shapes: Shapes) -> None:

@@ -50,11 +50,13 @@ def refusal(node: Node) -> str | None:
     return None
 
 
-def to_onnx(graph: Graph) -> onnx.ModelProto:
+def to_onnx(graph: Graph, *, weights_as_inputs: bool = False) -> onnx.ModelProto:
     """Writes a graph as a float32 ONNX model with the same inputs, outputs and symbolic sizes.
 
-    Raises:
-        KeyError: a node for which `refusal` gives a reason.
+    Args:
+        graph: lawful; every node one that `refusal` has nothing against.
+        weights_as_inputs: leave the constants' values out and declare them as further inputs of
+            the same names, for a runtime that can take them without a copy.
     """
     writer = _Writer(graph)
     for node in graph.nodes:
@@ -62,9 +64,11 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
     proto = helper.make_graph(
         writer.nodes,
         "fastres",
-        [_value_info(value.name, value.spec) for value in graph.inputs],
+        [_value_info(value.name, value.spec) for value in graph.inputs]
+        + [_value_info(name, graph.spec(name)) for name in writer.read if weights_as_inputs],
         [_value_info(name, graph.spec(name)) for name in graph.outputs],
-        writer.initializers,
+        writer.initializers
+        + [_weight(graph, name) for name in writer.read if not weights_as_inputs],
     )
     opset = helper.make_opsetid("", OPSET)
     return helper.make_model(
@@ -82,22 +86,22 @@ def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, _FLOAT, dims)
 
 
+def _weight(graph: Graph, name: str) -> onnx.TensorProto:
+    array = graph.constants[name].detach().to(torch.float32).contiguous().numpy()
+    return helper.make_tensor(name, _FLOAT, array.shape, array.tobytes(), raw=True)
+
+
 class _Writer:
-    """Collects nodes and initializers; a constant is written once however often it is read."""
+    """Collects nodes, small initializers, and the names of the constants that are read."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self._written: set[str] = set()
+        self.read: dict[str, None] = {}  # a set that keeps its order
 
     def constant(self, name: str) -> str:
-        if name not in self._written:
-            self._written.add(name)
-            array = self.graph.constants[name].detach().to(torch.float32).contiguous().numpy()
-            self.initializers.append(
-                helper.make_tensor(name, _FLOAT, array.shape, array.tobytes(), raw=True)
-            )
+        self.read[name] = None
         return name
 
     def inputs(self, node: Node) -> list[str]:
