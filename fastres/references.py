@@ -1,0 +1,147 @@
+"""What a candidate is compared with: the untouched model, or the meaning of a graph.
+
+A reference runs in any dtype: float64 as the oracle, the candidate's own as the baseline whose
+error sets the bound.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.utils._pytree as pytree
+
+from fastres import oracle
+from fastres.backends.reference import ReferenceExecutable
+from fastres.errors import InputError
+from fastres.graph.capture import Captured, capture
+from fastres.graph.ir import Graph
+from fastres.options import Input
+
+Tensors = Sequence[torch.Tensor]
+_SWITCHES = (  # torch.backends.<first>.<second>.fp32_precision
+    ("cuda", "matmul"),
+    ("cudnn", "conv"),
+    ("cudnn", "rnn"),
+    ("mkldnn", "matmul"),
+    ("mkldnn", "conv"),
+)
+
+
+class Reference(Protocol):
+    """Runs the reference in a dtype of one's choice."""
+
+    name: str
+    dtype: torch.dtype
+
+    def run(self, inputs: Tensors, dtype: torch.dtype) -> Any:
+        """What the model returns, its own pytree."""
+
+    def walk(self, inputs: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every value by its captured name, in order; use each before asking for the next.
+
+        The caller iterates inside `full_precision()`.
+        """
+
+    def values(
+        self, inputs: Tensors, dtype: torch.dtype, names: Collection[str]
+    ) -> dict[str, torch.Tensor]:
+        """Some of these values, to keep."""
+
+
+class ModelReference:
+    """A PyTorch model, called as it is; for its inner values, its exported program is walked.
+
+    Args:
+        model: in eval mode; copied, never changed.
+        inputs: how to export it, should inner values be asked for.
+
+    Raises:
+        InputError: the model is in training mode.
+    """
+
+    def __init__(self, model: torch.nn.Module, inputs: Sequence[Input]) -> None:
+        if any(module.training for module in model.modules()):
+            raise InputError("the reference is in training mode: call model.eval() first")
+        self.name = type(model).__name__
+        parameter = next(model.parameters(), torch.empty(0))
+        self.dtype, self._device = parameter.dtype, parameter.device
+        self._model = model
+        self._inputs = inputs
+        self._copies: dict[torch.dtype, torch.nn.Module] = {}
+        self._captured: Captured | None = None
+
+    @torch.no_grad()
+    def run(self, inputs: Tensors, dtype: torch.dtype) -> Any:
+        if dtype not in self._copies:
+            self._copies[dtype] = copy.deepcopy(self._model).to(dtype)
+        cast = [x.to(self._device, dtype if x.is_floating_point() else None) for x in inputs]
+        with full_precision():
+            return self._copies[dtype](*cast)
+
+    def walk(self, inputs: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        return oracle.walk(self._program(), inputs, dtype=dtype)
+
+    def values(
+        self, inputs: Tensors, dtype: torch.dtype, names: Collection[str]
+    ) -> dict[str, torch.Tensor]:
+        program = self._program()
+        with full_precision():
+            return oracle.activations(program, inputs, dtype=dtype, names=names)
+
+    def _program(self) -> Captured:
+        if self._captured is None:
+            self._captured = capture(self._model, self._inputs)
+        return self._captured
+
+
+class GraphReference:
+    """A graph through PyTorch's own operations, node by node, on the CPU."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.name = f"graph of {len(graph.nodes)} nodes"
+        self.dtype = graph.inputs[0].spec.torch_dtype
+        self._graph = graph
+        self._tree = pytree.treespec_loads(graph.output_tree)
+        self._executables: dict[torch.dtype, ReferenceExecutable] = {}
+
+    def run(self, inputs: Tensors, dtype: torch.dtype) -> Any:
+        values = self._all(inputs, dtype)
+        return pytree.tree_unflatten([values[name] for name in self._graph.outputs], self._tree)
+
+    def walk(self, inputs: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        values = self._all(inputs, dtype)
+        return ((node.origins[-1], values[node.name]) for node in self._graph.nodes)
+
+    def values(
+        self, inputs: Tensors, dtype: torch.dtype, names: Collection[str]
+    ) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.walk(inputs, dtype) if name in names}
+
+    def _all(self, inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        if dtype not in self._executables:
+            self._executables[dtype] = ReferenceExecutable(self._graph, dtype)
+        with full_precision():
+            return self._executables[dtype].values([x.cpu() for x in inputs])
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, PyTorch's fp32 is fp32: no TF32, no bf16 products, no autocast.
+
+    These are global switches of PyTorch, set back on leaving. `torch.export` fails inside: it asks
+    for cuDNN's TF32 setting by its old name, which PyTorch refuses once the new ones are in use.
+    """
+    switches = [getattr(getattr(torch.backends, backend), op) for backend, op in _SWITCHES]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for switch, setting in zip(switches, before, strict=True):
+            switch.fp32_precision = setting
