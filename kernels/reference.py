@@ -6,7 +6,7 @@ oracle. Activations keep NaN, as PyTorch's do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +62,7 @@ def activation(x: torch.Tensor, kind: ActivationKind) -> torch.Tensor:
     return _ACTIVATIONS[kind](x)
 
 
-def add(
-    a: torch.Tensor, b: torch.Tensor, activation: ActivationKind | None = None
-) -> torch.Tensor:
+def add(a: torch.Tensor, b: torch.Tensor, activation: ActivationKind | None = None) -> torch.Tensor:
     """y = act(a + b), broadcasting."""
     return _finish(a + b, activation)
 
@@ -146,7 +144,7 @@ def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.softmax(dim)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "sigmoid": torch.sigmoid,

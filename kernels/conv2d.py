@@ -1,0 +1,392 @@
+"""conv2d: y = act(conv(x, w) + b + r), NHWC activations, KRSC weights, fp32 accumulate.
+
+Implicit GEMM over pointers: M = N*P*Q output pixels, N = output channels of a group, K = R*S*C.
+Source: the mapping is CUTLASS's implicit GEMM (docs/implicit_gemm_convolution.md).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fastres.kernels.cost import Cost, Target
+from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.epilogue_jit import apply_epilogue
+from fastres.kernels.launch import (
+    Launch,
+    check_inner_stride,
+    check_like,
+    check_nhwc,
+    is_interpreted,
+    target_of,
+)
+from fastres.kernels.tiles import ConvTile, GemmShape, choose_conv_tile
+
+Pair = tuple[int, int]
+
+
+@triton.jit
+def _conv2d_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    stride_xn,
+    stride_xh,
+    stride_xw,
+    stride_rn,
+    stride_rh,
+    stride_rw,
+    C: tl.constexpr,  # input channels of one group
+    K: tl.constexpr,  # output channels of one group
+    GROUPS: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    RESIDUAL_CHANNELS: tl.constexpr,
+    RESIDUAL_OFFSET: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Channel tiles run fastest, then groups: neighbouring blocks share their pixels in L2.
+    TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    group = (pid // TILES_N) % GROUPS
+    rows = pid // (TILES_N * GROUPS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+
+    row_ok = rows < M
+    col_ok = cols < K
+    q = rows % Q
+    p = rows // Q % P
+    n = rows // Q // P
+    h0 = p * STRIDE_H - PAD_H
+    w0 = q * STRIDE_W - PAD_W
+    x_rows = x_ptr + group * C + (n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh)
+    x_rows += w0.to(tl.int64) * stride_xw
+    weight_cols = weight_ptr + (group * K + cols).to(tl.int64) * (R * S * C)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range((R * S * C + BLOCK_K - 1) // BLOCK_K):
+        k = step * BLOCK_K + depth
+        if C % BLOCK_K == 0:  # the whole step lies in one tap: its loads are contiguous
+            tap = step // (C // BLOCK_K)
+            h = tap // S * DILATION_H
+            w = tap % S * DILATION_W
+            c = step % (C // BLOCK_K) * BLOCK_K + depth
+            x_offset = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+            x_tile = x_rows[:, None] + x_offset + c[None, :]
+            inside = row_ok
+            if PAD_H > 0 or PAD_W > 0:
+                inside &= (h0 + h >= 0) & (h0 + h < H) & (w0 + w >= 0) & (w0 + w < W)
+            a = tl.load(x_tile, mask=inside[:, None], other=0.0)
+            b_ok = col_ok[None, :]
+        else:
+            tap = k // C
+            h = tap // S * DILATION_H
+            w = tap % S * DILATION_W
+            x_offset = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw + k % C
+            x_tile = x_rows[:, None] + x_offset[None, :]
+            inside = row_ok[:, None] & (k < R * S * C)[None, :]
+            if PAD_H > 0 or PAD_W > 0:
+                inside &= (h0[:, None] + h[None, :] >= 0) & (h0[:, None] + h[None, :] < H)
+                inside &= (w0[:, None] + w[None, :] >= 0) & (w0[:, None] + w[None, :] < W)
+            a = tl.load(x_tile, mask=inside, other=0.0)
+            b_ok = col_ok[None, :] & (k < R * S * C)[:, None]
+        b = tl.load(weight_cols[None, :] + k[:, None], mask=b_ok, other=0.0)
+        if WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+    channels = group * K + cols
+    y_ok = row_ok[:, None] & col_ok[None, :]
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channels, mask=col_ok, other=0.0)
+    residual = None
+    if residual_ptr is not None:
+        r_rows = residual_ptr + n.to(tl.int64) * stride_rn + p.to(tl.int64) * stride_rh
+        r_rows += q.to(tl.int64) * stride_rw
+        r_channels = channels - RESIDUAL_OFFSET
+        r_ok = y_ok
+        if RESIDUAL_CHANNELS != GROUPS * K:  # shortcut A: the other channels get nothing added
+            r_ok &= ((r_channels >= 0) & (r_channels < RESIDUAL_CHANNELS))[None, :]
+        residual = tl.load(r_rows[:, None] + r_channels[None, :], mask=r_ok, other=0.0)
+    y = apply_epilogue(acc, bias, residual, ACTIVATION)
+    y_tile = y_ptr + rows.to(tl.int64)[:, None] * (GROUPS * K) + channels[None, :]
+    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=y_ok)
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Sizes of a convolution: x [n, h, w, c] with weight [k, r, s, c/groups] gives [n, p, q, k].
+
+    Raises:
+        ValueError: sizes that no convolution has.
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int
+    s: int
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.stride) < 1 or min(self.dilation) < 1 or min(self.padding) < 0:
+            raise ValueError(
+                f"stride is {self.stride}, dilation {self.dilation}, padding {self.padding}; "
+                "expected stride and dilation of at least 1 and padding of at least 0"
+            )
+        if self.groups < 1 or self.c % self.groups or self.k % self.groups:
+            raise ValueError(
+                f"groups is {self.groups}, expected a divisor of {self.c} and {self.k} channels"
+            )
+        if min(self.c, self.k, self.r, self.s) < 1:
+            raise ValueError(f"a size is zero in {self}, only the batch may be")
+        if min(self.p, self.q) < 1:
+            raise ValueError(
+                f"a {self.r}x{self.s} filter with dilation {self.dilation} does not fit into "
+                f"{self.h}x{self.w} with padding {self.padding}"
+            )
+        if self.n * self.p * self.q >= 2**31:
+            raise ValueError(f"{self.n * self.p * self.q} output pixels, expected under 2**31")
+
+    @property
+    def p(self) -> int:
+        """Output height."""
+        return self._out(self.h, self.r, 0)
+
+    @property
+    def q(self) -> int:
+        """Output width."""
+        return self._out(self.w, self.s, 1)
+
+    @property
+    def gemm(self) -> GemmShape:
+        """The matrix product of one call."""
+        c = self.c // self.groups
+        m = self.n * self.p * self.q
+        return GemmShape(m, self.k // self.groups, self.r * self.s * c, c, self.groups)
+
+    def _out(self, size: int, taps: int, axis: int) -> int:
+        reach = self.dilation[axis] * (taps - 1) + 1
+        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+
+def conv2d_cost(shape: ConvShape, itemsize: int, residual_channels: int = 0) -> Cost:
+    """FLOPs and compulsory bytes of one call.
+
+    Args:
+        itemsize: bytes of an element of x, weight, residual and y; the bias is left out.
+        residual_channels: channels of the residual, 0 without one.
+    """
+    gemm = shape.gemm
+    x = shape.n * shape.h * shape.w * shape.c
+    weight = shape.k * gemm.k
+    y = gemm.m * (shape.k + residual_channels)
+    return Cost(2 * gemm.m * shape.k * gemm.k, itemsize * (x + weight + y))
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    residual: torch.Tensor | None = None,
+    residual_channel_offset: int = 0,
+    activation: ActivationKind | None = None,
+    out: torch.Tensor | None = None,
+    tile: ConvTile | None = None,
+    allow_tf32: bool = False,
+) -> torch.Tensor:
+    """Convolution with bias, residual and activation in its epilogue.
+
+    y[n, p, q, k] = act(sum_rsc x[n, p*u + r*d - h0, q*v + s*e - w0, c] * weight[k, r, s, c]
+                        + bias[k] + residual[n, p, q, k - residual_channel_offset])
+
+    with (u, v) the stride, (d, e) the dilation, (h0, w0) the padding, zero outside x, and a
+    residual that is zero outside its own channels.
+
+    Args:
+        x: [N, H, W, C] fp16, bf16 or fp32; channels packed, other strides free.
+        weight: [K, R, S, C/groups] of x's dtype, contiguous.
+        bias: [K] fp32 or of x's dtype, contiguous.
+        residual: [N, P, Q, Cr] of x's dtype with Cr <= K; channels packed, other strides free.
+        residual_channel_offset: output channel that the residual's first channel meets.
+        out: [N, P, Q, K] of x's dtype, contiguous; allocated when None.
+        tile: how to cut the work; chosen from shape and device when None.
+        allow_tf32: for fp32 inputs, tensor cores at reduced precision.
+
+    Returns:
+        [N, P, Q, K] of x's dtype.
+
+    Raises:
+        ValueError: operands that do not fit together.
+        RuntimeError: CPU tensors while Triton's interpreter is off.
+    """
+    check_nhwc("x", x)
+    shape = _shape(x, weight, stride, padding, dilation, groups)
+    y_shape = (shape.n, shape.p, shape.q, shape.k)
+    if out is None:
+        out = torch.empty(y_shape, dtype=x.dtype, device=x.device)
+    launch = conv2d_launch(
+        x,
+        weight,
+        bias,
+        residual,
+        out,
+        shape=shape,
+        residual_channel_offset=residual_channel_offset,
+        activation=activation,
+        tile=tile,
+        allow_tf32=allow_tf32,
+        target=target_of(x.device),
+    )
+    if out.numel() > 0:
+        launch.run()
+    return out
+
+
+def conv2d_launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    shape: ConvShape,
+    target: Target,
+    residual_channel_offset: int = 0,
+    activation: ActivationKind | None = None,
+    tile: ConvTile | None = None,
+    allow_tf32: bool = False,
+) -> Launch:
+    """The call `conv2d` makes, not yet made; tensors may be on the meta device.
+
+    Args:
+        shape: sizes of the convolution, as x and weight have them.
+        target: the GPU it is meant for.
+
+    Raises:
+        ValueError: operands that do not fit together.
+    """
+    x_shape = (shape.n, shape.h, shape.w, shape.c)
+    weight_shape = (shape.k, shape.r, shape.s, shape.c // shape.groups)
+    y_shape = (shape.n, shape.p, shape.q, shape.k)
+    check_nhwc("x", x)
+    check_like("x", x, x_shape, x, [x.dtype], contiguous=False)
+    check_like("weight", weight, weight_shape, x, [x.dtype])
+    check_like("out", out, y_shape, x, [x.dtype])
+    if bias is not None:
+        check_like("bias", bias, (shape.k,), x, [torch.float32, x.dtype])
+    residual_channels = 0
+    if residual is not None:
+        residual_channels = _residual_channels(residual, residual_channel_offset, y_shape, x)
+    elif residual_channel_offset:
+        raise ValueError(f"residual_channel_offset is {residual_channel_offset} with no residual")
+    tf32 = allow_tf32 and x.dtype == torch.float32
+    if tile is None:
+        tensor_cores = tf32 or x.dtype != torch.float32
+        tile = choose_conv_tile(shape.gemm, x.element_size(), target, tensor_cores=tensor_cores)
+    return Launch(
+        kernel=_conv2d_kernel,
+        programs=tile.programs(shape.gemm),
+        arguments={
+            "x_ptr": x,
+            "weight_ptr": weight,
+            "bias_ptr": bias,
+            "residual_ptr": residual,
+            "y_ptr": out,
+            "M": shape.n * shape.p * shape.q,
+            "H": shape.h,
+            "W": shape.w,
+            "P": shape.p,
+            "Q": shape.q,
+            "stride_xn": x.stride(0),
+            "stride_xh": x.stride(1),
+            "stride_xw": x.stride(2),
+            "stride_rn": 0 if residual is None else residual.stride(0),
+            "stride_rh": 0 if residual is None else residual.stride(1),
+            "stride_rw": 0 if residual is None else residual.stride(2),
+        },
+        constants={
+            "C": shape.c // shape.groups,
+            "K": shape.k // shape.groups,
+            "GROUPS": shape.groups,
+            "R": shape.r,
+            "S": shape.s,
+            "STRIDE_H": shape.stride[0],
+            "STRIDE_W": shape.stride[1],
+            "PAD_H": shape.padding[0],
+            "PAD_W": shape.padding[1],
+            "DILATION_H": shape.dilation[0],
+            "DILATION_W": shape.dilation[1],
+            "RESIDUAL_CHANNELS": residual_channels,
+            "RESIDUAL_OFFSET": residual_channel_offset,
+            "ACTIVATION": activation,
+            "INPUT_PRECISION": "tf32" if tf32 else "ieee",
+            "WIDEN": x.dtype == torch.bfloat16 and is_interpreted(_conv2d_kernel),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _shape(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> ConvShape:
+    if weight.ndim != 4:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [K, R, S, C/groups]")
+    n, h, w, c = x.shape
+    k, r, s, _ = weight.shape
+    return ConvShape(n, h, w, c, k, r, s, stride, padding, dilation, groups)
+
+
+def _residual_channels(
+    residual: torch.Tensor, offset: int, y_shape: tuple[int, int, int, int], x: torch.Tensor
+) -> int:
+    channels = residual.shape[-1]
+    check_like("residual", residual, (*y_shape[:3], channels), x, [x.dtype], contiguous=False)
+    check_inner_stride("residual", residual)
+    if offset < 0 or offset + channels > y_shape[3]:
+        raise ValueError(
+            f"residual has {channels} channels from output channel {offset} on, expected them "
+            f"within 0 to {y_shape[3]}"
+        )
+    return channels

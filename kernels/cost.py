@@ -1,0 +1,107 @@
+"""What a kernel call costs and what a GPU offers: numbers for tile choice and roofline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one kernel call.
+
+    Args:
+        flops: floating-point operations, a multiply-add counted as two.
+        bytes: compulsory traffic to device memory: every operand once.
+    """
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """Limits and rates of one streaming multiprocessor (SM).
+
+    Args:
+        shared_bytes: largest shared memory one block may ask for.
+        fp16_flops: dense fp16 tensor-core rate with fp32 accumulation, per second.
+        dram_bytes: this SM's part of the device memory's rate, per second.
+        l2_bytes: this SM's part of the L2 cache's rate, per second.
+    """
+
+    shared_bytes: int
+    fp16_flops: float
+    dram_bytes: float
+    l2_bytes: float
+
+
+# Shared memory: CUDA programming guide, compute capabilities. Rates: a data sheet's figure for one
+# card of the kind divided by its SMs (A100, A10, L40S, H200, B200, RTX 5090 in this order); the
+# L2 rates are guesses, 1.6 to 5 times the device memory. They rank tiles and predict no times.
+_ARCHITECTURES = {
+    80: _Architecture(166_912, 312e12 / 108, 2.0e12 / 108, 5.0e12 / 108),
+    86: _Architecture(101_376, 125e12 / 72, 0.6e12 / 72, 2.0e12 / 72),
+    89: _Architecture(101_376, 362e12 / 142, 0.86e12 / 142, 4.0e12 / 142),
+    90: _Architecture(232_448, 800e12 / 132, 4.3e12 / 132, 7.0e12 / 132),
+    100: _Architecture(232_448, 2250e12 / 148, 8.0e12 / 148, 15e12 / 148),
+    120: _Architecture(101_376, 210e12 / 170, 1.8e12 / 170, 6.0e12 / 170),
+}
+_SM_COUNTS = {80: 108, 86: 72, 89: 142, 90: 132, 100: 148, 120: 170}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU a kernel is shaped for.
+
+    Args:
+        sm: compute capability times ten, 90 for Hopper.
+        sm_count: number of SMs on the card.
+
+    Raises:
+        ValueError: below sm_80, whose instructions the kernels need.
+    """
+
+    sm: int
+    sm_count: int
+
+    def __post_init__(self) -> None:
+        if self.sm < 80:
+            raise ValueError(f"sm_{self.sm} is not supported: the kernels need sm_80 or newer")
+        if self.sm_count < 1:
+            raise ValueError(f"sm_count is {self.sm_count}, expected at least 1")
+
+    @classmethod
+    def typical(cls, sm: int) -> Target:
+        """The target with the SM count of a data-centre card of that architecture."""
+        return cls(sm, _SM_COUNTS[_known(sm)])
+
+    @property
+    def shared_bytes(self) -> int:
+        """Largest shared memory one block may ask for."""
+        return _ARCHITECTURES[_known(self.sm)].shared_bytes
+
+    @property
+    def fp16_flops(self) -> float:
+        """Dense fp16 tensor-core rate of one SM, per second."""
+        return _ARCHITECTURES[_known(self.sm)].fp16_flops
+
+    @property
+    def dram_bytes(self) -> float:
+        """Device memory rate of the whole card, bytes per second."""
+        return _ARCHITECTURES[_known(self.sm)].dram_bytes * self.sm_count
+
+    @property
+    def l2_bytes(self) -> float:
+        """L2 cache rate of one SM, bytes per second."""
+        return _ARCHITECTURES[_known(self.sm)].l2_bytes
+
+
+def _known(sm: int) -> int:
+    """The newest listed architecture not above `sm`: sm_103 counts as sm_100."""
+    known = [candidate for candidate in _ARCHITECTURES if candidate <= sm]
+    if not known:
+        raise ValueError(f"sm_{sm} is not supported: the kernels need sm_80 or newer")
+    return max(known)

@@ -1,0 +1,127 @@
+"""A kernel call as data: complete, checked, and not yet made.
+
+Launchers build a `Launch` and run it; `fastres.kernels.aot` compiles the same object without a GPU,
+so what is checked at compile time is what runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from fastres.kernels.cost import Target
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of one jit kernel.
+
+    Args:
+        kernel: the `@triton.jit` function.
+        programs: size of the one-dimensional grid.
+        arguments: run-time arguments by name; None for an absent tensor.
+        constants: `tl.constexpr` arguments by name.
+        num_warps: warps of 32 threads in a block.
+        num_stages: depth of the software pipeline.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: Mapping[str, torch.Tensor | int | None]
+    constants: Mapping[str, int | bool | str | None]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's compile options, all named: its defaults differ between versions."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+    def run(self) -> None:
+        """Launches on the current stream of the first tensor's device.
+
+        Raises:
+            RuntimeError: tensors on the CPU while Triton's interpreter is off.
+        """
+        first = next(a for a in self.arguments.values() if isinstance(a, torch.Tensor))
+        if first.device.type != "cuda" and not is_interpreted(self.kernel):
+            raise RuntimeError(
+                f"{self.kernel.__name__} got tensors on {first.device}: Triton kernels run on CUDA "
+                "tensors; to run them on the CPU, for tests, set TRITON_INTERPRET=1 before "
+                "fastres.kernels is imported"
+            )
+        with torch.cuda.device_of(first):
+            self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether the kernel was decorated under TRITON_INTERPRET=1 and so runs on the CPU."""
+    return isinstance(kernel, InterpretedFunction)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target a tensor's device stands for; anything but CUDA is shaped as for an H200."""
+    if device.type != "cuda":
+        return Target.typical(90)
+    properties = torch.cuda.get_device_properties(device)
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def check_nhwc(name: str, x: torch.Tensor) -> None:
+    """Refuses what no NHWC kernel reads: wrong rank, dtype, or strided channels.
+
+    Raises:
+        ValueError: naming the tensor, what was found and what was expected.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected [N, H, W, C]")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {x.dtype}, expected one of {FLOAT_DTYPES}")
+    check_inner_stride(name, x)
+
+
+def check_inner_stride(name: str, x: torch.Tensor) -> None:
+    """Refuses a tensor whose last dimension is strided: kernels load along it."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has stride {x.stride(-1)} in its last dimension, expected 1 "
+            f"(shape {list(x.shape)}, strides {list(x.stride())})"
+        )
+
+
+def check_like(
+    name: str,
+    tensor: torch.Tensor,
+    shape: Sequence[int],
+    x: torch.Tensor,
+    dtypes: Sequence[torch.dtype],
+    contiguous: bool = True,
+) -> None:
+    """Refuses an operand that does not go with `x`.
+
+    Args:
+        shape: the only shape accepted.
+        x: the tensor whose device it must share.
+        dtypes: those accepted.
+        contiguous: whether every dimension must be packed.
+
+    Raises:
+        ValueError: naming the tensor, what was found and what was expected.
+    """
+    if list(tensor.shape) != list(shape):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {expected}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {x.device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {list(tensor.stride())}, expected it contiguous")

@@ -1,0 +1,215 @@
+"""Tile sizes of the implicit-GEMM kernels: which are valid, and which to take.
+
+A convolution is the matrix product [M, K] x [K, N] with M = N*P*Q output pixels, N output channels
+of a group and K = R*S*C taps times input channels of the group. The choice is a pure function of
+shape, dtype and target: no tuning state, the same answer everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastres.kernels.cost import Target
+
+_THREADS_PER_SM = 1536  # the smallest among sm_86 and newer; sm_80, 90 and 100 hold 2048
+_TILE_OVERHEAD = 1.5e-6  # seconds to fill the pipeline and to drain the epilogue of one block
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """The matrix product behind one call.
+
+    Args:
+        m: rows: output pixels.
+        n: columns: output channels of one group.
+        k: depth: taps times input channels of one group.
+        channels: input channels of one group; a depth block that divides it stays in one tap.
+        groups: independent products.
+    """
+
+    m: int
+    n: int
+    k: int
+    channels: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """How one block of the implicit GEMM is cut.
+
+    Args:
+        block_m: output pixels a block.
+        block_n: output channels a block.
+        block_k: depth a step of the K-loop.
+        num_warps: warps of 32 threads.
+        num_stages: depth of the software pipeline.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        blocks = (self.block_m, self.block_n, self.block_k)
+        if any(block < 16 or block & (block - 1) for block in blocks):
+            raise ValueError(f"blocks are {blocks}, expected powers of two of at least 16")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps is {self.num_warps}, expected 1, 2, 4, 8 or 16")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages is {self.num_stages}, expected at least 1")
+
+    def __str__(self) -> str:
+        blocks = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{blocks} w{self.num_warps} s{self.num_stages}"
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Upper bound of the shared memory: the operands of every stage, or the staged result."""
+        operands = self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+        return max(operands, self.block_m * self.block_n * 4)
+
+    def accumulators(self) -> int:
+        """fp32 registers a thread holds for the result."""
+        return self.block_m * self.block_n // (32 * self.num_warps)
+
+    def stays_in_tap(self, channels: int) -> bool:
+        """Whether each depth block lies within one filter tap, which makes its loads contiguous."""
+        return channels % self.block_k == 0
+
+    def programs(self, shape: GemmShape) -> int:
+        """Blocks in the grid."""
+        return _cdiv(shape.m, self.block_m) * _cdiv(shape.n, self.block_n) * shape.groups
+
+
+def is_valid(tile: ConvTile, itemsize: int, tensor_cores: bool, target: Target) -> bool:
+    """Whether the tile fits the target and reaches the instructions meant for it.
+
+    Args:
+        itemsize: bytes of an operand's element.
+        tensor_cores: whether the product runs on tensor cores (fp32 in full precision does not).
+    """
+    if tile.shared_bytes(itemsize) > target.shared_bytes:
+        return False
+    if not tensor_cores:  # plain multiply-adds hold the operands in registers as well
+        return tile.accumulators() <= 32
+    if target.sm == 90 and (tile.block_m < 64 or tile.num_warps < 4):
+        return False  # a warpgroup of four warps takes 64 rows; less falls back to sm_80's HMMA
+    return tile.accumulators() <= 64
+
+
+@dataclass(frozen=True)
+class PoolTile:
+    """How one block of a pooling kernel is cut.
+
+    Args:
+        block_m: pixels a block: output pixels of a window, input pixels a step of a mean.
+        block_c: channels a block.
+        num_warps: warps of 32 threads.
+    """
+
+    block_m: int
+    block_c: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        blocks = (self.block_m, self.block_c)
+        if any(block < 1 or block & (block - 1) for block in blocks):
+            raise ValueError(f"blocks are {blocks}, expected powers of two")
+
+    def programs(self, pixels: int, channels: int) -> int:
+        """Blocks in the grid."""
+        return _cdiv(pixels, self.block_m) * _cdiv(channels, self.block_c)
+
+
+# ---------------------------------------------------------------- the choice
+
+_BLOCKS = (  # block_m, block_n, num_warps
+    (128, 128, 8),
+    (128, 64, 4),
+    (128, 64, 8),
+    (128, 32, 4),
+    (64, 128, 4),
+    (64, 64, 4),
+    (64, 32, 4),
+    (64, 16, 4),
+    (32, 64, 4),
+    (32, 32, 4),
+    (16, 64, 4),
+    (16, 32, 4),
+)
+_STAGES = (4, 3)
+
+
+def choose_conv_tile(
+    shape: GemmShape, itemsize: int, target: Target, *, tensor_cores: bool = True
+) -> ConvTile:
+    """The valid tile of least estimated time; ties go to the earlier candidate.
+
+    Args:
+        shape: the matrix product.
+        itemsize: bytes of an operand's element.
+        target: the GPU.
+        tensor_cores: False for fp32 in full precision.
+    """
+    block_k = _depth(shape.channels, itemsize)
+    tiles = [
+        ConvTile(block_m, block_n, block_k, num_warps, num_stages)
+        for block_m, block_n, num_warps in _BLOCKS
+        for num_stages in _STAGES
+    ]
+    valid = [tile for tile in tiles if is_valid(tile, itemsize, tensor_cores, target)]
+    return min(valid, key=lambda tile: _seconds(tile, shape, itemsize, target, tensor_cores))
+
+
+def _depth(channels: int, itemsize: int) -> int:
+    """The depth block: up to a cache line of a pixel's channels, within one tap if it can be."""
+    blocks = [block for block in (64, 32, 16) if block * itemsize <= 128]
+    return next((block for block in blocks if channels % block == 0), 32)
+
+
+def _seconds(
+    tile: ConvTile, shape: GemmShape, itemsize: int, target: Target, tensor_cores: bool
+) -> float:
+    """max(device memory, rounds of blocks * max(arithmetic, L2)) + filling and draining."""
+    depth = _cdiv(shape.k, tile.block_k) * tile.block_k
+    rate = target.fp16_flops * (2 / itemsize if tensor_cores else 1 / 16)
+    arithmetic = 2 * tile.block_m * tile.block_n * depth / rate
+    loads = (tile.block_m + tile.block_n) * depth * itemsize / target.l2_bytes
+    resident = max(
+        1,
+        min(
+            target.shared_bytes // tile.shared_bytes(itemsize),
+            _THREADS_PER_SM // (32 * tile.num_warps),
+            65_536 // (32 * tile.num_warps * (tile.accumulators() + 64)),
+        ),
+    )
+    blocks = tile.programs(shape)
+    rounds = _cdiv(blocks, target.sm_count)
+    drains = _cdiv(blocks, target.sm_count * resident)
+    operands = shape.m * shape.n + shape.n * shape.k + shape.m * shape.channels
+    memory = shape.groups * operands * itemsize / target.dram_bytes
+    return max(memory, rounds * max(arithmetic, loads)) + drains * _TILE_OVERHEAD
+
+
+def choose_pool_tile(channels: int, itemsize: int) -> PoolTile:
+    """Four warps whose threads each load 16 bytes of one pixel's channels at a time."""
+    block_c = min(_power_of_two(channels), 64)
+    threads_c = max(1, block_c * itemsize // 16)
+    return PoolTile(128 // threads_c, block_c, num_warps=4)
+
+
+def choose_mean_tile(pixels: int, channels: int, itemsize: int) -> PoolTile:
+    """As `choose_pool_tile`, with no more rows than the picture has pixels."""
+    tile = choose_pool_tile(channels, itemsize)
+    return PoolTile(min(tile.block_m, _power_of_two(pixels)), tile.block_c, tile.num_warps)
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

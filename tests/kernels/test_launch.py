@@ -1,0 +1,42 @@
+import pytest
+import torch
+from triton import knobs
+
+from fastres.kernels.conv2d import conv2d
+from fastres.kernels.cost import Target
+from fastres.kernels.launch import target_of
+from fastres.kernels.linear import global_avg_pool
+from fastres.kernels.pool import max_pool
+
+X = torch.zeros(1, 8, 8, 16)
+
+
+@pytest.mark.skipif(knobs.runtime.interpret, reason="the interpreter takes CPU tensors")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: conv2d(X, torch.zeros(8, 1, 1, 16)),
+        lambda: max_pool(X, kernel=(2, 2), stride=(2, 2)),
+        lambda: global_avg_pool(X),
+    ],
+    ids=["conv2d", "max_pool", "global_avg_pool"],
+)
+def test_cpu_tensor_says_what_to_do(call):
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before"):
+        call()
+
+
+def test_batch_0_needs_no_device():
+    assert conv2d(X[:0], torch.zeros(8, 3, 3, 16)).shape == (0, 6, 6, 8)
+    assert max_pool(X[:0], kernel=(2, 2), stride=(2, 2)).shape == (0, 4, 4, 16)
+    assert global_avg_pool(X[:0]).shape == (0, 16)
+
+
+def test_target_of_the_cpu_is_the_reference_gpu():
+    assert target_of(torch.device("cpu")) == Target.typical(90)
+
+
+@pytest.mark.gpu
+def test_target_of_a_gpu():
+    target = target_of(torch.device("cuda"))
+    assert target.sm >= 80 and target.sm_count >= 1

@@ -1,0 +1,118 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fastres.kernels import reference
+from fastres.kernels.pool import PoolShape, max_pool, max_pool_cost
+from fastres.kernels.tiles import PoolTile
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    x: tuple[int, int, int, int]  # N, H, W, C
+    kernel: Pair = (3, 3)
+    stride: Pair = (2, 2)
+    padding: Pair = (1, 1)
+    dilation: Pair = (1, 1)
+    ceil_mode: bool = False
+    dtype: torch.dtype = torch.float16
+    tile: PoolTile | None = None
+
+
+CASES = (
+    Case("resnet", (2, 14, 14, 64)),
+    Case("resnet-bf16", (1, 14, 14, 64), dtype=torch.bfloat16),
+    Case("resnet-fp32", (1, 8, 8, 64), dtype=torch.float32),
+    Case("odd-size-and-channels", (3, 7, 5, 21)),
+    Case("ceil-mode", (1, 8, 8, 16), padding=(0, 0), ceil_mode=True),
+    Case("ceil-mode-last-window-dropped", (1, 6, 6, 16), (2, 2), (3, 3), (1, 1), ceil_mode=True),
+    Case("downsample-2x2", (1, 7, 7, 16), (2, 2), padding=(0, 0)),
+    Case("dilated", (1, 9, 9, 16), stride=(1, 1), dilation=(2, 2)),
+    Case("all-unequal", (2, 9, 8, 8), (2, 3), (3, 1), (1, 0), (1, 2)),
+    Case("one-channel", (1, 5, 5, 1)),
+    Case("many-channel-tiles", (1, 5, 5, 40), tile=PoolTile(4, 16, 1)),
+    Case("batch-0", (0, 8, 8, 16)),
+)
+
+
+def meaning(case: Case, x: torch.Tensor) -> torch.Tensor:
+    options = (case.kernel, case.stride, case.padding, case.dilation, case.ceil_mode)
+    return reference.max_pool(x.cpu().permute(0, 3, 1, 2), *options).permute(0, 2, 3, 1)
+
+
+def run(case: Case, x: torch.Tensor, out: torch.Tensor) -> None:
+    max_pool(
+        x,
+        kernel=case.kernel,
+        stride=case.stride,
+        padding=case.padding,
+        dilation=case.dilation,
+        ceil_mode=case.ceil_mode,
+        out=out,
+        tile=case.tile,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_pytorch(case, device, guarded, poisoned, assert_parity):
+    values = torch.randn(case.x, generator=torch.Generator().manual_seed(0))
+    x = guarded(values.to(case.dtype).to(device))
+    expected = meaning(case, x)
+    out = poisoned(expected.shape, case.dtype, device)
+    run(case, x, out)
+    assert_parity(out, expected.double(), expected)
+    assert torch.equal(out.cpu(), expected), "a maximum is exact"
+
+
+def test_nan_wins(device, guarded, poisoned, assert_parity):
+    case = Case("nan", (1, 8, 8, 8))
+    x = guarded(torch.randn(case.x, device=device).half())
+    x[0, 3, 3, 2] = float("nan")
+    x[0, 4, 4, 2] = float("inf")
+    x[0, :, :, 3] = float("-inf")
+    expected = meaning(case, x)
+    assert expected.isnan().sum() == 4
+    out = poisoned(expected.shape, case.dtype, device)
+    run(case, x, out)
+    assert_parity(out, expected.double(), expected)
+
+
+def test_reads_strided_input(device, guarded):
+    wide = guarded(torch.randn(2, 12, 12, 24, device=device).half())
+    x = wide[:, 1::2, ::2, 8:]
+    case = Case("view", (2, 6, 6, 16))
+    out = max_pool(x, kernel=case.kernel, stride=case.stride, padding=case.padding)
+    assert torch.equal(out.cpu(), meaning(case, x))
+
+
+X = torch.zeros(1, 8, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": X[0]}, r"x has shape \[8, 8, 16\]"),
+        ({"x": X.long()}, "x has dtype torch.int64"),
+        ({"x": X.permute(0, 3, 1, 2)}, "x has stride 16 in its last dimension"),
+        ({"kernel": (0, 3)}, r"kernel is \(0, 3\)"),
+        ({"padding": (2, 0)}, r"padding is \(2, 0\), expected 0 to half of the kernel \(3, 3\)"),
+        ({"padding": (0, -1)}, r"padding is \(0, -1\)"),
+        ({"kernel": (9, 9)}, r"the window gives no output"),
+        ({"x": X[..., :0]}, "gives no output"),
+        ({"out": torch.zeros(1, 3, 3, 8)}, r"out has shape \[1, 3, 3, 8\], expected"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "-".join(value),
+)
+def test_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        max_pool(**{"x": X, "kernel": (3, 3), "stride": (2, 2)} | arguments)
+
+
+def test_cost():
+    cost = max_pool_cost(PoolShape(1, 112, 112, 64, (3, 3), (2, 2), (1, 1)), itemsize=2)
+    assert cost.flops == 9 * 56 * 56 * 64
+    assert cost.bytes == 2 * 64 * (112 * 112 + 56 * 56)
