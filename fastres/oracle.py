@@ -69,7 +69,8 @@ def walk(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same values one at a time, in order, each freed after its last use.
 
-    A value may be changed in place by a later call: use it before asking for the next.
+    A call that changes nothing, such as dropout, gives what it reads, by that name, once more. A
+    value may be changed in place by a later call: use it before asking for the next.
     """
     return _steps(captured, inputs, dtype, lambda target: None)
 

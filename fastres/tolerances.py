@@ -40,7 +40,9 @@ FLOOR: dict[torch.dtype, float] = {
 }
 RMS_FLOOR: dict[torch.dtype, float] = {
     torch.float64: 2e-13,  # the same ResNet-50: 6.2e-14
-    torch.float32: 1e-6,  # one convolution of OpenVINO: up to 8.6e-7 (PyTorch 2.1e-7)
+    # 4608 products (3x3, 512 channels) in a single chain: 1.2e-6 (PyTorch in blocks: 3.8e-7);
+    # one convolution of OpenVINO: up to 8.6e-7
+    torch.float32: 2e-6,
     torch.float16: 2.5e-4,  # one rounding: 2.1e-4
     torch.bfloat16: 2e-3,  # one rounding: 1.7e-3
 }
