@@ -130,13 +130,11 @@ class _Zip:
             _check_name(path, info.orig_filename)
             if info.filename in self.sizes:
                 raise defect(path, f"{info.filename} is in it twice")
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            packed = (
-                info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
-            )
-            if packed or kind not in (0, stat.S_IFREG):
+            kind, size = stat.S_IFMT(info.external_attr >> 16), info.file_size
+            stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == size
+            if not stored or kind not in (0, stat.S_IFREG):
                 raise defect(path, f"{info.filename} is compressed, or a link; neither is read")
-            self.sizes[info.filename] = info.file_size
+            self.sizes[info.filename] = size
 
     def read(self, name: str) -> bytes:
         try:

@@ -16,7 +16,7 @@ from fastres.summary import Shapes, multiply_adds, traffic
 from fastres.text import render
 
 _ITEMSIZE = {"fp64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-_STAGE = re.compile(r"(?:.*?\.)?(?:layer|stages?\.?|blocks?\.?)\d+(?=\.|$)")
+_STAGE = re.compile(r"(?:.*?\.)??(?:layer|stages?[._]?|blocks?[._]?)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
