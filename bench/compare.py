@@ -50,7 +50,9 @@ def verdicts(report: BenchReport) -> list[str]:
     for m in report.measurements:
         if m.target != OURS:
             own = report.against(m.target).of(OURS, m.batch_size).speedup
-            lines.append(f"batch {m.batch_size}, {m.precision}: fastres is {own} {m.target}")
+            lines.append(
+                f"batch {m.batch_size}, {m.precision}: fastres is {own} as fast as {m.target}"
+            )
     return lines
 
 

@@ -37,7 +37,7 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
 
 
 def measure(depth: int) -> dict[str, float]:
-    """Seconds of each part of compiling cifar_resnet(depth) for the CPU; `ours` is all but export."""
+    """Seconds of each part of compiling cifar_resnet(depth); `ours` is all but export."""
     model, x = cifar_resnet(depth, seed=0).eval(), torch.zeros(SHAPE)
     free = ({0: torch.export.Dim.AUTO},)
     with warnings.catch_warnings(), torch.no_grad():
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     measure(8)  # imports and first-time work of torch.export and OpenVINO
     rows = [measure(int(depth)) for depth in given.depths.split(",")]
-    table = Table(title="seconds to compile cifar_resnet for the CPU; ours = read + passes + lower")
+    table = Table(title="seconds to compile", caption="ours = read + passes + lower")
     for column in ("depth", *PARTS, "ours"):
         table.add_column(column, justify="right")
     for row in rows:

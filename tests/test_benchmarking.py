@@ -1,0 +1,220 @@
+"""fastres.benchmark: planted speeds come out as planted, and the targets really take turns."""
+
+import json
+import runpy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastres
+from fastres import models
+from fastres.bench_report import bootstrap, machine
+from fastres.benchmarking import MIN_ROUNDS, Target, benchmark
+from fastres.errors import InputError
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def sleeper(seconds: float) -> Callable[[Tensor], Tensor]:
+    """Takes that long for every image, and cannot be slowed much by what else the machine does."""
+
+    def call(x: Tensor) -> Tensor:
+        time.sleep(seconds * len(x))
+        return x
+
+    return call
+
+
+def recorder(name: str, log: list[str]) -> Callable[[Tensor], None]:
+    def call(x: Tensor) -> None:
+        log.append(name)
+        time.sleep(1e-3)
+
+    return call
+
+
+class TestBenchmark:
+    def test_planted_speeds(self) -> None:
+        targets = {"slow": sleeper(0.012), "fast": sleeper(0.003)}
+        report = benchmark(targets, {1: torch.zeros(1), 2: torch.zeros(2)}, duration_s=0.3)
+        assert report.baseline == "slow"
+        for size in (1, 2):
+            slow, fast = report.of("slow", size), report.of("fast", size)
+            assert slow.min_ms >= 12 * size and fast.min_ms >= 3 * size
+            assert fast.speedup.median == pytest.approx(4, rel=0.25)
+            assert fast.speedup.low <= fast.speedup.median <= fast.speedup.high
+            assert (slow.speedup.low, slow.speedup.high) == (1, 1)
+            assert fast.samples > slow.samples >= MIN_ROUNDS
+            assert slow.min_ms <= slow.latency_ms["p50"] <= slow.latency_ms["p99"]
+            assert 0.5 / 0.012 < slow.throughput <= 1 / 0.012
+
+    def test_another_baseline_inverts_the_ratio(self) -> None:
+        targets = {"slow": sleeper(0.004), "fast": sleeper(0.001)}
+        report = benchmark(targets, [torch.zeros(1)], duration_s=0.1, baseline="fast")
+        there, back = report.of("slow", 1).speedup, report.against("slow").of("fast", 1).speedup
+        assert report.of("fast", 1).speedup.median == 1
+        assert there.median * back.median == pytest.approx(1, rel=0.05)
+        assert there.median < 1 < back.median
+
+    def test_targets_take_turns_in_a_shuffled_order(self) -> None:
+        def orders(seed: int) -> list[str]:
+            """Who ran in each round, in order; the first, which holds the warm-up, is left out."""
+            log: list[str] = []
+            targets = [Target(name, recorder(name, log)) for name in "abc"]
+            benchmark(
+                targets,
+                [torch.zeros(1)],
+                duration_s=0.03,
+                seed=seed,
+                progress=lambda done: log.append("|"),
+            )
+            rounds = "".join(name for name, _ in groupby(log)).split("|")
+            return rounds[1:MIN_ROUNDS]
+
+        first, again, other = orders(0), orders(0), orders(1)
+        assert all(sorted(order) == ["a", "b", "c"] for order in first)
+        assert first == again != other
+        assert len(set(first)) > 1
+
+    def test_every_target_gets_the_same_batch_without_gradients(self) -> None:
+        x = torch.ones(2, 3, requires_grad=True)
+        seen: set[tuple[int, bool]] = set()
+
+        def call(batch: Tensor) -> None:
+            seen.add((id(batch), torch.is_grad_enabled()))
+
+        benchmark({"a": call, "b": call}, [x], duration_s=0.01)
+        assert seen == {(id(x), False)}
+
+    def test_progress_rises_to_one(self) -> None:
+        done: list[float] = []
+        examples = [torch.zeros(1), torch.zeros(2)]
+        benchmark({"a": sleeper(1e-3)}, examples, duration_s=0.02, progress=done.append)
+        assert done == sorted(done) and 0 < done[0] and done[-1] == 1
+
+    def test_slow_target_still_gets_its_rounds(self) -> None:
+        report = benchmark({"a": sleeper(0.02)}, [torch.zeros(1)], duration_s=0.01)
+        assert len(report.of("a", 1).round_ms) == report.of("a", 1).samples == MIN_ROUNDS
+
+    def test_an_engine_tells_its_precision(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+        x = torch.zeros(1, 3, 8, 8)
+        engine = fastres.compile(model, x, backend="cpu", precision="fp32")
+        targets = [Target("ours", engine), Target("said", engine, "as said")]
+        report = benchmark(targets, [x], duration_s=0.01)
+        assert report.of("ours", 1).precision == "fp32"
+        assert report.of("said", 1).precision == "as said"
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"targets": {}}, "no target"),
+            ({"targets": [Target("a", len), Target("a", len)]}, "two targets are called 'a'"),
+            ({"baseline": "b"}, "the targets are a"),
+            ({"duration_s": 0.0}, "above 0"),
+            ({"duration_s": float("nan")}, "above 0"),
+            ({"percentiles": ()}, "percentiles"),
+            ({"percentiles": (50, 101)}, "percentiles"),
+            ({"examples": []}, "batch sizes are"),
+            ({"examples": [torch.zeros(2), torch.ones(2)]}, "each one once"),
+            ({"examples": {3: torch.zeros(2)}}, "size 3"),
+            ({"examples": [torch.zeros(0)]}, "1 or more"),
+            ({"examples": torch.zeros(2, 3)}, r"\[x\]"),
+        ],
+    )
+    def test_refuses(self, changed: dict[str, object], message: str) -> None:
+        given = {"targets": {"a": len}, "examples": [torch.zeros(1)], **changed}
+        with pytest.raises(InputError, match=message):
+            benchmark(given.pop("targets"), given.pop("examples"), **given)
+
+
+class TestReport:
+    def test_text_and_json(self) -> None:
+        targets = {"one": sleeper(1e-3), "two": sleeper(1e-3)}
+        report = benchmark(
+            targets, [torch.zeros(1)], duration_s=0.02, percentiles=(50, 99.9), baseline="two"
+        )
+        text = str(report)
+        for word in ("one", "two", "img/s", "p50", "p99.9", "over two", report.machine.cpu):
+            assert word in text
+        read = json.loads(report.to_json())
+        assert read == json.loads(json.dumps(report.to_dict()))
+        assert read["machine"]["versions"]["torch"] == torch.__version__
+        assert read["measurements"][0]["speedup"].keys() == {"median", "low", "high"}
+
+    def test_asks_for_what_was_measured(self) -> None:
+        report = benchmark({"a": len}, [torch.zeros(1)], duration_s=0.01)
+        for look in (lambda: report.of("a", 2), lambda: report.against("b")):
+            with pytest.raises(InputError, match="was not measured"):
+                look()
+
+    def test_machine(self) -> None:
+        here = machine()
+        assert here.cpu and here.cores >= 1 and here.threads == torch.get_num_threads()
+        assert {"python", "torch", "openvino"} <= here.versions.keys()
+        assert "some GPU" in str(replace(here, gpu="some GPU"))
+
+
+class TestBootstrap:
+    def test_interval_covers_the_true_ratio(self) -> None:
+        draw = np.random.default_rng(0)
+        intervals = [bootstrap(1.5 * np.exp(draw.normal(0, 0.1, 20)), i) for i in range(200)]
+        covered = np.mean([r.low <= 1.5 <= r.high for r in intervals])
+        assert covered > 0.9
+
+    def test_one_outlier_moves_nothing(self) -> None:
+        calm = bootstrap([2.0] * 20)
+        assert bootstrap([2.0] * 19 + [200.0]).median == calm.median == 2.0
+        assert (calm.low, calm.high) == (2.0, 2.0)
+
+    def test_same_seed_same_interval(self) -> None:
+        ratios = list(np.random.default_rng(1).uniform(1, 2, 15))
+        assert bootstrap(ratios, 3) == bootstrap(ratios, 3)
+        assert str(bootstrap([2.0])) == "2x [2, 2]"
+
+
+class TestScripts:
+    """The scripts of bench/ run; what they measure here means nothing."""
+
+    def test_compare(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        main = runpy.run_path(str(BENCH / "compare.py"), run_name="compare")["main"]
+        arguments = ["--model", "cifar_resnet:8", "--image-size", "32", "--precision", "fp32"]
+        arguments += ["--peers", "eager,nonesuch", "--batch-size", "1", "--duration", "0.02"]
+        assert main([*arguments, "-o", str(tmp_path / "out.json")]) == 0
+        shown = capsys.readouterr()
+        assert "as fast as eager" in shown.out
+        assert "not timed, nonesuch in fp32: there is no peer" in shown.err
+        (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
+        assert [m["target"] for m in run["measurements"]] == ["fastres", "eager"]
+
+    def test_compare_gives_no_speed_to_wrong_numbers(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        wrong = models.cifar_resnet(8, seed=1).eval()
+        monkeypatch.setattr(fastres, "compile", lambda *args, **kwargs: wrong)
+        main = runpy.run_path(str(BENCH / "compare.py"), run_name="compare")["main"]
+        arguments = ["--model", "cifar_resnet:8", "--image-size", "32", "--precision", "fp32"]
+        arguments += ["--peers", "eager", "--batch-size", "2", "--duration", "0.02"]
+        assert main(arguments) == 1
+        shown = capsys.readouterr()
+        assert "fastres" not in shown.out.replace("fastres 0", "")
+        assert "not timed, fastres in fp32" in shown.err
+
+    def test_depth(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        main = runpy.run_path(str(BENCH / "depth.py"), run_name="depth")["main"]
+        assert main(["--depths", "8,14", "-o", str(tmp_path / "out.json")]) == 0
+        assert "ms a layer" in capsys.readouterr().out
+        found = json.loads((tmp_path / "out.json").read_text())
+        assert [row["depth"] for row in found["rows"]] == [8, 14]
+
+    def test_linear_fit(self) -> None:
+        fit = runpy.run_path(str(BENCH / "depth.py"), run_name="depth")["linear_fit"]
+        assert fit([1, 2, 3], [3, 5, 7]) == pytest.approx({"slope": 2, "intercept": 1, "r2": 1})
+        assert fit([1, 2, 3, 4], [1, -1, 1, -1])["r2"] < 0.3
