@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,7 +35,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Timed beside ours: eager, eager_channels_last, torch_compile, openvino, onnxruntime.",
+            help="Timed beside ours: eager, eager_channels_last, torch_compile, openvino, "
+            "onnxruntime.",
         ),
     ] = None,
     duration: Annotated[
@@ -78,9 +80,9 @@ def bench(
     examples = {n: pictures.synthetic(n, targets[0]) for n in common.batch_sizes}
     precisions = precision.split(",") if precision else [None]
     lanes: list[Lane] = []
-    for target in targets:
+    for target, name in zip(targets, _short_names(targets), strict=True):
         for one in precisions:
-            tag = f"{target.name} " * (len(targets) > 1) + f"{one} " * (len(precisions) > 1)
+            tag = f"{name} " * (len(targets) > 1) + f"{one} " * (len(precisions) > 1)
             lanes.append(_lane(tag, target, replace(common, precision=one), chosen, examples))
     left_out = {name: why for lane in lanes for name, why in lane.left_out.items()}
     for name, why in left_out.items():
@@ -122,6 +124,13 @@ def _open(positionals: Sequence[str], request: Request) -> list[Target]:
         takes = "; ".join(f"{t.name} takes {t.dtype} {list(t.shape)}" for t in kinds.values())
         raise InputError(f"models timed in one run must take the same images: {takes}")
     return targets
+
+
+def _short_names(targets: Sequence[Target]) -> list[str]:
+    """Engines by their file's name, which a table has room for, unless two share one."""
+    full = [target.name for target in targets]
+    short = [Path(name).name if Path(name).exists() else name for name in full]
+    return short if len(set(short)) == len(short) else full
 
 
 def _lane(

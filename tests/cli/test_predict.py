@@ -1,0 +1,88 @@
+"""fastres predict: classes of real photographs, names for them, and what it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+import fastres
+from fastres import Preprocess
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+
+def test_a_saved_engine_names_classes(
+    run: Run, run_json: RunJson, engine: Path, photos_folder: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"kind {i}\n" for i in range(10)))
+    document = run_json("predict", engine, photos_folder, "--top-k", "3", "--labels", labels)
+    rows = document["predictions"]
+    names = ("astronaut", "chelsea", "coffee")
+    assert [Path(row["image"]).stem for row in rows] == sorted(names)
+    for row in rows:
+        chances = [best["probability"] for best in row["top"]]
+        assert len(chances) == 3 and chances == sorted(chances, reverse=True)
+        assert all(best["label"] == f"kind {best['class']}" for best in row["top"])
+
+    expected = fastres.load(engine)
+    expected.preprocess = Preprocess(resize=36, crop=32)
+    found = expected.predict([row["image"] for row in rows], top_k=3)
+    assert [[b["class"] for b in row["top"]] for row in rows] == [list(p.classes) for p in found]
+    text = run("predict", engine, photos_folder / "coffee.jpg", "--labels", labels).stdout
+    assert rows[2]["top"][0]["label"] in text and "%" in text
+
+
+def test_an_untrained_model_says_so(run: Run, small: str, photos_folder: Path) -> None:
+    result = run("predict", small, photos_folder / "coffee.jpg", "--backend", "reference")
+    assert "untrained weights" in result.stderr and "untrained" not in result.stdout
+
+
+def test_weights_alone_and_ones_own_preprocessing(
+    run_json: RunJson, trained: Path, photos_folder: Path
+) -> None:
+    image = photos_folder / "chelsea.jpg"
+    flags = ("--weights", trained, "--backend", "reference")
+    plain = run_json("predict", image, *flags)
+    darker = run_json("predict", image, *flags, "--mean", "0.9,0.9,0.9", "--std", "1,1,1")
+    larger = run_json("predict", image, *flags, "--crop", "48", "--resize", "48")
+    assert plain["untrained"] is False
+    assert plain["predictions"] != darker["predictions"] != larger["predictions"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("ENGINE",), "give the images"),
+        (("ENGINE", "nowhere.jpg"), "there is no file or folder nowhere.jpg"),
+        (("ENGINE", "README"), "cannot be read as an image"),
+        (("ENGINE", "EMPTY"), "no image below"),
+        (("ENGINE", "COFFEE", "--labels", "nowhere.txt"), "--labels nowhere.txt"),
+        (("ENGINE", "COFFEE", "--labels", "README"), "the network 10 classes"),
+        (("ENGINE", "COFFEE", "--labels", "COFFEE"), "cannot be read"),
+        (("ENGINE", "COFFEE", "--mean", "1,2"), "expected 3 numbers"),
+        (("ENGINE", "COFFEE", "--std", "0,1,1"), "every entry must be above 0"),
+        (("ENGINE", "COFFEE", "--resize", "16"), "smaller than the crop"),
+        (("ENGINE", "COFFEE", "--crop", "40", "--resize", "40"), "expected [N, 3, 32, 32]"),
+        (("fastres:resnet51", "COFFEE"), "there is no fastres:resnet51"),
+    ],
+)
+def test_predict_refuses(
+    arguments: tuple[str, ...],
+    said: str,
+    run: Run,
+    engine: Path,
+    photos_folder: Path,
+    tmp_path: Path,
+) -> None:
+    meant = {
+        "ENGINE": engine,
+        "EMPTY": tmp_path,
+        "README": photos_folder / "README.md",
+        "COFFEE": photos_folder / "coffee.jpg",
+    }
+    result = run("predict", *(meant.get(a, a) for a in arguments), status=2)
+    assert result.stdout == "" and said in result.stderr and "Traceback" not in result.stderr
