@@ -18,12 +18,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastres.kernels.conv2d import ConvShape, conv2d_launch
+from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.cost import Target
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
 from fastres.kernels.linear import global_avg_pool_launch
-from fastres.kernels.pool import PoolShape, max_pool_launch
+from fastres.kernels.pool import max_pool_launch
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _REGISTERS = re.compile(r"\bREG:(\d+)")

@@ -4,8 +4,6 @@ Implicit GEMM over pointers: M = N*P*Q output pixels, N = output channels of a g
 Source: the mapping is CUTLASS's implicit GEMM (docs/implicit_gemm_convolution.md).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +11,7 @@ import triton.language as tl
 from fastres.kernels.cost import Cost, Target
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_epilogue
+from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import (
     Launch,
     check_inner_stride,
@@ -21,9 +20,7 @@ from fastres.kernels.launch import (
     is_interpreted,
     target_of,
 )
-from fastres.kernels.tiles import ConvTile, GemmShape, choose_conv_tile
-
-Pair = tuple[int, int]
+from fastres.kernels.tiles import ConvTile, choose_conv_tile
 
 
 @triton.jit
@@ -133,68 +130,6 @@ def _conv2d_kernel(
     y = apply_epilogue(acc, bias, residual, ACTIVATION)
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * (GROUPS * K) + channels[None, :]
     tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=y_ok)
-
-
-@dataclass(frozen=True)
-class ConvShape:
-    """Sizes of a convolution: x [n, h, w, c] with weight [k, r, s, c/groups] gives [n, p, q, k].
-
-    Raises:
-        ValueError: sizes that no convolution has.
-    """
-
-    n: int
-    h: int
-    w: int
-    c: int
-    k: int
-    r: int
-    s: int
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-
-    def __post_init__(self) -> None:
-        if min(self.stride) < 1 or min(self.dilation) < 1 or min(self.padding) < 0:
-            raise ValueError(
-                f"stride is {self.stride}, dilation {self.dilation}, padding {self.padding}; "
-                "expected stride and dilation of at least 1 and padding of at least 0"
-            )
-        if self.groups < 1 or self.c % self.groups or self.k % self.groups:
-            raise ValueError(
-                f"groups is {self.groups}, expected a divisor of {self.c} and {self.k} channels"
-            )
-        if min(self.c, self.k, self.r, self.s) < 1:
-            raise ValueError(f"a size is zero in {self}, only the batch may be")
-        if min(self.p, self.q) < 1:
-            raise ValueError(
-                f"a {self.r}x{self.s} filter with dilation {self.dilation} does not fit into "
-                f"{self.h}x{self.w} with padding {self.padding}"
-            )
-        if self.n * self.p * self.q >= 2**31:
-            raise ValueError(f"{self.n * self.p * self.q} output pixels, expected under 2**31")
-
-    @property
-    def p(self) -> int:
-        """Output height."""
-        return self._out(self.h, self.r, 0)
-
-    @property
-    def q(self) -> int:
-        """Output width."""
-        return self._out(self.w, self.s, 1)
-
-    @property
-    def gemm(self) -> GemmShape:
-        """The matrix product of one call."""
-        c = self.c // self.groups
-        m = self.n * self.p * self.q
-        return GemmShape(m, self.k // self.groups, self.r * self.s * c, c, self.groups)
-
-    def _out(self, size: int, taps: int, axis: int) -> int:
-        reach = self.dilation[axis] * (taps - 1) + 1
-        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
 
 
 def conv2d_cost(shape: ConvShape, itemsize: int, residual_channels: int = 0) -> Cost:

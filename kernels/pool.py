@@ -1,16 +1,13 @@
 """max_pool: y = largest value in each window, NHWC."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
+from fastres.kernels.geometry import Pair, PoolShape
 from fastres.kernels.launch import Launch, check_like, check_nhwc
 from fastres.kernels.tiles import PoolTile, choose_pool_tile
-
-Pair = tuple[int, int]
 
 
 @triton.jit
@@ -62,58 +59,6 @@ def _max_pool_kernel(
             best = tl.where((v > best) | (v != v), v, best)
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :]
     tl.store(y_tile, best.to(y_ptr.dtype.element_ty), mask=ok)
-
-
-@dataclass(frozen=True)
-class PoolShape:
-    """Sizes of a pooling: x [n, h, w, c] gives [n, p, q, c].
-
-    Raises:
-        ValueError: sizes that no pooling has.
-    """
-
-    n: int
-    h: int
-    w: int
-    c: int
-    kernel: Pair
-    stride: Pair
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    ceil_mode: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.kernel) < 1 or min(self.stride) < 1 or min(self.dilation) < 1:
-            raise ValueError(
-                f"kernel is {self.kernel}, stride {self.stride}, dilation {self.dilation}; "
-                "expected each to be at least 1"
-            )
-        pads = zip(self.padding, self.kernel, strict=True)
-        if any(not 0 <= pad <= size // 2 for pad, size in pads):
-            raise ValueError(
-                f"padding is {self.padding}, expected 0 to half of the kernel {self.kernel}"
-            )
-        if self.c < 1 or min(self.p, self.q) < 1:
-            raise ValueError(f"the window gives no output in {self}")
-
-    @property
-    def p(self) -> int:
-        """Output height."""
-        return self._out(self.h, 0)
-
-    @property
-    def q(self) -> int:
-        """Output width."""
-        return self._out(self.w, 1)
-
-    def _out(self, size: int, axis: int) -> int:
-        stride, pad = self.stride[axis], self.padding[axis]
-        free = size + 2 * pad - self.dilation[axis] * (self.kernel[axis] - 1) - 1
-        if not self.ceil_mode:
-            return free // stride + 1
-        out = -(-free // stride) + 1
-        # PyTorch's rule: the last window starts inside the input or the padding before it
-        return out - 1 if (out - 1) * stride >= size + pad else out
 
 
 def max_pool_cost(shape: PoolShape, itemsize: int) -> Cost:

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastres.kernels import reference
-from fastres.kernels.conv2d import ConvShape, conv2d, conv2d_cost
+from fastres.kernels.conv2d import conv2d, conv2d_cost
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.geometry import ConvShape
 from fastres.kernels.tiles import ConvTile
 
 Pair = tuple[int, int]

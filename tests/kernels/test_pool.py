@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastres.kernels import reference
-from fastres.kernels.pool import PoolShape, max_pool, max_pool_cost
+from fastres.kernels.geometry import PoolShape
+from fastres.kernels.pool import max_pool, max_pool_cost
 from fastres.kernels.tiles import PoolTile
 
 Pair = tuple[int, int]

@@ -1,0 +1,123 @@
+"""Sizes of convolutions and pools: checked once, output sizes and the implicit matrix product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastres.kernels.tiles import GemmShape
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Sizes of a convolution: x [n, h, w, c] with weight [k, r, s, c/groups] gives [n, p, q, k].
+
+    Raises:
+        ValueError: sizes that no convolution has.
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int
+    s: int
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.stride) < 1 or min(self.dilation) < 1 or min(self.padding) < 0:
+            raise ValueError(
+                f"stride is {self.stride}, dilation {self.dilation}, padding {self.padding}; "
+                "expected stride and dilation of at least 1 and padding of at least 0"
+            )
+        if self.groups < 1 or self.c % self.groups or self.k % self.groups:
+            raise ValueError(
+                f"groups is {self.groups}, expected a divisor of {self.c} and {self.k} channels"
+            )
+        if min(self.c, self.k, self.r, self.s) < 1:
+            raise ValueError(f"a size is zero in {self}, only the batch may be")
+        if min(self.p, self.q) < 1:
+            raise ValueError(
+                f"a {self.r}x{self.s} filter with dilation {self.dilation} does not fit into "
+                f"{self.h}x{self.w} with padding {self.padding}"
+            )
+        if self.n * self.p * self.q >= 2**31:
+            raise ValueError(f"{self.n * self.p * self.q} output pixels, expected under 2**31")
+
+    @property
+    def p(self) -> int:
+        """Output height."""
+        return self._out(self.h, self.r, 0)
+
+    @property
+    def q(self) -> int:
+        """Output width."""
+        return self._out(self.w, self.s, 1)
+
+    @property
+    def gemm(self) -> GemmShape:
+        """The matrix product of one call."""
+        c = self.c // self.groups
+        m = self.n * self.p * self.q
+        return GemmShape(m, self.k // self.groups, self.r * self.s * c, c, self.groups)
+
+    def _out(self, size: int, taps: int, axis: int) -> int:
+        reach = self.dilation[axis] * (taps - 1) + 1
+        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """Sizes of a pooling: x [n, h, w, c] gives [n, p, q, c].
+
+    Raises:
+        ValueError: sizes that no pooling has.
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    ceil_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.kernel) < 1 or min(self.stride) < 1 or min(self.dilation) < 1:
+            raise ValueError(
+                f"kernel is {self.kernel}, stride {self.stride}, dilation {self.dilation}; "
+                "expected each to be at least 1"
+            )
+        pads = zip(self.padding, self.kernel, strict=True)
+        if any(not 0 <= pad <= size // 2 for pad, size in pads):
+            raise ValueError(
+                f"padding is {self.padding}, expected 0 to half of the kernel {self.kernel}"
+            )
+        if self.c < 1 or min(self.p, self.q) < 1:
+            raise ValueError(f"the window gives no output in {self}")
+
+    @property
+    def p(self) -> int:
+        """Output height."""
+        return self._out(self.h, 0)
+
+    @property
+    def q(self) -> int:
+        """Output width."""
+        return self._out(self.w, 1)
+
+    def _out(self, size: int, axis: int) -> int:
+        stride, pad = self.stride[axis], self.padding[axis]
+        free = size + 2 * pad - self.dilation[axis] * (self.kernel[axis] - 1) - 1
+        if not self.ceil_mode:
+            return free // stride + 1
+        out = -(-free // stride) + 1
+        # PyTorch's rule: the last window starts inside the input or the padding before it
+        return out - 1 if (out - 1) * stride >= size + pad else out
