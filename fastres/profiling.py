@@ -11,8 +11,8 @@ import msgspec
 from rich.table import Table
 
 from fastres.backends.base import NodeTime
+from fastres.graph.cost import Shapes, multiply_adds, traffic
 from fastres.graph.ir import Graph, op_name
-from fastres.summary import Shapes, multiply_adds, traffic
 from fastres.text import render
 
 _ITEMSIZE = {"fp64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}

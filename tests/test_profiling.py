@@ -12,11 +12,11 @@ from fastres.backends.base import NodeTime
 from fastres.compiler import compile
 from fastres.errors import InputError
 from fastres.graph.builder import ResNetSpec, build_graph
+from fastres.graph.cost import Shapes, multiply_adds, traffic
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.shapes import infer_shapes
 from fastres.profiling import group_of, make_profile
-from fastres.summary import Shapes, multiply_adds, traffic
 
 
 @pytest.fixture(scope="module")
