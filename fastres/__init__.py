@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from fastres import errors as errors
     from fastres import models as models
     from fastres.artifact import load as load
+    from fastres.benchmarking import benchmark as benchmark
     from fastres.calib.images import Preprocess as Preprocess
     from fastres.compiler import build as build
     from fastres.compiler import compile as compile
     from fastres.engine import Engine as Engine
+    from fastres.engine import Prediction as Prediction
     from fastres.graph.builder import ResNetSpec as ResNetSpec
     from fastres.options import Input as Input
     from fastres.parity import verify as verify
@@ -31,8 +33,10 @@ _HOMES = {
     "build": "fastres.compiler",
     "load": "fastres.artifact",
     "verify": "fastres.parity",
+    "benchmark": "fastres.benchmarking",
     "summary": "fastres.summary",
     "Engine": "fastres.engine",
+    "Prediction": "fastres.engine",
     "Input": "fastres.options",
     "Preprocess": "fastres.calib.images",
     "ResNetSpec": "fastres.graph.builder",

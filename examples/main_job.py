@@ -1,0 +1,164 @@
+"""The main job: real photographs through ResNet-50 v1 and v1.5, compiled, checked and timed.
+
+    python examples/main_job.py
+    python examples/main_job.py --weights resnet50.safetensors --version v1.5 --labels names.txt
+
+Without `--weights` the networks are untrained: their weights are random and then settled on the
+photographs, so that the numbers are real but the classes mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import fastres
+from fastres.bench_report import BenchReport
+from fastres.benchmarking import Target
+from fastres.calib.images import find_images
+from fastres.parity_report import ParityReport
+from fastres.weights import read_weights
+
+PHOTOS = Path(__file__).parent / "photos"
+RELOAD = """
+import sys, torch, fastres
+engine = fastres.load(sys.argv[1])
+saved = torch.load(sys.argv[2], weights_only=True)
+print("true" if torch.equal(engine(saved["x"]), saved["y"]) else "false")
+"""
+
+
+def main() -> int:
+    args = _arguments()
+    console = Console()
+    torch.manual_seed(0)
+    preprocess = fastres.Preprocess()
+    paths = find_images(args.images)
+    photos = preprocess.batch(paths)
+    names = ", ".join(path.stem for path in paths)
+    console.print(f"{len(paths)} photographs: {names}; batches of {args.batch_size}")
+    batch = photos.repeat(-(-args.batch_size // len(photos)), 1, 1, 1)[: args.batch_size]
+
+    versions = [args.version] if args.weights else ["v1", "v1.5"]
+    models = {version: _model(version, args.weights, photos) for version in versions}
+    engines: dict[str, fastres.Engine] = {}
+    reports = {}
+    for version, model in models.items():
+        start = time.perf_counter()
+        engines[version] = fastres.compile(
+            model, batch, precision=args.precision, preprocess=preprocess
+        )
+        seconds = time.perf_counter() - start
+        console.print(f"ResNet-50 {version}: {engines[version]!r}, compiled in {seconds:.1f} s")
+        reports[version] = fastres.verify(model, engines[version], [batch])
+    if not all(report.passed for report in reports.values()):
+        for report in reports.values():
+            console.print(str(report))
+        return 1
+    targets = [Target(f"eager {v}", model) for v, model in models.items()]
+    targets += [Target(f"fastres {v}", engine) for v, engine in engines.items()]
+    with console.status("timing, interleaved with eager PyTorch"):
+        timed = fastres.benchmark(targets, {len(batch): batch}, duration_s=args.duration)
+    console.print(_table(versions, reports, timed, len(batch)))
+    console.print(f"latencies on {timed.machine}")
+    if len(versions) == 2:
+        against = timed.against("fastres v1").of("fastres v1.5", len(batch))
+        console.print(f"v1.5 against v1, speed ratio: {against.speedup}")
+    same = _reload(engines[versions[-1]], batch)
+    console.print(f"saved, loaded in a fresh process, run again: bit-identical {same}")
+    _classes(console, engines[versions[-1]], paths, args)
+    for engine in engines.values():
+        engine.close()
+    return 0 if same else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, default=PHOTOS, help="image file or folder")
+    parser.add_argument("--weights", type=Path, help="your own ResNet-50 weights")
+    parser.add_argument("--version", choices=["v1", "v1.5"], help="which net the weights are of")
+    parser.add_argument("--labels", type=Path, help="class names, one a line")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp32")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--duration", type=float, default=6.0, help="seconds a target is timed")
+    args = parser.parse_args()
+    if args.weights and not args.version:
+        parser.error("--weights needs --version v1 or v1.5: the weights do not show it")
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    return args
+
+
+def _model(version: str, weights: Path | None, photos: torch.Tensor) -> nn.Module:
+    if weights is None:
+        model = fastres.models.resnet50(version=version, seed=0)
+        return fastres.models.settle(model, photos)
+    table = read_weights(weights)
+    model = fastres.models.resnet50(version=version, num_classes=len(table["fc.weight"]))
+    model.load_state_dict(table)
+    return model.eval()
+
+
+def _table(
+    versions: list[str], reports: dict[str, ParityReport], timed: BenchReport, size: int
+) -> Table:
+    table = Table(title=f"ResNet-50, batch {size}, against eager PyTorch in the same run")
+    for column in ("net", "parity", "largest error", "p50 ms", "p99 ms", "img/s", "against eager"):
+        table.add_column(column, justify="left" if column in ("net", "parity") else "right")
+    for version in versions:
+        eager = timed.of(f"eager {version}", size)
+        ours = timed.against(f"eager {version}").of(f"fastres {version}", size)
+        outputs = reports[version].outputs
+        for who, row, parity, error in (
+            ("eager", eager, "reference", ""),
+            ("fastres", ours, "PASSED", f"{max(o.largest for o in outputs):.1e}"),
+        ):
+            latency = row.latency_ms
+            table.add_row(
+                f"{version} {who}",
+                parity,
+                error,
+                f"{latency['p50']:.1f}",
+                f"{latency['p99']:.1f}",
+                f"{row.throughput:.1f}",
+                str(row.speedup) if who == "fastres" else "1",
+            )
+    return table
+
+
+def _reload(engine: fastres.Engine, batch: torch.Tensor) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path, tensors = Path(folder) / "resnet50.fastres", Path(folder) / "tensors.pt"
+        engine.save(path)
+        torch.save({"x": batch, "y": engine(batch)}, tensors)
+        command = [sys.executable, "-c", RELOAD, str(path), str(tensors)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        return bool(json.loads(result.stdout))
+
+
+def _classes(
+    console: Console, engine: fastres.Engine, paths: list[Path], args: argparse.Namespace
+) -> None:
+    if not args.weights:
+        console.print("These weights are untrained: classes would mean nothing. Use --weights.")
+        return
+    labels = args.labels.read_text().splitlines() if args.labels else []
+    for path, found in zip(paths, engine.predict(paths), strict=True):
+        console.print(path.name)
+        for index, probability in zip(found.classes, found.probabilities, strict=True):
+            name = labels[index] if index < len(labels) else f"class {index}"
+            console.print(f"  {probability:6.1%}  {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
