@@ -17,7 +17,7 @@ SOURCES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("fastres.kernels",),
     ("fastres.calib",),
-    ("fastres.errors", "fastres.tolerances", "fastres.text", "fastres.settling"),
+    ("fastres.errors", "fastres.tolerances", "fastres.text", "fastres.settling", "fastres.blocks"),
     ("fastres.options", "fastres.models"),
     ("fastres.weights", "fastres.graph"),
     ("fastres.backends",),
@@ -51,7 +51,7 @@ ONLY_IN = {  # package → the modules that may import it
     "tensorrt": (),
     "pycuda": (),
 }
-TRITON_FREE = ("__init__", "epilogue", "reference", "tiles", "cost")
+TRITON_FREE = ("__init__", "epilogue", "reference", "tiles", "cost", "geometry")
 
 
 def module_of(path: Path) -> str:
