@@ -17,12 +17,11 @@ def summary(
     output: flags.Output = None,
 ) -> None:
     """Show layers: shapes, parameters, multiply-adds."""
-    # fastres.summary is the module, once anything has imported that
-    from fastres.summary import summary as summarise
+    import fastres
 
     request = Request(model, weights, version, image_size=image_size)
     target = open_target(request)
     with working(f"counting {target.name}"):
-        found = summarise(target.model, image_input(target.shape, (1,)))
+        found = fastres.summary(target.model, image_input(target.shape, (1,)))
     fields = {"model": target.name, **found.to_dict()}
     emit("summary", str(found), fields, as_json=as_json, output=output)

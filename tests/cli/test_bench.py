@@ -16,7 +16,16 @@ BRIEF = ("--duration", "0.02")
 
 
 def test_ours_and_peers_take_turns(run_json: RunJson, small: str) -> None:
-    flags = ("--peers", "eager,onnxruntime", "--batch-size", "1,2", "--percentile", "50,99.9")
+    flags = (
+        "--peers",
+        "eager,onnxruntime",
+        "--batch-size",
+        "1,2",
+        "--percentile",
+        "50,99.9",
+        "--threads",
+        "1",
+    )
     document = run_json("bench", small, *BRIEF, *flags)
     rows = document["measurements"]
     assert document["baseline"] == "eager" and document["left_out"] == {}

@@ -1,5 +1,6 @@
 """fastres verify: green, red, and what it says of weights that cannot be checked well."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,18 @@ def test_without_model_code(run_json: RunJson, engine: Path, trained: Path) -> N
     assert document["passed"] and document["model"] == str(trained)
 
 
-def test_red_is_1_and_still_one_document(run: Run, run_json: RunJson, small: str, engine: Path):
-    document = run_json("verify", small, engine, "--layerwise", status=1)
+def test_red_is_1_and_still_one_document(run: Run, small: str, engine: Path) -> None:
+    result = run("verify", small, engine, "--layerwise", "--bisect", "--json", status=1)
+    document = json.loads(result.stdout)
     assert document["passed"] is False and document["weights"] == "untrained"
-    text = run("verify", small, engine, "--bisect", status=1)
-    assert text.stdout.startswith("FAILED") and "first beyond its bound: conv1" in text.stdout
-    assert "untrained weights" in text.stderr and "Traceback" not in text.output
+    assert document["layers"] and document["bisection"]["node"]["name"] == "conv1"
+    assert "untrained weights" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_tolerances_of_ones_own(run: Run, small: str, engine: Path, trained: Path) -> None:
     flags = ("verify", small, engine, "--weights", trained)
-    run(*flags, "--atol", "1", status=0)
-    run(*flags, "--atol", "0", "--rtol", "0", status=1)
+    assert run(*flags, "--atol", "1").stdout.startswith("PASSED")
+    assert run(*flags, "--atol", "0", "--rtol", "0", status=1).stdout.startswith("FAILED")
 
 
 @pytest.mark.parametrize(
