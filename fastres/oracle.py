@@ -114,20 +114,17 @@ def _placeholders(
     wanted = len(program.graph_signature.user_inputs)
     if len(inputs) != wanted:
         raise InputError(f"the model takes {wanted} inputs, got {len(inputs)}")
-    tensors = [t for t in program.state_dict.values() if isinstance(t, torch.Tensor)]
+    weights = [t for t in program.state_dict.values() if isinstance(t, torch.Tensor)]
     given = iter(inputs)
     env: dict[torch.fx.Node, Any] = {}
     for spec in program.graph_signature.input_specs:
-        if spec.kind == InputKind.USER_INPUT:
-            tensor = next(given)
-            tensor = tensor.to(tensors[0].device) if tensors else tensor
-        else:
-            name = str(spec.target)
-            tensor = program.state_dict.get(name, program.constants.get(name))
+        fed = spec.kind == InputKind.USER_INPUT
+        name = str(spec.target)
+        tensor = next(given) if fed else program.state_dict.get(name, program.constants.get(name))
         tensor = tensor.detach()
-        # a copy even where the dtype is right: an in-place call must not reach what is the caller's
-        node = nodes[spec.arg.name]
-        env[node] = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+        if fed:  # an in-place call must not reach the caller's; capture refuses those on weights
+            tensor = tensor.to(weights[0].device if weights else None, copy=True)
+        env[nodes[spec.arg.name]] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return env
 
 

@@ -135,8 +135,7 @@ class _Cuts:
     def at(self, name: str) -> Comparison:
         """The value of a node in an engine that ends there."""
         if name not in self._known:
-            graph = drop_dead(with_outputs(self._engine.graph, [name]))
-            self._known[name] = self._compare(name, graph, self._inputs)
+            self._known[name] = self._compare(name, self._engine.graph, self._inputs)
         return self._known[name]
 
     def isolated(self, name: str) -> Comparison:
@@ -151,13 +150,16 @@ class _Cuts:
         reads = [read for read in dict.fromkeys(node.inputs) if read not in graph.constants]
         values = tuple(Value(read, spec_of(given[read])) for read in reads)
         shape = node_shape(graph, node, {value.name: value.spec.shape for value in values})
-        alone = graph.replace(
-            inputs=values, nodes=(node.with_(spec=TensorSpec(shape, node.spec.dtype)),)
-        )
-        alone = drop_dead(with_outputs(alone, [name]))
+        shaped = node.with_(spec=TensorSpec(shape, node.spec.dtype))
+        alone = graph.replace(inputs=values, nodes=(shaped,))
         return self._compare(name, alone, tuple(given[read] for read in reads))
 
     def _compare(self, name: str, graph: Graph, inputs: Batch) -> Comparison:
+        """Lowers what of `graph` the node depends on, and runs it."""
+        graph = drop_dead(with_outputs(graph, [name]))
+        read = {name for node in graph.nodes for name in node.inputs}
+        fed = [(v, x) for v, x in zip(graph.inputs, inputs, strict=True) if v.name in read]
+        graph, inputs = graph.replace(inputs=tuple(v for v, _ in fed)), tuple(x for _, x in fed)
         self.lowerings += 1
         executable = lower(self._engine, laws.check(graph, "cutting"), inputs)
         found = executable.run(on_device(self._engine, inputs))[0]

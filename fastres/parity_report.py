@@ -63,7 +63,7 @@ class Policy:
         return f"error <= max(2 * error of PyTorch in {name}, floor), largest and RMS"
 
     def distance(self) -> Distance:
-        return Distance(self.atol or 0.0, self.rtol or 0.0)
+        return Distance(self.atol, self.rtol)
 
     def judge(self, name: str, op: str, candidate: Distance, baseline: Distance) -> Comparison:
         """Compares a candidate's distance from the oracle with what its baseline allows it."""

@@ -90,17 +90,19 @@ class Distance:
     rms = rms(c - o) / rms(o). Positions where both are NaN, or the same infinity, are left out.
 
     Args:
-        atol, rtol: `outside` counts the elements with |c - o| > atol + rtol * |o|.
+        atol, rtol: if either is given, `outside` counts the elements with
+            |c - o| > atol + rtol * |o|.
     """
 
-    def __init__(self, atol: float = 0.0, rtol: float = 0.0) -> None:
+    def __init__(self, atol: float | None = None, rtol: float | None = None) -> None:
         self.reason = ""
         self.count = 0
         self.images = 0
         self.outside = 0
         self.max_abs = 0.0
         self.max_relative = 0.0
-        self._atol, self._rtol = atol, rtol
+        self._counts = atol is not None or rtol is not None
+        self._atol, self._rtol = atol or 0.0, rtol or 0.0
         self._noise = self._signal = self._power = self._dot = 0.0
         self._sum: torch.Tensor | None = None  # the oracle's, over images
         self._agreeing: int | None = None
@@ -117,28 +119,31 @@ class Distance:
         if candidate.shape != oracle.shape:
             self.reason = f"shape {list(candidate.shape)}, expected {list(oracle.shape)}"
             return
-        got, want = candidate.detach().double().cpu(), oracle.detach().double().cpu()
-        strange = ~torch.isfinite(want)
-        self.reason = _pattern(got, want, strange)
-        if self.reason:
-            return
+        got, want = candidate.detach().cpu().double(), oracle.detach().cpu().double()
         self._add_ranks(got, want)
-        if strange.any():
+        finite = want.numel()
+        if not math.isfinite((got - want).sum().item()):  # no pass over either where all is finite
+            strange = ~torch.isfinite(want)
+            self.reason = _pattern(got, want, strange)
+            if self.reason:
+                return
+            finite -= int(strange.sum())
             got, want = got.masked_fill(strange, 0.0), want.masked_fill(strange, 0.0)
         images = len(want) if want.dim() else 1
         self._add_sum(want, images)
         self.images += images
-        self.count += int((~strange).sum())
-        difference, size = (got - want).abs(), want.abs()
-        self.outside += int((difference > self._atol + self._rtol * size).sum())
+        self.count += finite
+        got, want = got.flatten(), want.flatten()
+        difference, size = (got - want).abs_(), want.abs()
+        if self._counts:
+            self.outside += int((difference > self._atol + self._rtol * size).sum())
+        relative = difference / size.masked_fill_(size == 0, math.inf)
         self.max_abs = max(self.max_abs, difference.max().item())
-        relative = (difference / size)[size > 0]
-        if len(relative):
-            self.max_relative = max(self.max_relative, relative.max().item())
-        self._noise += difference.square().sum().item()
-        self._signal += want.square().sum().item()
-        self._power += got.square().sum().item()
-        self._dot += (got * want).sum().item()
+        self.max_relative = max(self.max_relative, relative.max().item())
+        self._noise += difference.dot(difference).item()
+        self._signal += want.dot(want).item()
+        self._power += got.dot(got).item()
+        self._dot += got.dot(want).item()
 
     @property
     def errors(self) -> Errors:

@@ -1,4 +1,4 @@
-"""fastres.tolerances: the order of the checks, the figures, and floors that are neither 0 nor wide."""
+"""fastres.tolerances: the order of the checks, the figures, floors neither zero nor wide."""
 
 import math
 

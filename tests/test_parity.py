@@ -1,0 +1,482 @@
+"""fastres.parity: sound engines pass; every mutation turns it red, and is found where it is."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastres import models
+from fastres.backends.cpu import CpuBackend
+from fastres.compiler import compile
+from fastres.engine import Engine
+from fastres.errors import InputError, ParityError
+from fastres.graph.capture import capture
+from fastres.graph.ir import Conv2d
+from fastres.kernels.epilogue import Epilogue
+from fastres.options import Input
+from fastres.parity import verify
+from fastres.parity_report import ParityReport
+from fastres.references import full_precision
+
+PhotoBatch = Callable[[int, int], Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These nets are too small for two threads, which cost fivefold where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(photo_batch: PhotoBatch) -> Tensor:
+    return photo_batch(4, 64)
+
+
+@pytest.fixture(scope="module")
+def net(photo_batch: PhotoBatch) -> nn.Module:
+    """A quarter as wide as ResNet-50, one bottleneck a stage, settled."""
+    model = models.ResNet(models.Bottleneck, (1, 1, 1, 1), planes=16, num_classes=10, seed=0)
+    return models.settle(model, photo_batch(8, 64))
+
+
+@pytest.fixture(scope="module")
+def engine(net: nn.Module, images: Tensor) -> Iterator[Engine]:
+    with compile(net, images, backend="cpu") as engine:
+        yield engine
+
+
+def bf16_here() -> bool:
+    return CpuBackend().precision("bf16") is None
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A network and how it is compiled; it must pass, layers included."""
+
+    factory: Callable[[], nn.Module]
+    size: int
+    backend: str = "cpu"
+    precision: Any = "fp32"
+
+
+SOUND = {
+    "resnet18": Sound(lambda: models.resnet18(seed=0), 64),
+    "resnet50": Sound(lambda: models.resnet50(seed=0), 64),
+    "cifar20": Sound(lambda: models.cifar_resnet(20, seed=0), 32),
+    "cifar20 bf16": Sound(lambda: models.cifar_resnet(20, seed=0), 32, precision="bf16"),
+    "cifar20 reference": Sound(lambda: models.cifar_resnet(20, seed=0), 32, backend="reference"),
+    "preact20": Sound(lambda: models.preact_resnet(20, seed=0), 32),
+}
+
+
+@pytest.mark.parametrize("case", SOUND.values(), ids=SOUND.keys())
+def test_a_sound_engine_passes(case: Sound, photo_batch: PhotoBatch) -> None:
+    if case.precision == "bf16" and not bf16_here():
+        pytest.skip("this processor has no bf16 instructions")
+    x = photo_batch(4, case.size)
+    model = models.settle(case.factory(), photo_batch(8, case.size))
+    with compile(model, x, backend=case.backend, precision=case.precision) as engine:
+        report = verify(model, engine, x, layerwise=True, bisect=True)
+        assert report.passed, str(report)
+        assert report.first_failing_layer is None and report.bisection is None
+        assert [row.name for row in report.layers] == [node.name for node in engine.graph]
+        assert report.outputs[0].top1 == 1.0
+        assert report.outputs[0].spread > 0.1
+        report.raise_if_failed()
+
+
+def stride_to_the_3x3(block: Any) -> None:
+    block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+
+
+def swap_channels(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight[:, [0, 1]] = weight[:, [1, 0]].clone()
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One small fault put into a model; `rms` is the error of the logits it causes (measured).
+
+    An untouched engine has an RMS error of 1.3e-6 and is allowed 2.6e-6.
+    """
+
+    apply: Callable[[Any], object]
+    first: str
+    rms: float
+
+
+MUTATIONS = {
+    "drop one mean": Mutation(
+        lambda net: net.layer2[0].bn1.running_mean[:1].zero_(), "layer2.0.conv1", 1.4e-1
+    ),
+    "drop the means": Mutation(
+        lambda net: net.layer2[0].bn1.running_mean.zero_(), "layer2.0.conv1", 5.1e-1
+    ),
+    "drop beta": Mutation(
+        lambda net: nn.init.zeros_(net.layer2[0].bn1.bias), "layer2.0.conv1", 2.8e-1
+    ),
+    "epsilon 1e-4 for 1e-5": Mutation(
+        lambda net: setattr(net.layer2[0].bn1, "eps", 1e-4), "layer2.0.conv1", 2.5e-5
+    ),
+    "v1 for v1.5": Mutation(lambda net: stride_to_the_3x3(net.layer2[0]), "layer2.0.conv1", 5.8e-1),
+    "swap two channels": Mutation(
+        lambda net: swap_channels(net.layer2[0].conv2.weight), "layer2.0.conv2", 3.7e-1
+    ),
+    "drop beta in a shortcut": Mutation(
+        lambda net: nn.init.zeros_(net.layer3[0].downsample[1].bias),
+        "layer3.0.downsample.0",
+        1.4e-1,
+    ),
+    "drop one bias of the head": Mutation(
+        lambda net: nn.init.zeros_(net.fc.bias[:1]), "fc", 1.2e-2
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
+def test_every_mutation_turns_parity_red_and_is_found(
+    mutation: Mutation, net: nn.Module, images: Tensor
+) -> None:
+    mutant = copy.deepcopy(net)
+    mutation.apply(mutant)
+    with compile(mutant, images, backend="cpu") as engine:
+        report = verify(net, engine, images, layerwise=True, bisect=True)
+    assert_found(report, mutation.first, mutation.rms)
+
+
+def test_a_fusion_that_loses_a_relu_is_found(
+    net: nn.Module, engine: Engine, images: Tensor
+) -> None:
+    """A fault of a pass, not of the model: the node still claims to stand for the ReLU too."""
+    node = engine.graph["layer2.0.conv2"]
+    assert isinstance(node.op, Conv2d) and node.op.epilogue.activation == "relu"
+    lossy = node.with_(op=Conv2d(node.op.stride, node.op.padding, epilogue=Epilogue()))
+    nodes = tuple(lossy if other is node else other for other in engine.graph)
+    with compile(engine.graph.replace(nodes=nodes), backend="cpu") as broken:
+        report = verify(net, broken, images, layerwise=True, bisect=True)
+    assert_found(report, "layer2.0.conv2", LOST_RELU)
+
+
+LOST_RELU = 1.07  # measured
+
+
+def assert_found(report: ParityReport, first: str, rms: float) -> None:
+    """Red, by about this error, first at this node, and because of this node."""
+    (output,) = report.outputs
+    assert not report.passed and not output.passed
+    assert output.rms == pytest.approx(rms, rel=0.3)
+    assert report.first_failing_layer is not None and report.first_failing_layer.name == first
+    assert report.bisection is not None and report.bisection.node.name == first
+    assert report.bisection.wrong_node
+    assert report.bisection.lowerings <= math.ceil(math.log2(len(report.layers))) + 4
+    with pytest.raises(ParityError, match=f"first layer beyond its bound: {first}: "):
+        report.raise_if_failed()
+
+
+@pytest.mark.parametrize("factory", [models.resnet18, models.resnet50])
+def test_on_an_unsettled_net_faults_do_not_show(
+    factory: Callable[..., nn.Module], images: Tensor
+) -> None:
+    """Why every model here is settled: with all means and betas dropped the error is exactly 0.0.
+
+    A fresh BatchNorm has mean 0 and beta 0; on a settled net dropping one mean gives 1.4e-1.
+    """
+    fresh = factory(seed=0).eval()
+    mutant = copy.deepcopy(fresh)
+    for module in mutant.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.zero_()  # type: ignore[union-attr]
+            nn.init.zeros_(module.bias)
+    own = verify(fresh, fresh, images)
+    report = verify(fresh, mutant, images)
+    assert report.passed
+    assert report.outputs[0].rms == own.outputs[0].rms
+
+
+def test_bisection_tells_what_adds_up_from_a_wrong_node(net: nn.Module, images: Tensor) -> None:
+    """Epsilon 1.03e-5 everywhere: 1.4e-7 a node, which is right, 6.6e-6 in the logits."""
+    drifting = copy.deepcopy(net)
+    for module in drifting.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1.03e-5
+    with compile(drifting, images, backend="reference") as engine:
+        report = verify(net, engine, images, bisect=True)
+    assert not report.passed and report.outputs[0].rms < 1e-5
+    assert report.bisection is not None and not report.bisection.wrong_node
+    assert report.bisection.node.rms > 10 * report.bisection.isolated.rms
+    assert "alone it is within bounds" in str(report)
+
+
+def test_a_graph_is_a_reference(net: nn.Module, engine: Engine, images: Tensor) -> None:
+    graph = capture(net, [Input((1, 3, 64, 64))]).graph
+    report = verify(graph, engine, images, layerwise=True)
+    assert report.passed, str(report)
+    assert [row.name for row in report.layers] == [node.name for node in engine.graph]
+
+
+def test_an_engine_is_a_reference(net: nn.Module, engine: Engine, images: Tensor) -> None:
+    """Its own graph is then the oracle; a fault that both share cannot show."""
+    assert verify(engine, engine, images, layerwise=True).passed
+    mutant = copy.deepcopy(net)
+    MUTATIONS["drop beta"].apply(mutant)
+    with compile(mutant, images, backend="reference") as other:
+        report = verify(engine, other, images, bisect=True)
+    assert report.bisection is not None and report.bisection.node.name == "layer2.0.conv1"
+
+
+def test_any_callable_is_a_candidate(net: nn.Module, images: Tensor) -> None:
+    """Judged in the precision of what it returns."""
+    assert verify(net, lambda x: net(x), images).passed
+    half = copy.deepcopy(net).bfloat16()
+    report = verify(net, lambda x: half(x.bfloat16()), images)
+    assert report.passed and "bfloat16" in report.policy
+    report = verify(net, lambda x: half(x.bfloat16()).float(), images)
+    assert not report.passed and "float32" in report.policy
+    with pytest.raises(InputError, match="look inside an Engine"):
+        verify(net, net, images, layerwise=True)
+    with pytest.raises(InputError, match="candidate is int"):
+        verify(net, 3, images)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="reference is int"):
+        verify(3, net, images)  # type: ignore[arg-type]
+
+
+class Structured(nn.Module):
+    """Two inputs, a dict of a tensor and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        return {"sum": self.a(x) + self.a(y), "parts": [self.b(x), self.b(y)]}
+
+
+def test_every_leaf_of_the_output_is_compared(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Structured().eval()
+    batch = (images, images.flip(0))
+    with compile(model, batch, backend="cpu") as engine:
+        assert verify(model, engine, [batch], layerwise=True).passed
+    mutant = copy.deepcopy(model)
+    nn.init.zeros_(mutant.b.bias[:1])
+    with compile(mutant, batch, backend="cpu") as engine:
+        report = verify(model, engine, [batch], layerwise=True, bisect=True)
+    rows = {row.name: row.passed for row in report.outputs}
+    assert rows == {"['sum']": True, "['parts'][0]": False, "['parts'][1]": False}
+    assert report.bisection is not None and report.bisection.node.name == "b"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reason"),
+    [
+        (lambda y: (y,), "returns TreeSpec(tuple"),
+        (lambda y: y.tolist(), "returns TreeSpec(list"),
+        (lambda y: y[:, :5], "shape [4, 5], expected [4, 10]"),
+        (lambda y: y.masked_fill(y == y.max(), math.nan), "1 of 40 values are NaN"),
+        (lambda y: y / 0, "40 of 40 values are NaN or infinite, expected 0"),
+        (lambda y: y + 1e-2, "largest error"),
+    ],
+    ids=["tuple", "list", "shape", "NaN", "infinite", "values"],
+)
+def test_a_wrong_output_says_what_is_wrong(
+    candidate: Callable[[Tensor], Any], reason: str, net: nn.Module, images: Tensor
+) -> None:
+    report = verify(net, lambda x: candidate(net(x)), images)
+    assert not report.passed
+    assert report.outputs[0].reason.startswith(reason)
+    with pytest.raises(ParityError, match="does not match ResNet: output: "):
+        report.raise_if_failed()
+
+
+def test_nan_where_the_model_has_nan_is_right(images: Tensor) -> None:
+    class Log(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.log()
+
+    model = Log().eval()
+    assert verify(model, lambda x: x.log(), images).passed
+    assert not verify(model, lambda x: x.log().nan_to_num(0.0), images).passed
+
+
+class Widening(Engine):
+    """An engine that returns another dtype than its model."""
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return super().__call__(*inputs).double()
+
+
+def test_an_engine_must_return_its_models_dtype(
+    net: nn.Module, engine: Engine, images: Tensor
+) -> None:
+    wide = copy.copy(engine)
+    wide.__class__ = Widening
+    report = verify(net, wide, images)
+    assert report.outputs[0].reason == "dtype torch.float64, expected torch.float32"
+
+
+def test_batches_are_aggregated(net: nn.Module, engine: Engine, images: Tensor) -> None:
+    whole = verify(net, engine, images)
+    parts = verify(net, engine, (images[i : i + 2] for i in (0, 2)), layerwise=True)
+    assert parts.passed and parts.images == whole.images == 4
+    # the last bits depend on the batch size, the oracle's spread does not
+    assert parts.outputs[0].spread == pytest.approx(whole.outputs[0].spread)
+    assert parts.outputs[0].rms == pytest.approx(whole.outputs[0].rms, rel=1.0)
+
+
+def test_the_worst_batch_is_bisected(net: nn.Module, images: Tensor) -> None:
+    """The first batch is black, so that a swap of input channels shows in the second only."""
+    mutant = copy.deepcopy(net)
+    swap_channels(mutant.conv1.weight)
+    with compile(mutant, images, backend="cpu") as engine:
+        black = torch.zeros_like(images)
+        assert verify(net, engine, black).passed
+        report = verify(net, engine, [black, images], bisect=True)
+    assert report.bisection is not None and report.bisection.node.name == "conv1"
+
+
+def test_atol_and_rtol_replace_the_policy(net: nn.Module, engine: Engine, images: Tensor) -> None:
+    exact = copy.deepcopy(net).double()(images.double())
+    for atol, rtol in ((0.0, None), (1e-7, 0.0), (None, 1e-3), (1e-4, 1e-4)):
+        report = verify(net, engine, images, atol=atol, rtol=rtol)
+        close = torch.allclose(engine(images).double(), exact, atol=atol or 0, rtol=rtol or 0)
+        assert report.passed is close, (atol, rtol)
+        assert report.policy.startswith("|candidate - oracle| <= ")
+        assert math.isnan(report.outputs[0].allowed_rms)
+    assert verify(net, engine, images, atol=1e-4).passed
+    assert not verify(net, engine, images, atol=0.0).passed
+    for wrong in ({"atol": -1.0}, {"rtol": math.nan}):
+        with pytest.raises(InputError, match="must be a number of at least 0"):
+            verify(net, engine, images, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.zeros(0, 3, 64, 64), "batch 0 is empty"),
+        ([torch.zeros(2, 3, 64, 64), torch.zeros(0, 3, 64, 64)], "batch 1 is empty"),
+        (torch.tensor(1.0), "batch 0 is empty"),
+        ([()], "batch 0 is empty"),
+        ([], "holds no batch"),
+        ([[1.0, 2.0]], "batch 0 holds float"),
+        (["photo.jpg"], "batch 0 holds str"),
+        (3, "data is int"),
+    ],
+    ids=str,
+)
+def test_data_that_cannot_be_compared_is_refused(
+    data: Any, message: str, net: nn.Module, engine: Engine
+) -> None:
+    with pytest.raises(InputError, match=message):
+        verify(net, engine, data)
+
+
+def test_a_reference_in_training_mode_is_refused(
+    net: nn.Module, engine: Engine, images: Tensor
+) -> None:
+    with pytest.raises(InputError, match="call model.eval"):
+        verify(copy.deepcopy(net).train(), engine, images)
+
+
+def test_layers_of_another_model_are_refused(engine: Engine, images: Tensor) -> None:
+    other = models.cifar_resnet(8, seed=0).eval()
+    with pytest.raises(InputError, match="compiled from the same model"):
+        verify(other, engine, images, layerwise=True)
+
+
+def test_the_reference_is_left_as_it_was(net: nn.Module, engine: Engine, images: Tensor) -> None:
+    before = copy.deepcopy(net.state_dict())
+    verify(net, engine, images, layerwise=True)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert not net.training
+
+
+class WithTanh(nn.Module):
+    """Holds an operation that the CPU backend refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x).tanh())
+        return out
+
+
+def test_engines_with_fallbacks_are_looked_into(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = WithTanh().eval()
+    mutant = copy.deepcopy(model)
+    nn.init.zeros_(mutant.b.bias)
+    options: Any = {"backend": "cpu", "on_unsupported": "fallback"}
+    with compile(model, images, **options) as engine:
+        assert engine.info.fallbacks
+        assert verify(model, engine, images, layerwise=True).passed
+    with compile(mutant, images, **options) as engine:
+        report = verify(model, engine, images, layerwise=True, bisect=True)
+    assert report.bisection is not None and report.bisection.node.name == "b"
+
+
+def test_a_weak_check_says_so(net: nn.Module, engine: Engine, images: Tensor) -> None:
+    """A constant of 1000 in every logit: what tells images apart is 0.03 % of the norm."""
+    constant = copy.deepcopy(net)
+    nn.init.constant_(constant.fc.bias, 1000.0)
+    report = verify(constant, constant, images)
+    assert report.outputs[0].spread < 1e-3
+    assert any("a weak check" in note for note in report.notes)
+    assert verify(net, engine, images).notes == ()
+    assert "not centred" in verify(net, engine, images[:1]).notes[0]
+
+
+def test_the_report_reads_well(net: nn.Module, images: Tensor) -> None:
+    mutant = copy.deepcopy(net)
+    MUTATIONS["drop beta"].apply(mutant)
+    with compile(mutant, images, backend="reference") as engine:
+        report = verify(net, engine, images, layerwise=True, bisect=True)
+    text = str(report)
+    assert text.startswith("FAILED: Engine(x: f32[N, 3, 64, 64]; ")
+    assert "against ResNet, 4 images" in text.splitlines()[0]
+    assert "first layer beyond its bound: layer2.0.conv1: largest error" in text
+    assert "fed with the oracle's inputs it is still wrong" in text
+    assert "executable of their own" in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("│")) <= 120
+    layers = [line for line in text.splitlines() if line.startswith("│ layer")]
+    assert [line.split()[-2] for line in layers].count(
+        "PASSED"
+    ) == 5  # layer1, and layer2's shortcut
+    found = json.loads(report.to_json())
+    assert found["passed"] is False and found["outputs"][0]["rms"] == report.outputs[0].rms
+    assert found["bisection"]["node"]["name"] == "layer2.0.conv1"
+    assert found["layers"][0]["top1"] is None  # nan
+
+
+def test_full_precision_is_switched_on_and_back() -> None:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        with pytest.raises(KeyError), full_precision():
+            assert matmul.fp32_precision == "ieee"
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
+            raise KeyError
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_the_baseline_does_not_profit_from_the_callers_settings(
+    net: nn.Module, engine: Engine, images: Tensor
+) -> None:
+    strict = verify(net, engine, images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loose = verify(net, engine, images)
+    assert loose.outputs[0].allowed_rms == strict.outputs[0].allowed_rms
