@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = benchmark(
                 targets, examples, duration_s=given.duration, baseline=baseline, seed=given.seed
             )
-            print(f"{given.model} in {precision}\n{report}")
+            print(f"{given.model} in {precision}\n{report}", flush=True)
             if OURS in timed:
                 print("\n".join(verdicts(report)))
             runs.append({"precision": precision, "refused": refused, **report.to_dict()})
