@@ -1,4 +1,4 @@
-"""fastres.parity: sound engines pass; every mutation turns it red, and is found where it is."""
+"""fastres.parity: sound engines pass, wrong outputs do not, and the report says why."""
 
 import copy
 import json
@@ -17,11 +17,8 @@ from fastres.compiler import compile
 from fastres.engine import Engine
 from fastres.errors import InputError, ParityError
 from fastres.graph.capture import capture
-from fastres.graph.ir import Conv2d
-from fastres.kernels.epilogue import Epilogue
 from fastres.options import Input
 from fastres.parity import verify
-from fastres.parity_report import ParityReport
 from fastres.references import full_precision
 
 PhotoBatch = Callable[[int, int], Tensor]
@@ -94,102 +91,14 @@ def test_a_sound_engine_passes(case: Sound, photo_batch: PhotoBatch) -> None:
         report.raise_if_failed()
 
 
-def stride_to_the_3x3(block: Any) -> None:
-    block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
-
-
-def swap_channels(weight: Tensor) -> None:
-    with torch.no_grad():
-        weight[:, [0, 1]] = weight[:, [1, 0]].clone()
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One small fault put into a model; `rms` is the error of the logits it causes (measured).
-
-    An untouched engine has an RMS error of 1.3e-6 and is allowed 2.6e-6.
-    """
-
-    apply: Callable[[Any], object]
-    first: str
-    rms: float
-
-
-MUTATIONS = {
-    "drop one mean": Mutation(
-        lambda net: net.layer2[0].bn1.running_mean[:1].zero_(), "layer2.0.conv1", 1.4e-1
-    ),
-    "drop the means": Mutation(
-        lambda net: net.layer2[0].bn1.running_mean.zero_(), "layer2.0.conv1", 5.1e-1
-    ),
-    "drop beta": Mutation(
-        lambda net: nn.init.zeros_(net.layer2[0].bn1.bias), "layer2.0.conv1", 2.8e-1
-    ),
-    "epsilon 1e-4 for 1e-5": Mutation(
-        lambda net: setattr(net.layer2[0].bn1, "eps", 1e-4), "layer2.0.conv1", 2.5e-5
-    ),
-    "v1 for v1.5": Mutation(lambda net: stride_to_the_3x3(net.layer2[0]), "layer2.0.conv1", 5.8e-1),
-    "swap two channels": Mutation(
-        lambda net: swap_channels(net.layer2[0].conv2.weight), "layer2.0.conv2", 3.7e-1
-    ),
-    "drop beta in a shortcut": Mutation(
-        lambda net: nn.init.zeros_(net.layer3[0].downsample[1].bias),
-        "layer3.0.downsample.0",
-        1.4e-1,
-    ),
-    "drop one bias of the head": Mutation(
-        lambda net: nn.init.zeros_(net.fc.bias[:1]), "fc", 1.2e-2
-    ),
-}
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
-def test_every_mutation_turns_parity_red_and_is_found(
-    mutation: Mutation, net: nn.Module, images: Tensor
-) -> None:
-    mutant = copy.deepcopy(net)
-    mutation.apply(mutant)
-    with compile(mutant, images, backend="cpu") as engine:
-        report = verify(net, engine, images, layerwise=True, bisect=True)
-    assert_found(report, mutation.first, mutation.rms)
-
-
-def test_a_fusion_that_loses_a_relu_is_found(
-    net: nn.Module, engine: Engine, images: Tensor
-) -> None:
-    """A fault of a pass, not of the model: the node still claims to stand for the ReLU too."""
-    node = engine.graph["layer2.0.conv2"]
-    assert isinstance(node.op, Conv2d) and node.op.epilogue.activation == "relu"
-    lossy = node.with_(op=Conv2d(node.op.stride, node.op.padding, epilogue=Epilogue()))
-    nodes = tuple(lossy if other is node else other for other in engine.graph)
-    with compile(engine.graph.replace(nodes=nodes), backend="cpu") as broken:
-        report = verify(net, broken, images, layerwise=True, bisect=True)
-    assert_found(report, "layer2.0.conv2", LOST_RELU)
-
-
-LOST_RELU = 1.07  # measured
-
-
-def assert_found(report: ParityReport, first: str, rms: float) -> None:
-    """Red, by about this error, first at this node, and because of this node."""
-    (output,) = report.outputs
-    assert not report.passed and not output.passed
-    assert output.rms == pytest.approx(rms, rel=0.3)
-    assert report.first_failing_layer is not None and report.first_failing_layer.name == first
-    assert report.bisection is not None and report.bisection.node.name == first
-    assert report.bisection.wrong_node
-    assert report.bisection.lowerings <= math.ceil(math.log2(len(report.layers))) + 4
-    with pytest.raises(ParityError, match=f"first layer beyond its bound: {first}: "):
-        report.raise_if_failed()
-
-
 @pytest.mark.parametrize("factory", [models.resnet18, models.resnet50])
 def test_on_an_unsettled_net_faults_do_not_show(
     factory: Callable[..., nn.Module], images: Tensor
 ) -> None:
     """Why every model here is settled: with all means and betas dropped the error is exactly 0.0.
 
-    A fresh BatchNorm has mean 0 and beta 0; on a settled net dropping one mean gives 1.4e-1.
+    A fresh BatchNorm has mean 0 and beta 0; on a settled net dropping one mean of one channel gives
+    1.4e-1, against an allowance of 2.6e-6 (tests/test_parity_layers.py).
     """
     fresh = factory(seed=0).eval()
     mutant = copy.deepcopy(fresh)
@@ -203,20 +112,6 @@ def test_on_an_unsettled_net_faults_do_not_show(
     assert report.outputs[0].rms == own.outputs[0].rms
 
 
-def test_bisection_tells_what_adds_up_from_a_wrong_node(net: nn.Module, images: Tensor) -> None:
-    """Epsilon 1.03e-5 everywhere: 1.4e-7 a node, which is right, 6.6e-6 in the logits."""
-    drifting = copy.deepcopy(net)
-    for module in drifting.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 1.03e-5
-    with compile(drifting, images, backend="reference") as engine:
-        report = verify(net, engine, images, bisect=True)
-    assert not report.passed and report.outputs[0].rms < 1e-5
-    assert report.bisection is not None and not report.bisection.wrong_node
-    assert report.bisection.node.rms > 10 * report.bisection.isolated.rms
-    assert "alone it is within bounds" in str(report)
-
-
 def test_a_graph_is_a_reference(net: nn.Module, engine: Engine, images: Tensor) -> None:
     graph = capture(net, [Input((1, 3, 64, 64))]).graph
     report = verify(graph, engine, images, layerwise=True)
@@ -228,7 +123,7 @@ def test_an_engine_is_a_reference(net: nn.Module, engine: Engine, images: Tensor
     """Its own graph is then the oracle; a fault that both share cannot show."""
     assert verify(engine, engine, images, layerwise=True).passed
     mutant = copy.deepcopy(net)
-    MUTATIONS["drop beta"].apply(mutant)
+    nn.init.zeros_(mutant.layer2[0].bn1.bias)
     with compile(mutant, images, backend="reference") as other:
         report = verify(engine, other, images, bisect=True)
     assert report.bisection is not None and report.bisection.node.name == "layer2.0.conv1"
@@ -333,17 +228,6 @@ def test_batches_are_aggregated(net: nn.Module, engine: Engine, images: Tensor) 
     assert parts.outputs[0].rms == pytest.approx(whole.outputs[0].rms, rel=1.0)
 
 
-def test_the_worst_batch_is_bisected(net: nn.Module, images: Tensor) -> None:
-    """The first batch is black, so that a swap of input channels shows in the second only."""
-    mutant = copy.deepcopy(net)
-    swap_channels(mutant.conv1.weight)
-    with compile(mutant, images, backend="cpu") as engine:
-        black = torch.zeros_like(images)
-        assert verify(net, engine, black).passed
-        report = verify(net, engine, [black, images], bisect=True)
-    assert report.bisection is not None and report.bisection.node.name == "conv1"
-
-
 def test_atol_and_rtol_replace_the_policy(net: nn.Module, engine: Engine, images: Tensor) -> None:
     exact = copy.deepcopy(net).double()(images.double())
     for atol, rtol in ((0.0, None), (1e-7, 0.0), (None, 1e-3), (1e-4, 1e-4)):
@@ -387,43 +271,11 @@ def test_a_reference_in_training_mode_is_refused(
         verify(copy.deepcopy(net).train(), engine, images)
 
 
-def test_layers_of_another_model_are_refused(engine: Engine, images: Tensor) -> None:
-    other = models.cifar_resnet(8, seed=0).eval()
-    with pytest.raises(InputError, match="compiled from the same model"):
-        verify(other, engine, images, layerwise=True)
-
-
 def test_the_reference_is_left_as_it_was(net: nn.Module, engine: Engine, images: Tensor) -> None:
     before = copy.deepcopy(net.state_dict())
     verify(net, engine, images, layerwise=True)
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert not net.training
-
-
-class WithTanh(nn.Module):
-    """Holds an operation that the CPU backend refuses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.b(self.a(x).tanh())
-        return out
-
-
-def test_engines_with_fallbacks_are_looked_into(images: Tensor) -> None:
-    torch.manual_seed(0)
-    model = WithTanh().eval()
-    mutant = copy.deepcopy(model)
-    nn.init.zeros_(mutant.b.bias)
-    options: Any = {"backend": "cpu", "on_unsupported": "fallback"}
-    with compile(model, images, **options) as engine:
-        assert engine.info.fallbacks
-        assert verify(model, engine, images, layerwise=True).passed
-    with compile(mutant, images, **options) as engine:
-        report = verify(model, engine, images, layerwise=True, bisect=True)
-    assert report.bisection is not None and report.bisection.node.name == "b"
 
 
 def test_a_weak_check_says_so(net: nn.Module, engine: Engine, images: Tensor) -> None:
@@ -439,7 +291,7 @@ def test_a_weak_check_says_so(net: nn.Module, engine: Engine, images: Tensor) ->
 
 def test_the_report_reads_well(net: nn.Module, images: Tensor) -> None:
     mutant = copy.deepcopy(net)
-    MUTATIONS["drop beta"].apply(mutant)
+    nn.init.zeros_(mutant.layer2[0].bn1.bias)
     with compile(mutant, images, backend="reference") as engine:
         report = verify(net, engine, images, layerwise=True, bisect=True)
     text = str(report)
