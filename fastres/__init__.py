@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastres.graph.builder import ResNetSpec as ResNetSpec
     from fastres.options import Input as Input
     from fastres.parity import verify as verify
-    from fastres.summary import summary as summary
+    from fastres.summaries import summary as summary
 
 _HOMES = {
     "compile": "fastres.compiler",
@@ -34,7 +34,7 @@ _HOMES = {
     "load": "fastres.artifact",
     "verify": "fastres.parity",
     "benchmark": "fastres.benchmarking",
-    "summary": "fastres.summary",
+    "summary": "fastres.summaries",
     "Engine": "fastres.engine",
     "Prediction": "fastres.engine",
     "Input": "fastres.options",

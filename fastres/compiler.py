@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -201,17 +201,30 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _detached(graph: Graph, source: Graph) -> Graph:
     """Copies the constants still shared with the model, which may go on training."""
-    originals = {tensor.data_ptr() for tensor in source.constants.values()}
-    constants = {
-        name: tensor.clone() if tensor.data_ptr() in originals else tensor
-        for name, tensor in graph.constants.items()
-    }
-    return graph.replace(constants=constants)
+    shared = {_identity(tensor) for tensor in source.constants.values()}
+    return _each_constant(graph, lambda t: t.clone() if _identity(t) in shared else t)
 
 
 def without_values(graph: Graph) -> Graph:
     """The same graph with its constants on the meta device."""
-    return graph.replace(constants={k: t.to("meta") for k, t in graph.constants.items()})
+    return _each_constant(graph, lambda tensor: tensor.to("meta"))
+
+
+def _each_constant(graph: Graph, change: Callable[[torch.Tensor], torch.Tensor]) -> Graph:
+    """Changes every constant once, so that names tied to one tensor stay tied."""
+    changed: dict[tuple[object, ...], torch.Tensor] = {}
+    constants = {}
+    for name, tensor in graph.constants.items():
+        key = _identity(tensor)
+        if key not in changed:
+            changed[key] = change(tensor)
+        constants[name] = changed[key]
+    return graph.replace(constants=constants)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same memory seen in the same way."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def assemble(

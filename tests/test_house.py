@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.parity_layers",
         "fastres.parity_report",
         "fastres.profiling",
-        "fastres.summary",
+        "fastres.summaries",
         "fastres.bench_report",
         "fastres.benchmarking",
         "fastres.peers",

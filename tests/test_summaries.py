@@ -19,7 +19,7 @@ from fastres.errors import CaptureError, GraphError, InputError
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.ir import Graph
 from fastres.options import Input
-from fastres.summary import summary
+from fastres.summaries import summary
 
 Factory = Callable[..., nn.Module]
 
