@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -62,16 +63,14 @@ class Input:
     def __post_init__(self) -> None:
         if self.format != "NCHW":
             raise InputError(f"format {self.format!r} is not supported; use 'NCHW'")
-        given = tuple(self.shape)
-        three = (given,) * 3 if all(isinstance(size, int) for size in given) else given
-        if len(three) != 3 or not all(isinstance(s, Sequence) for s in three):
-            raise InputError(f"shape {self.shape!r} is neither one shape nor three of them")
-        smallest, usual, largest = (tuple(s) for s in three if isinstance(s, Sequence))
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise InputError(f"dtype is {self.dtype!r}; give a torch.dtype, or None")
+        if self.name is not None and not (isinstance(self.name, str) and self.name):
+            raise InputError(f"name is {self.name!r}; give a text, or None")
+        smallest, usual, largest = three = _three(self.shape)
         if not len(smallest) == len(usual) == len(largest) >= 2:
             raise InputError(f"the shapes {three} must have the same rank, at least 2")
-        for i, sizes in enumerate(zip(smallest, usual, largest, strict=True)):
-            if not all(isinstance(s, int) and not isinstance(s, bool) for s in sizes):
-                raise InputError(f"dimension {i} of {self.shape!r} holds something not an integer")
+        for i, sizes in enumerate(zip(*three, strict=True)):
             if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
                 raise InputError(
                     f"dimension {i} goes from {sizes[0]} over {sizes[1]} to {sizes[2]}; it must be "
@@ -79,6 +78,8 @@ class Input:
                 )
             if sizes[0] != sizes[2] and i not in (0, 2, 3):
                 raise InputError(f"dimension {i} is ranged; only N, H and W may vary")
+        # plain tuples, so that an Input can be compared and hashed whatever it was made from
+        object.__setattr__(self, "shape", usual if smallest == largest else three)
         object.__setattr__(self, "smallest", smallest)
         object.__setattr__(self, "usual", usual)
         object.__setattr__(self, "largest", largest)
@@ -88,6 +89,27 @@ class Input:
         """The dimensions other than N that may vary."""
         rank = range(1, len(self.usual))
         return tuple(i for i in rank if self.smallest[i] != self.largest[i])
+
+
+def _three(shape: object) -> tuple[Sizes, Sizes, Sizes]:
+    """One shape, or three, as three."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise InputError(f"shape {shape!r} is neither one shape nor three of them")
+    if not any(isinstance(item, Sequence) for item in shape):
+        return (_sizes(shape),) * 3
+    if len(shape) != 3 or not all(isinstance(item, Sequence) for item in shape):
+        raise InputError(f"shape {shape!r} is neither one shape nor three of them")
+    smallest, usual, largest = map(_sizes, shape)
+    return smallest, usual, largest
+
+
+def _sizes(shape: Sequence[Any]) -> Sizes:
+    try:
+        if not any(isinstance(size, bool) for size in shape):
+            return tuple(operator.index(size) for size in shape)
+    except TypeError:
+        pass
+    raise InputError(f"shape {shape!r} holds something that is not an integer")
 
 
 @dataclass(frozen=True)
@@ -109,13 +131,17 @@ class Options:
         _one_of("hint", self.hint, get_args(Hint))
         _one_of("oversize", self.oversize, get_args(Oversize))
         _one_of("on_unsupported", self.on_unsupported, get_args(OnUnsupported))
-        for name in ("max_batch_size", "threads"):
+        for name in ("max_batch_size", "threads", "cache_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is None and name != "cache_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                or_none = "" if name == "cache_size" else ", or None"
                 raise InputError(
-                    f"{name} is {value!r}; it must be an integer of at least 1, or None"
+                    f"{name} is {value!r}; it must be an integer of at least 1{or_none}"
                 )
-        if not self.backend or not all(isinstance(name, str) for name in self.backend):
+        names: Any = self.backend
+        if not names or isinstance(names, str) or not all(isinstance(n, str) for n in names):
             raise InputError(f"backend is {self.backend!r}; give a name or a list of names")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -27,26 +28,30 @@ def read_weights(path: PathLike) -> dict[str, torch.Tensor]:
     file = Path(os.fspath(path))
     if not file.is_file():
         raise BuildError(f"there is no file {file}")
+    if file.suffix not in (".safetensors", *_PICKLED):
+        raise BuildError(f"{file} is neither .safetensors nor {', '.join(_PICKLED)}")
     try:
         if file.suffix == ".safetensors":
-            table: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
-            return table
-        if file.suffix not in _PICKLED:
-            raise BuildError(f"{file} is neither .safetensors nor {', '.join(_PICKLED)}")
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except BuildError:
-        raise
+            found: Any = safetensors.torch.load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch and safetensors raise many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BuildError(f"{file} cannot be read as weights: {first}") from error
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BuildError(
+            f"{file} cannot be read as weights: {first}. A file made by torch.save(model) must be "
+            "made anew with torch.save(model.state_dict()): nothing else in it is ever run"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not found:
-        raise BuildError(f"{file} holds {type(found).__name__}, not a table of tensors")
-    wrong = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+        what = "nothing" if isinstance(found, Mapping) else type(found).__name__
+        raise BuildError(f"{file} holds {what}, not a table of tensors")
+    wrong = [
+        k for k, v in found.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))
+    ]
     if wrong:
         raise BuildError(
-            f"{file} holds entries that are no tensors: {', '.join(map(str, wrong[:5]))}"
+            f"{file} holds entries that are no named tensors: {', '.join(map(str, wrong[:5]))}"
         )
     return dict(found)

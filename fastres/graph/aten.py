@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,24 +12,52 @@ import torch
 from fastres.errors import CaptureError, GraphError
 from fastres.graph.ir import DTYPE_NAMES, DTYPES, Aten, TensorSpec
 
+_MEMORY_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "preserve": torch.preserve_format,
+    "channels_last": torch.channels_last,
+}
+_FORMAT_NAMES = {value: name for name, value in _MEMORY_FORMATS.items()}
 
-def resolve(overload: str) -> Callable[..., Any]:
+
+class InputOf(msgspec.Struct, frozen=True):
+    """Stands in a call for its i-th tensor."""
+
+    input: int
+
+
+class SizeOf(msgspec.Struct, frozen=True):
+    """Stands in a call for a size that depends on its inputs: floor((size + add) / div)."""
+
+    input: int
+    dim: int
+    add: int = 0
+    div: int = 1
+
+
+def resolve(overload: str) -> torch._ops.OpOverload[..., Any]:
     """The operator behind a name such as `aten.roll.default`.
 
     Only aten operators are resolved: the name may come from a file.
+
+    Raises:
+        GraphError: another form of name, no such operator, or one that writes to its arguments.
     """
     parts = overload.split(".")
     if len(parts) != 3 or parts[0] != "aten":
         raise GraphError(f"{overload!r} is not of the form aten.NAME.OVERLOAD")
     packet = getattr(torch.ops.aten, parts[1], None)
     operator = getattr(packet, parts[2], None) if packet is not None else None
-    if operator is None or operator._schema.is_mutable:
+    if not isinstance(operator, torch._ops.OpOverload) or operator._schema.is_mutable:
         raise GraphError(f"{overload!r} is no pure operator of PyTorch {torch.__version__}")
-    return operator  # type: ignore[no-any-return]
+    return operator
 
 
 def call(op: Aten, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Runs the operator on tensors of any device (meta tensors to learn the result's shape)."""
+    """Runs the operator on tensors of any device (meta tensors to learn the result's shape).
+
+    A device that the call names gives way to that of its inputs.
+    """
     args = [_decode(a, inputs) for a in msgspec.json.decode(op.args)]
     kwargs = {k: _decode(a, inputs) for k, a in msgspec.json.decode(op.kwargs).items()}
     result = resolve(op.overload)(*args, **kwargs)
@@ -38,47 +67,65 @@ def call(op: Aten, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def encode(
-    overload: str,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    index_of: Callable[[Any], int | None],
-    result: TensorSpec,
+    overload: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: TensorSpec
 ) -> Aten:
-    """Writes a call down; `index_of` gives the position of a tensor argument among the inputs.
+    """Writes a call down; tensors and sizes among the arguments are `InputOf` and `SizeOf`.
 
     Raises:
-        CaptureError: an argument is neither a tensor nor a plain constant.
+        CaptureError: an argument is neither of these nor a plain constant.
     """
-    encoded = [_encode(overload, a, index_of) for a in args]
-    named = {k: _encode(overload, a, index_of) for k, a in kwargs.items()}
+    encoded = [_encode(overload, a) for a in args]
+    named = {k: _encode(overload, a) for k, a in kwargs.items()}
     to_text = msgspec.json.encode
     return Aten(overload, to_text(encoded).decode(), to_text(named).decode(), result)
 
 
-def _encode(overload: str, arg: Any, index_of: Callable[[Any], int | None]) -> Any:
-    index = index_of(arg)
-    if index is not None:
-        return {"input": index}
+def _encode(overload: str, arg: Any) -> Any:
+    if isinstance(arg, InputOf):
+        return {"input": arg.input}
+    if isinstance(arg, SizeOf):
+        return {"size": [arg.input, arg.dim, arg.add, arg.div]}
+    if isinstance(arg, float) and not math.isfinite(arg):
+        return {"float": str(arg)}  # JSON has no such number
     if arg is None or isinstance(arg, bool | int | float | str):
         return arg
     if isinstance(arg, list | tuple):
-        return [_encode(overload, a, index_of) for a in arg]
+        return [_encode(overload, a) for a in arg]
     if isinstance(arg, torch.dtype) and arg in DTYPE_NAMES:
         return {"dtype": DTYPE_NAMES[arg]}
     if isinstance(arg, torch.device):
         return {"device": str(arg)}
+    if isinstance(arg, torch.memory_format) and arg in _FORMAT_NAMES:
+        return {"memory_format": _FORMAT_NAMES[arg]}
+    if arg is torch.strided:
+        return {"layout": "strided"}
     raise CaptureError(
         f"{overload} is called with {arg!r} ({type(arg).__name__}), which cannot be written down; "
-        "supported are tensors, numbers, strings, dtypes and lists of these. If it is a size "
-        "that depends on the input, fix H and W or rewrite that line of the model"
+        "supported are tensors, numbers, strings, dtypes, sizes of the form (N + a) // b, and "
+        "lists of these. Rewrite that line of the model"
     )
 
 
 def _decode(arg: Any, inputs: Sequence[torch.Tensor]) -> Any:
     if isinstance(arg, list):
         return [_decode(a, inputs) for a in arg]
-    if isinstance(arg, dict):
-        if "input" in arg:
-            return inputs[arg["input"]]
-        return DTYPES[arg["dtype"]] if "dtype" in arg else torch.device(arg["device"])
-    return arg
+    if not isinstance(arg, dict):
+        return arg
+    ((kind, value),) = arg.items()
+    match kind:
+        case "input":
+            return inputs[value]
+        case "size":
+            index, dim, add, div = value
+            return (inputs[index].shape[dim] + add) // div
+        case "float":
+            return float(value)
+        case "dtype":
+            return DTYPES[value]
+        case "device":
+            return inputs[0].device if inputs else torch.device(value)
+        case "memory_format":
+            return _MEMORY_FORMATS[value]
+        case "layout" if value == "strided":
+            return torch.strided
+    raise GraphError(f"a call is written with {arg!r}, which this version of fastres does not know")

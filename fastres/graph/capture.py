@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +10,22 @@ from typing import Any
 import torch
 import torch.fx
 import torch.utils._pytree as pytree
-from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten, laws
-from fastres.graph.ir import (
-    DTYPE_NAMES,
-    Dim,
-    Graph,
-    Node,
-    Shape,
-    Sym,
-    TensorSpec,
-    Value,
-)
-from fastres.graph.readers import Alias, Call, Emit, read
+from fastres.graph.calls import Alias, Call, Emit
+from fastres.graph.export import check_finite, export
+from fastres.graph.ir import DTYPE_NAMES, Aten, Dim, Graph, Node, Shape, Sym, TensorSpec, Value
+from fastres.graph.names import Namer, place_of, wanted_name
+from fastres.graph.readers import PARTS, read, read_part
 from fastres.graph.shapes import node_shape
+from fastres.graph.symbols import Symbols
 from fastres.options import Input
+
+# Their last argument is the result's shape: written out, none of its sizes is a -1 to be guessed.
+_TAKE_A_SHAPE = ("aten.view.default", "aten.reshape.default", "aten.expand.default")
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,9 @@ class Captured:
 def capture(model: torch.nn.Module | ExportedProgram, inputs: Sequence[Input]) -> Captured:
     """Reads a model into a Graph; weights are shared with the model, not copied.
 
+    A model that changes its input in place is captured by what it returns: the graph leaves its
+    inputs alone.
+
     Args:
         model: in eval() mode, with finite weights; or a program already exported.
         inputs: one per positional argument of the model; ignored for an ExportedProgram.
@@ -55,78 +54,20 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: Sequence[Input]) -
     Raises:
         CaptureError: training mode, non-finite weights, no export, or a call that cannot be kept.
     """
-    program = model if isinstance(model, ExportedProgram) else _export(model, inputs)
-    _check_finite(program)
+    program = model if isinstance(model, ExportedProgram) else export(model, inputs)
+    check_finite(program)
     try:
         return _Reader(program).read()
-    except _AliasedMutation:
-        # An in-place operation on a tensor that is also seen through a view. PyTorch's own
-        # functionalisation sorts that out; it costs seconds, so it is not done for every model.
+    except _NeedsFunctional:
         return _Reader(program.run_decompositions({})).read()
 
 
-def _export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
-    training = next((name for name, m in model.named_modules() if m.training), None)
-    if training is not None:
-        raise CaptureError(
-            f"the module {training or type(model).__name__!r} is in training mode: BatchNorm and "
-            "Dropout would behave differently. Call model.eval() first"
-        )
-    tensor = next(iter(model.parameters()), torch.empty(0))
-    examples = tuple(
-        # a batch of one would be specialised by the exporter
-        torch.zeros((2, *spec.usual[1:]), dtype=spec.dtype or tensor.dtype, device=tensor.device)
-        for spec in inputs
-    )
-    free = tuple({i: ExportDim.AUTO for i in (0, *spec.ranged)} for spec in inputs)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-            return torch.export.export(model, examples, dynamic_shapes=_dynamic(model, free))
-    except Exception as error:  # torch.export raises whatever the traced code and torch raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CaptureError(
-            f"torch.export cannot export {type(model).__name__} for inputs "
-            f"{[list(e.shape) for e in examples]}: {type(error).__name__}: {first}. Check that "
-            "model(x) runs with such inputs and that its control flow does not depend on values"
-        ) from error
+class _NeedsFunctional(Exception):
+    """An in-place operation changes a tensor in a way that the reader does not follow.
 
-
-def _dynamic(model: torch.nn.Module, free: tuple[dict[int, Any], ...]) -> Any:
-    """`free` in the form torch.export wants: nested once more for a forward(*args)."""
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    return (free,) if kinds and kinds[0] is inspect.Parameter.VAR_POSITIONAL else free
-
-
-def _check_finite(program: ExportedProgram) -> None:
-    tensors = {**program.state_dict, **program.constants}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            continue
-        if tensor.is_meta:
-            raise CaptureError(f"{name} is on the meta device: it has no values to compile")
-        if not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise CaptureError(
-                f"{name} {list(tensor.shape)} holds {bad} values that are NaN or infinite; the "
-                "engine's numbers would be wrong. Load sound weights first"
-            )
-
-
-class _AliasedMutation(Exception):
-    """An in-place operation hits a tensor that views share."""
-
-
-class Namer:
-    """Gives torchvision-like names: the module's path, the operation where it is functional."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, int] = {}
-
-    def name(self, wanted: str) -> str:
-        count = self._seen.get(wanted)
-        self._seen[wanted] = 0 if count is None else count + 1
-        return wanted if count is None else self.name(f"{wanted}_{count + 1}")
+    PyTorch's own functionalisation sorts that out; it costs seconds, so it is not done for every
+    model.
+    """
 
 
 class _Reader:
@@ -134,17 +75,19 @@ class _Reader:
 
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
-        self.namer = Namer()
-        self.symbols: dict[str, str] = {}  # the exporter's symbol → N, H, W
-        self.hints: dict[str, int] = {}  # N, H, W → the example's size
+        self.symbols = Symbols()
         self.env: dict[torch.fx.Node, str] = {}  # program node → value or constant
-        self.aliases: dict[torch.fx.Node, list[torch.fx.Node]] = {}  # nodes of one storage
-        self.viewed: set[int] = set()  # ids of alias groups that a view shares
+        self.groups: dict[torch.fx.Node, list[torch.fx.Node]] = {}  # nodes that share memory
+        self.viewed: set[int] = set()  # ids of groups in which one node may be a view of another
+        self.owned: set[torch.fx.Node] = set()  # the model's parameters and buffers
         self.constants: dict[str, torch.Tensor] = {}
         self.inputs: list[Value] = []
         self.nodes: list[Node] = []
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
+        specs = program.graph_signature.input_specs
+        # constants keep their names, whatever the layers are called
+        self.namer = Namer(str(s.target) for s in specs if s.kind != InputKind.USER_INPUT)
 
     def read(self) -> Captured:
         values: dict[str, str] = {}
@@ -175,7 +118,7 @@ class _Reader:
             if not isinstance(spec.arg, TensorArgument):
                 raise CaptureError(f"the argument {spec.arg} is no tensor; only tensors are fed")
             node = nodes[spec.arg.name]
-            self.aliases[node] = [node]
+            self.groups[node] = [node]
             if spec.kind == InputKind.USER_INPUT:
                 self._user_input(node)
                 continue
@@ -185,26 +128,14 @@ class _Reader:
             assert isinstance(tensor, torch.Tensor)
             self.constants[name] = tensor.detach().cpu()
             self.env[node] = name
+            self.owned.add(node)
 
     def _user_input(self, node: torch.fx.Node) -> None:
-        val = node.meta["val"]
-        letters = ("N", "C", "H", "W") if val.dim() == 4 else ("N",)
-        for i, size in enumerate(val.shape):
-            symbol = None if isinstance(size, int) else str(size.node.expr)
-            if symbol is not None and symbol not in self.symbols:
-                letter = letters[i] if i < len(letters) else f"D{i}"
-                if letter in self.symbols.values():
-                    letter = f"{letter}_{node.name}"
-                self.symbols[symbol] = letter
-                self.hints[letter] = int(size.node.hint)
-        name = self.namer.name(node.name)
-        if val.dtype not in DTYPE_NAMES:
-            raise CaptureError(
-                f"input {name} is {val.dtype}; supported: {sorted(DTYPE_NAMES.values())}"
-            )
-        spec = TensorSpec(self._shape(node), DTYPE_NAMES[val.dtype])
-        self.inputs.append(Value(name, spec))
-        self._bind(node, name, spec)
+        self.symbols.name_sizes(node.meta["val"], node.name)
+        spec = TensorSpec(self._shape(node), _dtype_name(node, f"input {node.name}"))
+        value = Value(self.namer.name(node.name), spec)
+        self.inputs.append(value)
+        self._bind(node, value.name, spec)
 
     def _bind(self, node: torch.fx.Node, name: str, spec: TensorSpec) -> None:
         self.env[node] = name
@@ -213,31 +144,66 @@ class _Reader:
 
     def _call(self, node: torch.fx.Node) -> None:
         val = node.meta.get("val")
+        if node.target is operator.getitem and isinstance(val, torch.Tensor):
+            self._part(node)
+            return
         if not isinstance(val, torch.Tensor):
-            if val is None or isinstance(val, int | float | bool | torch.SymInt | torch.SymBool):
-                return  # a size, or an assertion on sizes: the shape rules know better
-            raise CaptureError(
-                f"{node.target} in module {_module(node)[0]!r} returns {type(val).__name__}, "
-                "not one tensor; rewrite that part with operations that return one"
-            )
+            self._check_silent(node, val)
+            return
         call = Call(node, self._value_of, self._constant)
+        if call.converts_in_place or call.changes_shape:
+            raise _NeedsFunctional(node.name)
         step = read(call)
         if isinstance(step, Alias):
-            if step.copies:
-                self.aliases[node] = [node]
-            else:
-                self._join(node, step.node)
-            self.env[node] = self.env[step.node]
+            self._alias(node, step, call)
             return
         emit = step if isinstance(step, Emit) else self._aten(call, node)
-        name = self.namer.name(_wanted(node, call.short_name))
-        first = self._dtype(emit.inputs[0]) if emit.inputs else DTYPE_NAMES[val.dtype]
+        self._storage(node, call, self._emit(node, call, emit))
+
+    def _check_silent(self, node: torch.fx.Node, val: Any) -> None:
+        """A call that gives no tensor is a size, an assertion, several tensors, or refused."""
+        mutates = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        if isinstance(val, _SIZES) or (val is None and not mutates):
+            return  # the shape rules know better
+        if str(node.target) not in PARTS:
+            raise CaptureError(
+                f"{node.target} in {place_of(node)} returns {type(val).__name__}, not one tensor; "
+                "rewrite that part with operations that return one"
+            )
+
+    def _part(self, node: torch.fx.Node) -> None:
+        """One of the several results of a call."""
+        parent, index = node.args
+        assert isinstance(parent, torch.fx.Node) and isinstance(index, int)
+        call = Call(parent, self._value_of, self._constant)
+        emit = read_part(call, index)
+        if emit is None:
+            raise CaptureError(
+                f"result {index} of {parent.target} in {place_of(parent)} is used; rewrite that "
+                "part with operations that return one tensor"
+            )
+        self._emit(node, call, emit)
+        self._storage(node, call, self.env[node])
+
+    def _alias(self, node: torch.fx.Node, step: Alias, call: Call) -> None:
+        if step.copies:
+            self.groups[node] = [node]
+        else:
+            group = self._join(node, step.node)
+            if call.is_view:  # or a copy, as the memory's layout decides
+                self.viewed.add(id(group))
+        self.env[node] = self.env[step.node]
+
+    def _emit(self, node: torch.fx.Node, call: Call, emit: Emit) -> str:
+        name = self.namer.name(wanted_name(call.node, call.short_name))
+        dtype = _dtype_name(node, name)
+        first = self._dtype(emit.inputs[0]) if emit.inputs else dtype
         draft = Node(name, emit.op, emit.inputs, TensorSpec((), first), emit.params)
-        spec = TensorSpec(self._infer(draft), DTYPE_NAMES[val.dtype])
+        spec = TensorSpec(self._infer(draft), dtype)
         self._agrees(name, node, spec)
         self.nodes.append(draft.with_(spec=spec))
         self._bind(node, name, spec)
-        self._storage(node, call, name)
+        return name
 
     def _storage(self, node: torch.fx.Node, call: Call, name: str) -> None:
         """In-place operations change what every alias of their target means from here on."""
@@ -245,38 +211,72 @@ class _Reader:
         if target is not None:
             group = self._join(node, target)
             if id(group) in self.viewed:
-                raise _AliasedMutation(name)
+                raise _NeedsFunctional(name)
             for alias in group:
+                if alias in self.owned:
+                    raise CaptureError(
+                        f"{call.overload} in {place_of(node)} changes {self.env[alias]} when the "
+                        "model runs; an engine keeps no state between calls"
+                    )
                 self.env[alias] = name
         elif call.is_view:
-            group = self._join(node, node.all_input_nodes[0])
+            group = self._join(node, call.node.all_input_nodes[0])
             self.viewed.add(id(group))
         else:
-            self.aliases[node] = [node]
+            self.groups[node] = [node]
 
     def _join(self, node: torch.fx.Node, other: torch.fx.Node) -> list[torch.fx.Node]:
-        group = self.aliases[other]
+        group = self.groups[other]
         group.append(node)
-        self.aliases[node] = group
+        self.groups[node] = group
         return group
 
     def _aten(self, call: Call, node: torch.fx.Node) -> Emit:
         """An operation outside the IR: kept for PyTorch to run, or refused by name."""
-        tensors = [n for n in node.all_input_nodes if n in self.env]
-        index = {n: i for i, n in enumerate(tensors)}
-
-        def index_of(arg: Any) -> int | None:
-            return index.get(arg) if isinstance(arg, torch.fx.Node) else None
-
-        spec = TensorSpec(self._shape(node), DTYPE_NAMES[node.meta["val"].dtype])
-        op = aten.encode(call.functional, node.args, dict(node.kwargs), index_of, spec)
         try:
-            aten.resolve(op.overload)
+            aten.resolve(call.functional)
         except GraphError as error:
-            raise CaptureError(f"{node.name} in {_module(node)[0]!r}: {error}") from error
-        return Emit(op, tuple(self.env[n] for n in tensors))
+            raise CaptureError(f"{node.name} in {place_of(node)}: {error}") from error
+        if call.is_random:
+            raise CaptureError(
+                f"{call.overload} in {place_of(node)} draws random numbers; an engine gives the "
+                "same result for the same input"
+            )
+        operands = [n for n in node.all_input_nodes if n in self.env]
+        index = {n: i for i, n in enumerate(operands)}
+        names = [self.env[n] for n in operands]
+
+        def written(arg: Any) -> Any:
+            if isinstance(arg, torch.fx.Node):
+                if arg in index:
+                    return aten.InputOf(index[arg])
+                arg = arg.meta.get("val")
+            dim = self.symbols.dim(arg) if isinstance(arg, torch.SymInt) else None
+            return arg if dim is None else self._size_of(dim, names)
+
+        result = TensorSpec(self._shape(node), _dtype_name(node, node.name))
+        args = node.args
+        if call.functional in _TAKE_A_SHAPE:
+            args = (args[0], list(node.meta["val"].shape))
+        args, kwargs = pytree.tree_map(written, (list(args), dict(node.kwargs)))
+        return Emit(aten.encode(call.functional, args, kwargs, result), tuple(names))
+
+    def _size_of(self, size: Dim, names: list[str]) -> aten.SizeOf | int:
+        """Where a call finds a size among its inputs; a graph input is added if there is none."""
+        if isinstance(size, int):
+            return size
+        bare = Sym(size.symbol)
+        for wanted, add, div in ((size, 0, 1), (bare, size.add, size.div)):
+            for i, name in enumerate(names):
+                if wanted in self.shapes.get(name, ()):
+                    return aten.SizeOf(i, self.shapes[name].index(wanted), add, div)
+        source = next(value for value in self.inputs if bare in value.spec.shape)
+        names.append(source.name)
+        return aten.SizeOf(len(names) - 1, source.spec.shape.index(bare), size.add, size.div)
 
     def _infer(self, draft: Node) -> Shape:
+        if isinstance(draft.op, Aten):
+            return draft.op.result.shape
         view = Graph((), (), (), self.constants, "")
         try:
             return node_shape(view, draft, self.shapes)
@@ -285,10 +285,9 @@ class _Reader:
 
     def _agrees(self, name: str, node: torch.fx.Node, spec: TensorSpec) -> None:
         """What we read must have the shape that PyTorch saw: a misread call stops here."""
-        want = [s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape]
-        got = [d.at(self.hints[d.symbol]) if isinstance(d, Sym) else d for d in spec.shape]
-        if got != want:
-            raise CaptureError(f"{name} ({node.target}) was read as {got}, PyTorch has {want}")
+        want = node.meta["val"].shape
+        if not self.symbols.agree(spec.shape, want):
+            raise CaptureError(f"{name} ({node.target}) was read as {spec}, PyTorch has {want}")
 
     def _dtype(self, name: str) -> str:
         if name in self.dtypes:
@@ -296,35 +295,17 @@ class _Reader:
         return DTYPE_NAMES[self.constants[name].dtype]
 
     def _shape(self, node: torch.fx.Node) -> Shape:
-        return tuple(self._dim(size, node) for size in node.meta["val"].shape)
-
-    def _dim(self, size: int | torch.SymInt, node: torch.fx.Node) -> Dim:
-        if isinstance(size, int):
-            return size
-        dim = self._from_expr(size.node.expr)
-        if dim is None:
-            raise CaptureError(
-                f"{node.target} in module {_module(node)[0]!r} has a size of {size}, which is not "
-                "of the form (N + a) // b; fix H and W"
-            )
-        return dim
-
-    def _from_expr(self, expr: Any) -> Dim | None:
-        """The exporter's sympy expression as an integer or a Sym."""
-        if expr.is_Integer:
-            return int(expr)
-        if expr.is_Symbol:
-            return Sym(self.symbols[str(expr)]) if str(expr) in self.symbols else None
-        parts = [self._from_expr(a) for a in expr.args]
-        syms = [p for p in parts if isinstance(p, Sym)]
-        ints = [p for p in parts if isinstance(p, int)]
-        if len(syms) != 1 or len(ints) != len(parts) - 1:
-            return None
-        if expr.is_Add:
-            return syms[0].plus(sum(ints))
-        if type(expr).__name__ == "FloorDiv" and isinstance(parts[0], Sym):
-            return syms[0].floordiv(ints[0])
-        return None
+        dims: list[Dim] = []
+        for size, dim in zip(
+            node.meta["val"].shape, self.symbols.shape(node.meta["val"]), strict=True
+        ):
+            if dim is None:
+                raise CaptureError(
+                    f"{node.target} in {place_of(node)} has a size of {size}, which is not of the "
+                    "form (N + a) // b; fix H and W"
+                )
+            dims.append(dim)
+        return tuple(dims)
 
     def _value_of(self, node: torch.fx.Node) -> str:
         return self.env[node]
@@ -337,23 +318,25 @@ class _Reader:
         leaves = pytree.tree_leaves(node.args[0])
         specs = self.program.graph_signature.output_specs
         for leaf, spec in zip(leaves, specs, strict=True):
+            if spec.kind == OutputKind.USER_INPUT_MUTATION:
+                continue  # the caller's tensor, see `capture`
             if spec.kind != OutputKind.USER_OUTPUT:
-                raise CaptureError(f"the model changes {spec.target} when it runs ({spec.kind})")
-            if not isinstance(leaf, torch.fx.Node) or leaf not in self.env:
+                raise CaptureError(
+                    f"the model changes {spec.target} when it runs; an engine keeps no state "
+                    "between calls"
+                )
+            name = self.env.get(leaf) if isinstance(leaf, torch.fx.Node) else None
+            if name is None or name in self.constants:
                 raise CaptureError(f"the model returns {leaf!r}, which is no tensor it computed")
-            names.append(self.env[leaf])
+            names.append(name)
         return tuple(names)
 
 
-def _module(node: torch.fx.Node) -> tuple[str, str]:
-    """Path and type name of the innermost module that made this call."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path, kind = next(reversed(stack.values()), ("", ""))
-    return str(path), kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+_SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def _wanted(node: torch.fx.Node, short_name: str) -> str:
-    path, kind = _module(node)
-    if kind.startswith("torch.nn.modules.") and not kind.endswith("container.Sequential"):
-        return path or short_name
-    return f"{path}.{short_name}" if path else short_name
+def _dtype_name(node: torch.fx.Node, what: str) -> str:
+    dtype = node.meta["val"].dtype
+    if dtype not in DTYPE_NAMES:
+        raise CaptureError(f"{what} is {dtype}; supported are {', '.join(DTYPE_NAMES.values())}")
+    return DTYPE_NAMES[dtype]

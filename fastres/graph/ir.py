@@ -196,8 +196,8 @@ class Softmax(msgspec.Struct, frozen=True, tag=True):
 class Aten(msgspec.Struct, frozen=True, tag=True):
     """An operation the IR does not know, kept with its overload so that PyTorch can run it.
 
-    `args` and `kwargs` are JSON of the call, with {"input": i} where the i-th input stands.
-    Its result's shape as exported is `shape`: nobody else knows it.
+    `args` and `kwargs` are JSON of the call, with {"input": i} where the i-th input stands (see
+    `fastres.graph.aten`). `result` is what the exporter found: nobody else knows the shape.
     """
 
     overload: str
@@ -315,7 +315,7 @@ class Graph:
         return self.inputs, self.nodes, self.outputs, self.output_tree, specs
 
     def equals(self, other: Graph) -> bool:
-        """Same structure and bit-identical constants."""
+        """Same structure and equal constants."""
         return self.structure() == other.structure() and all(
             torch.equal(tensor, other.constants[name]) for name, tensor in self.constants.items()
         )
@@ -336,20 +336,14 @@ def op_name(op: Op) -> str:
 
 
 def _line(graph: Graph, node: Node) -> str:
+    defaults = {info.name: info.default for info in msgspec.structs.fields(node.op)}
     settings = [
         f"{key}={value}"
         for key, value in msgspec.structs.asdict(node.op).items()
-        if key not in ("overload", "result", "epilogue") and value != _default(node.op, key)
+        if key not in ("overload", "result", "epilogue") and value != defaults[key]
     ]
     if isinstance(node.op, Conv2d) and str(node.op.epilogue):
         settings.append(f"epilogue={node.op.epilogue}")
     settings += [f"{slot}={graph.spec(name)}" for slot, name in node.params.items()]
     text = f"{node.name}: {node.spec} = {op_name(node.op)}({', '.join([*node.inputs, *settings])})"
     return f"{text}  # {' + '.join(node.origin)}" if node.origin else text
-
-
-def _default(op: Op, key: str) -> Any:
-    for info in msgspec.structs.fields(op):
-        if info.name == key:
-            return info.default
-    raise KeyError(key)

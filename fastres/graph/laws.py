@@ -2,8 +2,9 @@
 
 1. Names are unique; a node reads only graph inputs, constants and nodes before it.
 2. Every output is produced, and there is one per leaf of the output tree.
-3. Every node's spec is what the shape rules say, and its dtype is that of its first input.
-4. Parameters fill exactly the slots that the operation has.
+3. Every node's spec is what the shape rules say, and its dtype is that of all its inputs.
+4. Inputs are as many as the operation takes; parameters fill exactly the slots that it has.
+5. A variable size of a graph input is a bare symbol (N, H, W): an engine can only read those off.
 """
 
 from __future__ import annotations
@@ -11,7 +12,20 @@ from __future__ import annotations
 import torch.utils._pytree as pytree
 
 from fastres.errors import GraphError
-from fastres.graph.ir import Aten, BatchNorm, Conv2d, Graph, Linear, Node, Shape
+from fastres.graph.ir import (
+    Add,
+    Aten,
+    BatchNorm,
+    Concat,
+    Conv2d,
+    Graph,
+    Linear,
+    Mul,
+    Node,
+    Op,
+    Shape,
+    Sym,
+)
 from fastres.graph.shapes import node_shape
 
 _SLOTS: dict[type, tuple[set[str], set[str]]] = {
@@ -39,20 +53,23 @@ def _check(graph: Graph) -> None:
     shapes: dict[str, Shape] = {}
     for value in graph.inputs:
         _unique(graph, value.name, shapes)
+        if any(isinstance(d, Sym) and d != Sym(d.symbol) for d in value.spec.shape):
+            raise GraphError(f"input {value.name} is {value.spec}; its sizes must be bare symbols")
         shapes[value.name] = value.spec.shape
     for node in graph.nodes:
         _unique(graph, node.name, shapes)
         for name in node.inputs:
             if name not in shapes and name not in graph.constants:
                 raise GraphError(f"{node.name} reads {name}, which nothing before it produces")
-        _check_slots(graph, node)
+        _check_operands(graph, node)
         shape = node_shape(graph, node, shapes)
         if shape != node.spec.shape:
             want = ", ".join(map(str, shape))
             raise GraphError(f"{node.name} claims {node.spec}, the shape rules say [{want}]")
-        first = graph.spec(node.inputs[0]).dtype if node.inputs else node.spec.dtype
-        if node.spec.dtype != first and not isinstance(node.op, Aten):
-            raise GraphError(f"{node.name} claims {node.spec}, its first input is {first}")
+        dtypes = {graph.spec(name).dtype for name in node.inputs}
+        if dtypes != {node.spec.dtype} and not isinstance(node.op, Aten):
+            found = ", ".join(sorted(dtypes))
+            raise GraphError(f"{node.name} claims {node.spec}, its inputs are {found}")
         shapes[node.name] = shape
     for name in graph.outputs:
         if name not in shapes:
@@ -70,7 +87,18 @@ def _unique(graph: Graph, name: str, seen: dict[str, Shape]) -> None:
         raise GraphError(f"the name {name} is used twice")
 
 
-def _check_slots(graph: Graph, node: Node) -> None:
+def _arity(op: Op) -> int | None:
+    """How many inputs an operation takes; None if any number."""
+    if isinstance(op, Aten | Concat):
+        return None
+    if isinstance(op, Conv2d):
+        return 2 if op.epilogue.residual else 1
+    return 2 if isinstance(op, Add | Mul) else 1
+
+
+def _check_operands(graph: Graph, node: Node) -> None:
+    if _arity(node.op) not in (None, len(node.inputs)):
+        raise GraphError(f"{node.name} cannot take {len(node.inputs)} inputs, but {_arity(node.op)}")
     must, may = _SLOTS.get(type(node.op), (set(), set()))
     if not must <= set(node.params) <= must | may:
         raise GraphError(f"{node.name} has parameters {sorted(node.params)}, needs {sorted(must)}")

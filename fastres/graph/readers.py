@@ -1,4 +1,4 @@
-"""How each ATen call reads as an operation of the IR: one small reader per operator.
+"""ATen call → operation of the IR: one small reader per operator.
 
 A reader returns an `Emit` (an operation with its operands), an `Alias` (the call changes nothing at
 inference, such as dropout), or None: the IR has no such operation, the caller keeps it as `Aten`.
@@ -7,12 +7,12 @@ inference, such as dropout), or None: the IR has no such operation, the caller k
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
 import torch
-import torch.fx
 
 from fastres.errors import CaptureError
+from fastres.graph.calls import Alias, Call, Emit
 from fastres.graph.ir import (
     Activation,
     Add,
@@ -33,99 +33,10 @@ from fastres.graph.ir import (
 )
 from fastres.kernels.epilogue import ActivationKind
 
-
-class Emit(NamedTuple):
-    """An operation, the values it reads, and its parameters by slot."""
-
-    op: Op
-    inputs: tuple[str, ...]
-    params: dict[str, str] = {}
-
-
-class Alias(NamedTuple):
-    """The call returns this very value, in the same storage or (`copies`) in its own."""
-
-    node: torch.fx.Node
-    copies: bool = False
-
-
-class Call:
-    """One ATen call with its arguments by name, defaults filled in from the operator's schema."""
-
-    def __init__(
-        self,
-        node: torch.fx.Node,
-        value_of: Callable[[torch.fx.Node], str],
-        constant: Callable[[torch.fx.Node], torch.Tensor | None],
-    ) -> None:
-        self.node = node
-        self.value_of = value_of
-        self.constant = constant
-        target: Any = node.target
-        if not isinstance(target, torch._ops.OpOverload):
-            raise CaptureError(f"{target} ({node.name}) is no operator of PyTorch")
-        self.schema = target._schema
-        self.overload = str(target)
-        self.args: dict[str, Any] = {a.name: a.default_value for a in self.schema.arguments}
-        names = [a.name for a in self.schema.arguments]
-        self.args.update(zip(names, node.args, strict=False))
-        self.args.update(node.kwargs)
-
-    @property
-    def functional(self) -> str:
-        """The overload's name without the underscore of its in-place form."""
-        space, name, overload = self.overload.split(".")
-        inplace = self.schema.is_mutable and name.endswith("_")
-        return f"{space}.{name[:-1] if inplace else name}.{overload}"
-
-    @property
-    def short_name(self) -> str:
-        return self.functional.split(".")[1]
-
-    @property
-    def mutates(self) -> torch.fx.Node | None:
-        """The argument that an in-place call writes to."""
-        for argument in self.schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                return self.args[argument.name]  # type: ignore[no-any-return]
-        return None
-
-    @property
-    def is_view(self) -> bool:
-        """Whether the result may share memory with an argument (reshape and flatten may)."""
-        declared = any(r.alias_info is not None for r in self.schema.returns)
-        return declared or self.short_name in ("reshape", "flatten", "contiguous", "to")
-
-    def shape(self, name: str) -> torch.Size:
-        return self.args[name].meta["val"].shape  # type: ignore[no-any-return]
-
-    def value(self, name: str) -> str:
-        return self.value_of(self.args[name])
-
-    def is_tensor(self, name: str) -> bool:
-        return isinstance(self.args[name], torch.fx.Node) and isinstance(
-            self.args[name].meta.get("val"), torch.Tensor
-        )
-
-    def pair(self, name: str) -> Pair:
-        value = self.args[name]
-        items = [value] if isinstance(value, int) else list(value)
-        return (items[0], items[-1])
-
-    def params(self, **slots: str) -> dict[str, str] | None:
-        """Slot → constant; None if one of them is computed rather than a constant."""
-        found = {}
-        for slot, name in slots.items():
-            node = self.args[name]
-            if node is None:
-                continue
-            if self.constant(node) is None:
-                return None
-            found[slot] = self.value_of(node)
-        return found
-
-
 Reader = Callable[[Call], Emit | Alias | None]
+
+
+PartReader = Callable[[Call, int], Emit | None]
 
 
 def read(call: Call) -> Emit | Alias | None:
@@ -134,19 +45,34 @@ def read(call: Call) -> Emit | Alias | None:
     return reader(call) if reader is not None else None
 
 
+def read_part(call: Call, index: int) -> Emit | None:
+    """Reads one of the several results of a call; None where the IR has no operation for it."""
+    reader = PARTS.get(call.overload)
+    return reader(call, index) if reader is not None else None
+
+
 def _conv2d(call: Call) -> Emit | None:
     params = call.params(weight="weight", bias="bias")
-    if params is None or not isinstance(call.args["padding"], list | tuple):
+    padding = _conv_padding(call)
+    if params is None or padding is None or call.rank("input") != 4:
         return None
-    op = Conv2d(
-        call.pair("stride"), call.pair("padding"), call.pair("dilation"), call.args["groups"]
-    )
+    op = Conv2d(call.pair("stride"), padding, call.pair("dilation"), call.args["groups"])
     return Emit(op, (call.value("input"),), params)
 
 
+def _conv_padding(call: Call) -> Pair | None:
+    """Numbers, or "same" and "valid" as numbers; None where "same" pads one side more."""
+    if call.args["padding"] == "valid":
+        return (0, 0)
+    if call.args["padding"] != "same":
+        return call.pair("padding")
+    kernel, dilation = call.shape("weight")[2:], call.pair("dilation")
+    total = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
+    return None if total[0] % 2 or total[1] % 2 else (total[0] // 2, total[1] // 2)
+
+
 def _convolution(call: Call) -> Emit | None:
-    is_2d = len(call.shape("input")) == 4 and not call.args["transposed"]
-    return _conv2d(call) if is_2d else None
+    return None if call.args["transposed"] else _conv2d(call)
 
 
 def _batch_norm(call: Call) -> Emit | None:
@@ -155,10 +81,19 @@ def _batch_norm(call: Call) -> Emit | None:
             f"{call.node.name} normalises with the batch's own statistics (training mode, or "
             "track_running_stats=False); an engine needs running statistics"
         )
+    return _running_norm(call)
+
+
+def _running_norm(call: Call) -> Emit | None:
     params = call.params(weight="weight", bias="bias", mean="running_mean", var="running_var")
-    if params is None or len(call.shape("input")) != 4:
+    if params is None or call.rank("input") != 4:
         return None
     return Emit(BatchNorm(eps=call.args["eps"]), (call.value("input"),), params)
+
+
+def _norm_part(call: Call, index: int) -> Emit | None:
+    """The form that PyTorch's functionalisation gives batch_norm: it returns statistics as well."""
+    return _running_norm(call) if index == 0 else None
 
 
 def _activation(call: Call) -> Emit | None:
@@ -179,7 +114,9 @@ def _binary(op: Op) -> Reader:
     return reader
 
 
-def _max_pool(call: Call) -> Emit:
+def _max_pool(call: Call) -> Emit | None:
+    if call.rank("self") != 4:
+        return None
     stride = call.pair("stride") if call.args["stride"] else call.pair("kernel_size")
     op = MaxPool(
         call.pair("kernel_size"),
@@ -192,7 +129,7 @@ def _max_pool(call: Call) -> Emit:
 
 
 def _avg_pool(call: Call) -> Emit | None:
-    if call.args["divisor_override"] is not None:
+    if call.args["divisor_override"] is not None or call.rank("self") != 4:
         return None
     stride = call.pair("stride") if call.args["stride"] else call.pair("kernel_size")
     op = AvgPool(
@@ -206,21 +143,22 @@ def _avg_pool(call: Call) -> Emit | None:
 
 
 def _adaptive_avg_pool(call: Call) -> Emit | None:
-    out = call.pair("output_size")
-    sizes = call.shape("self")[2:]
-    if len(call.shape("self")) != 4:
+    if call.rank("self") != 4:
         return None
+    out, (height, width) = call.pair("output_size"), call.shape("self")[2:]
     if out == (1, 1):
         return Emit(GlobalAvgPool(keepdim=True), (call.value("self"),))
-    if not all(isinstance(s, int) and s % o == 0 for s, o in zip(sizes, out, strict=True)):
+    if not all(isinstance(size, int) for size in (*out, height, width)):
         return None
-    window = (sizes[0] // out[0], sizes[1] // out[1])
+    if height % out[0] or width % out[1]:
+        return None  # windows of several sizes
+    window = (height // out[0], width // out[1])
     return Emit(AvgPool(window, window), (call.value("self"),))
 
 
 def _mean(call: Call) -> Emit | None:
     dims = call.args["dim"] or []
-    if len(call.shape("self")) != 4 or {d % 4 for d in dims} != {2, 3} or call.args["dtype"]:
+    if call.rank("self") != 4 or {d % 4 for d in dims} != {2, 3} or call.args["dtype"]:
         return None
     return Emit(GlobalAvgPool(keepdim=bool(call.args["keepdim"])), (call.value("self"),))
 
@@ -234,7 +172,10 @@ def _flatten(call: Call) -> Emit | None:
     """flatten, view and reshape, where they only join trailing dimensions."""
     before, after = call.shape("self"), call.node.meta["val"].shape
     start = len(after) - 1
-    if start < 1 or len(after) > len(before) or list(after[:start]) != list(before[:start]):
+    if start < 1 or len(after) > len(before):
+        return None
+    # by their expressions: with == a symbolic size equals the number that the example has
+    if [str(size) for size in after[:start]] != [str(size) for size in before[:start]]:
         return None
     return Emit(Flatten(start), (call.value("self"),))
 
@@ -248,7 +189,7 @@ def _cat(call: Call) -> Emit | None:
 
 
 def _pad(call: Call) -> Emit | None:
-    rank, pads = len(call.shape("self")), call.args["pad"]
+    rank, pads = call.rank("self"), call.args["pad"]
     if call.args.get("mode", "constant") != "constant" or not all(
         isinstance(p, int) and p >= 0 for p in pads
     ):
@@ -277,14 +218,33 @@ def _slice(call: Call) -> Emit | Alias | None:
     return Emit(Slice(tuple(starts), tuple(stops), tuple(steps)), (call.value("self"),))
 
 
+def _piece(call: Call, index: int) -> Emit | None:
+    """One of the pieces of chunk and split."""
+    rank, dim = call.rank("self"), call.args["dim"] % call.rank("self")
+    sizes = [piece.shape[dim] for piece in call.node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    starts, stops = [0] * rank, [None] * rank
+    starts[dim], stops[dim] = sum(sizes[:index]), sum(sizes[: index + 1])
+    return Emit(Slice(tuple(starts), tuple(stops), (1,) * rank), (call.value("self"),))
+
+
 def _softmax(call: Call) -> Emit | None:
     if call.args.get("dtype") is not None or call.args.get("half_to_float"):
         return None
     return Emit(Softmax(call.args["dim"]), (call.value("self"),))
 
 
-def _identity_in_eval(call: Call) -> Alias | None:
+def _dropout(call: Call) -> Alias | None:
     return None if call.args["train"] and call.args["p"] else Alias(call.args["input"])
+
+
+def _to(call: Call) -> Alias | None:
+    """A conversion to the dtype that the tensor has; where it lies is the engine's business."""
+    if call.args["self"].meta["val"].dtype != call.node.meta["val"].dtype:
+        return None
+    copies = call.short_name == "_to_copy" or bool(call.args.get("copy"))
+    return Alias(call.args["self"], copies)
 
 
 def _identity(call: Call) -> Alias:
@@ -297,6 +257,7 @@ def _clone(call: Call) -> Alias:
 
 READERS: dict[str, Reader] = {
     "aten.conv2d.default": _conv2d,
+    "aten.conv2d.padding": _conv2d,
     "aten.convolution.default": _convolution,
     "aten.batch_norm.default": _batch_norm,
     "aten.relu.default": _activation,
@@ -320,10 +281,26 @@ READERS: dict[str, Reader] = {
     "aten.slice.Tensor": _slice,
     "aten.softmax.int": _softmax,
     "aten._softmax.default": _softmax,
-    "aten.dropout.default": _identity_in_eval,
-    "aten.feature_dropout.default": _identity_in_eval,
+    "aten.dropout.default": _dropout,
+    "aten.feature_dropout.default": _dropout,
+    "aten.alpha_dropout.default": _dropout,
+    "aten.feature_alpha_dropout.default": _dropout,
     "aten.alias.default": _identity,
     "aten.detach.default": _identity,
     "aten.contiguous.default": _identity,
     "aten.clone.default": _clone,
+    "aten.lift_fresh_copy.default": _clone,
+    "aten.to.dtype": _to,
+    "aten.to.dtype_layout": _to,
+    "aten.to.device": _to,
+    "aten.to.other": _to,
+    "aten._to_copy.default": _to,
+}
+
+PARTS: dict[str, PartReader] = {
+    "aten.chunk.default": _piece,
+    "aten.split.Tensor": _piece,
+    "aten.split_with_sizes.default": _piece,
+    "aten.split.sizes": _piece,
+    "aten._native_batch_norm_legit_no_training.default": _norm_part,
 }

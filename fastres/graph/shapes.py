@@ -72,17 +72,14 @@ def node_shape(graph: Graph, node: Node, shapes: Mapping[str, Shape]) -> Shape:
         return shapes[name] if name in shapes else tuple(graph.constants[name].shape)
 
     inputs = [shape_of(name) for name in node.inputs]
-    params = {slot: tuple(graph.constants[name].shape) for slot, name in node.params.items()}
     try:
-        return result_shape(node.op, inputs, params)
-    except (GraphError, IndexError, KeyError, ValueError) as error:
+        if isinstance(node.op, Aten):
+            return _aten_shape(node.op, inputs, [graph.spec(n).torch_dtype for n in node.inputs])
+        params = {slot: tuple(graph.constants[name].shape) for slot, name in node.params.items()}
+        return _rule(node.op, inputs, params)
+    except (GraphError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         got = ", ".join(f"[{', '.join(map(str, s))}]" for s in inputs)
         raise GraphError(f"{node.name}: {node.op} cannot take {got}: {error}") from error
-
-
-def result_shape(op: Op, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
-    """The shape rule of an operation; integers and symbolic sizes may be mixed."""
-    return _rule(op, inputs, params)
 
 
 def conv_size(size: Dim, kernel: int, stride: int, padding: int, dilation: int) -> Dim:
@@ -121,6 +118,11 @@ def _positive(shape: Shape) -> Shape:
     return shape
 
 
+def _check_bias(channels: int, params: Mapping[str, Ints]) -> None:
+    if params.get("bias", (channels,)) != (channels,):
+        raise GraphError(f"bias {list(params['bias'])} needs one value per channel, {channels}")
+
+
 @singledispatch
 def _rule(op: Op, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
     raise GraphError(f"no shape rule for {op}")
@@ -135,6 +137,9 @@ def _(op: Conv2d, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
     p = conv_size(h, r, op.stride[0], op.padding[0], op.dilation[0])
     q = conv_size(w, s, op.stride[1], op.padding[1], op.dilation[1])
     out = _positive((n, k, p, q))
+    if k % op.groups:
+        raise GraphError(f"{k} output channels do not go into {op.groups} groups")
+    _check_bias(k, params)
     if op.epilogue.residual != (len(inputs) == 2) or (len(inputs) == 2 and inputs[1] != out):
         raise GraphError(f"the residual must have the output's shape {list(out)}")
     return out
@@ -190,6 +195,7 @@ def _(op: Linear, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
     k, c = params["weight"]
     if inputs[0][-1] != c:
         raise GraphError(f"weight {list(params['weight'])} needs {c} features")
+    _check_bias(k, params)
     return (*inputs[0][:-1], k)
 
 
@@ -205,15 +211,18 @@ def _(op: Flatten, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape
 
 @_rule.register
 def _(op: Concat, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
-    first = inputs[0]
-    total = 0
-    for shape in inputs:
-        same = [i for i in range(len(first)) if i != op.dim]
-        size = shape[op.dim]
-        if any(shape[i] != first[i] for i in same) or isinstance(size, Sym):
+    before, total, after = inputs[0][: op.dim], inputs[0][op.dim], inputs[0][op.dim + 1 :]
+    for shape in inputs[1:]:
+        if (shape[: op.dim], shape[op.dim + 1 :]) != (before, after):
             raise GraphError("inputs must agree in every other dimension")
-        total += size
-    return (*first[: op.dim], total, *first[op.dim + 1 :])
+        size = shape[op.dim]
+        if isinstance(size, int):
+            total = _plus(total, size)
+        elif isinstance(total, int):
+            total = _plus(size, total)
+        else:
+            raise GraphError("two variable sizes cannot be joined: pass a fixed Input")
+    return (*before, total, *after)
 
 
 @_rule.register
@@ -235,9 +244,16 @@ def _(op: Slice, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
     return tuple(out)
 
 
-@_rule.register
-def _(op: Aten, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
-    if not any(isinstance(size, Sym) for shape in inputs for size in shape):
-        metas = [torch.empty([int(str(d)) for d in s], device="meta") for s in inputs]
+def _aten_shape(op: Aten, inputs: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> Shape:
+    """PyTorch's own answer, or while sizes are open the exporter's."""
+    shapes = [[size for size in shape if isinstance(size, int)] for shape in inputs]
+    if [len(shape) for shape in shapes] != [len(shape) for shape in inputs]:
+        return op.result.shape
+    metas = [
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    try:
         return tuple(aten.call(op, metas).shape)
-    return op.result.shape
+    except Exception as error:  # PyTorch raises many kinds where a call does not fit
+        raise GraphError(str(error).strip().partition("\n")[0]) from error

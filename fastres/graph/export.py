@@ -1,0 +1,93 @@
+"""nn.Module → torch.export program, with everything refused that an engine could not keep."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from fastres.errors import CaptureError
+from fastres.graph.symbols import is_fixed
+from fastres.options import Input
+
+
+def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
+    """Exports a model with its batch size free, and H and W where the inputs range over them.
+
+    Raises:
+        CaptureError: training mode, no export, or a size that the model fixes but should be free.
+    """
+    training = next((name for name, m in model.named_modules() if m.training), None)
+    if training is not None:
+        raise CaptureError(
+            f"the module {training or type(model).__name__!r} is in training mode: BatchNorm and "
+            "Dropout would behave differently. Call model.eval() first"
+        )
+    tensor = next(iter(model.parameters()), torch.empty(0))
+    examples = tuple(
+        # a batch of one would be specialised by the exporter
+        torch.zeros((2, *spec.usual[1:]), dtype=spec.dtype or tensor.dtype, device=tensor.device)
+        for spec in inputs
+    )
+    free = tuple({i: Dim.AUTO for i in (0, *spec.ranged)} for spec in inputs)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporter's notes on its own internals
+            program = torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
+    except Exception as error:  # torch.export raises whatever the traced code and torch raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise CaptureError(
+            f"torch.export cannot export {type(model).__name__} for inputs "
+            f"{[list(e.shape) for e in examples]}: {type(error).__name__}: {first}. Check that "
+            "model(x) runs with such inputs and that its control flow does not depend on values"
+        ) from error
+    _check_free(program, inputs)
+    return program
+
+
+def _nested(model: torch.nn.Module, free: tuple[dict[int, Any], ...]) -> tuple[Any, ...]:
+    """`free` in the form torch.export wants: what a forward's *args takes is one nested tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return free
+    before = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*free[:before], free[before:])
+
+
+def _check_free(program: ExportedProgram, inputs: Sequence[Input]) -> None:
+    """The exporter fixes sizes that a model was written for; then no other size would be right."""
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    names = program.graph_signature.user_inputs
+    for name, spec in zip(names, inputs, strict=True):
+        shape = nodes[str(name)].meta["val"].shape
+        fixed = [i for i in (0, *spec.ranged) if is_fixed(shape[i])]
+        if 0 in fixed:
+            raise CaptureError(
+                f"the model only takes batches of {shape[0]} in {name}: a line of it names that "
+                "number, or makes one of the batch size. Write x.size(0), or -1, in its place"
+            )
+        if fixed:
+            raise CaptureError(
+                f"the model fixes dimension {fixed[0]} of {name} at {shape[fixed[0]]}, but the "
+                "Input ranges over it: give a fixed shape, or rewrite the line that fixes it"
+            )
+
+
+def check_finite(program: ExportedProgram) -> None:
+    """Raises CaptureError if a weight is NaN or infinite, or has no values at all."""
+    tensors = {**program.state_dict, **program.constants}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            continue
+        if tensor.is_meta:
+            raise CaptureError(f"{name} is on the meta device: it has no values to compile")
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CaptureError(
+                f"{name} {list(tensor.shape)} holds {bad} values that are NaN or infinite; the "
+                "engine's numbers would be wrong. Load sound weights first"
+            )

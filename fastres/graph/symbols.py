@@ -1,0 +1,85 @@
+"""The exporter's symbolic sizes as the IR's: `s77` becomes N, and `(s16 - 1)//2 + 1` a `Sym`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastres.graph.ir import Dim, Shape, Sym
+
+Size = int | torch.SymInt
+
+
+def is_fixed(size: Size) -> bool:
+    """Whether a size is one number, be it one that the exporter found out for a free symbol."""
+    return isinstance(size, int) or bool(_expr(size).is_Integer)
+
+
+def _expr(size: Size) -> Any:
+    """The sympy expression of a size; torch's stubs call a SymInt an int."""
+    node: Any = getattr(size, "node", None)
+    return node.expr
+
+
+def _example(size: Size) -> int:
+    node: Any = getattr(size, "node", None)
+    return int(size if node is None else node.hint)
+
+
+class Symbols:
+    """Which letter (N, H, W) each symbol of one exported program stands for."""
+
+    def __init__(self) -> None:
+        self._letters: dict[str, str] = {}
+        self._hints: dict[str, int] = {}  # letter → the example's size
+
+    def name_sizes(self, value: torch.Tensor, input_name: str) -> None:
+        """Names the sizes that an input brings; inputs of equal symbols share the letter."""
+        letters = ("N", "C", "H", "W") if value.dim() == 4 else ("N",)
+        for i, size in enumerate(value.shape):
+            if is_fixed(size) or str(_expr(size)) in self._letters:
+                continue
+            letter = letters[i] if i < len(letters) else f"D{i}"
+            if letter in self._hints:
+                letter = f"{letter}_{input_name}"
+            self._letters[str(_expr(size))] = letter
+            self._hints[letter] = _example(size)
+
+    def shape(self, value: torch.Tensor) -> tuple[Dim | None, ...]:
+        return tuple(self.dim(size) for size in value.shape)
+
+    def dim(self, size: Size) -> Dim | None:
+        """A size as the IR writes it; None if it has no such form."""
+        return size if isinstance(size, int) else self._from_expr(_expr(size))
+
+    def agree(self, shape: Shape, sizes: Sequence[Size]) -> bool:
+        """Whether a shape is the exporter's: for every size, or for the example's where its
+        expressions have no such form."""
+        if len(shape) != len(sizes):
+            return False
+        for dim, size in zip(shape, sizes, strict=True):
+            want = self.dim(size)
+            if want is None:
+                want = _example(size)
+                dim = dim.at(self._hints[dim.symbol]) if isinstance(dim, Sym) else dim
+            if dim != want:
+                return False
+        return True
+
+    def _from_expr(self, expr: Any) -> Dim | None:
+        if str(expr) in self._letters:
+            return Sym(self._letters[str(expr)])
+        if expr.is_Integer:
+            return int(expr)
+        parts = [self._from_expr(a) for a in expr.args]
+        syms = [p for p in parts if isinstance(p, Sym)]
+        ints = [p for p in parts if isinstance(p, int)]
+        if len(syms) != 1 or len(ints) != len(parts) - 1:
+            return None
+        if expr.is_Add:
+            return syms[0].plus(sum(ints))
+        if type(expr).__name__ == "FloorDiv" and isinstance(parts[0], Sym):
+            return syms[0].floordiv(ints[0])
+        return None
