@@ -1,0 +1,83 @@
+"""Whole networks through our kernels, in Triton's interpreter, against PyTorch in float64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastres
+from fastres.backends.triton.backend import TritonExecutable
+from fastres.options import Precision
+
+PhotoBatch = Callable[[int, int], Tensor]
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+    ),
+]
+
+
+def compile(model: nn.Module, x: Tensor, precision: Precision, **more: Any) -> fastres.Engine:
+    return fastres.compile(model, x, backend="triton", device="cpu", precision=precision, **more)
+
+
+def poison(engine: fastres.Engine, x: Tensor) -> None:
+    """Fills the memory that the next run will use with NaN."""
+    executable = engine._lowered.executable
+    assert isinstance(executable, TritonExecutable)
+    runner = executable._runners.get((tuple(x.shape),))
+    with runner._arena() as arena:
+        arena.fill_(0xFF)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_cifar_resnet20(photo_batch: PhotoBatch, shortcut: Any, precision: Precision) -> None:
+    model = fastres.models.cifar_resnet(20, shortcut=shortcut, seed=0)
+    model = fastres.models.settle(model, photo_batch(32, 32))
+    x = photo_batch(1, 32)
+    with compile(model, x, precision) as engine:
+        poison(engine, x)
+        report = fastres.verify(model, engine, [x])
+        assert report.passed, str(report)
+        assert {node.precision for node in engine.info.nodes} == {precision}
+
+
+@pytest.mark.parametrize("version", ["v1", "v1.5"])
+def test_narrow_bottleneck_net(photo_batch: PhotoBatch, version: Any) -> None:
+    """7x7 stem, max pool, projections, strides, at 40 pixels: odd maps further down."""
+    model = fastres.models.ResNet(
+        fastres.models.Bottleneck, (1, 1, 1, 1), version=version, num_classes=7, planes=16, seed=0
+    )
+    model = fastres.models.settle(model, photo_batch(32, 40))
+    x = photo_batch(2, 40)
+    with compile(model, x, "fp16") as engine:
+        poison(engine, x)
+        report = fastres.verify(model, engine, [x])
+        assert report.passed, str(report)
+        assert torch.equal(engine(x), engine(x))
+        assert engine(x[:0]).shape == (0, 7)
+
+
+def test_fallback_around_batch_norms(photo_batch: PhotoBatch) -> None:
+    model = fastres.models.PreActResNet(1, seed=0)
+    model = fastres.models.settle(model, photo_batch(32, 16))
+    x = photo_batch(1, 16)
+    with compile(model, x, "fp32", on_unsupported="fallback") as engine:
+        assert {node.op for node in engine.info.fallbacks} == {"batchnorm"}
+        report = fastres.verify(model, engine, [x])
+        assert report.passed, str(report)
+
+
+def test_profile_names_every_launch(photo_batch: PhotoBatch) -> None:
+    model = fastres.models.settle(fastres.models.cifar_resnet(8), photo_batch(16, 16))
+    x = photo_batch(1, 16)
+    with compile(model, x, "fp16") as engine:
+        names = {row.name for row in engine.profile(x).rows}
+        assert {"conv1", "layer3.0.conv2", "avgpool", "fc"} <= names
