@@ -111,9 +111,7 @@ def _as_targets(targets: Mapping[str, Call] | Sequence[Target]) -> list[Target]:
 
 
 def _precision_run(engine: Engine) -> str:
-    """The precisions that the engine's nodes run in, the most common first."""
-    counted = Counter(node.precision for node in engine.info.nodes)
-    return ", ".join(name for name, _ in counted.most_common())
+    return ", ".join(engine.info.precisions)
 
 
 def _as_batches(examples: Mapping[int, Tensor] | Sequence[Tensor]) -> dict[int, Tensor]:

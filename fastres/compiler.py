@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.export import ExportedProgram
 
-from fastres.backends.base import Executable
-from fastres.backends.segments import lower_in_segments
-from fastres.backends.select import choose
+from fastres.backends.segments import lower
+from fastres.backends.select import check_names, choose
 from fastres.calib.images import Preprocess
 from fastres.engine import Engine, Lowered, Origin
 from fastres.errors import InputError
@@ -88,6 +87,7 @@ def compile(
         on_unsupported=on_unsupported,
         threads=threads,
     )
+    check_names(options.backend)
     source = _source(model, inputs)
     engine = assemble(
         _detached(optimise(source.graph), source.graph),
@@ -239,12 +239,7 @@ def assemble(
     choice = choose(graph, options, precision)
     options = replace(options, precision=precision)
     usual = tuple(i.usual for i in inputs)
-    refused = choice.backend.refusals(graph)
-    if refused:
-        names = {refusal.node for refusal in refused}
-        executable: Executable = lower_in_segments(choice.backend, graph, options, usual, names)
-    else:
-        executable = choice.backend.lower(graph, options, usual)
+    executable, refused = lower(choice.backend, graph, options, usual)
     return Engine(
         Lowered(graph, executable, refused),
         origin,

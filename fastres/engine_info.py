@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from rich.table import Table
 from fastres.backends.base import Refusal
 from fastres.graph.ir import Graph, op_name
 from fastres.text import render
+
+MERGED = "merged"  # the runtime folded the node into its neighbour and no longer lists it
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class EngineInfo:
     def fallbacks(self) -> tuple[NodeInfo, ...]:
         """The nodes that run in PyTorch because the backend refuses them."""
         return tuple(node for node in self.nodes if node.reason is not None)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that nodes run in, the most common first."""
+        counted = Counter(node.precision for node in self.nodes if node.precision != MERGED)
+        return tuple(name for name, _ in counted.most_common())
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,8 +87,7 @@ def describe(
     nodes = []
     for node in graph.nodes:
         reason = reasons.get(node.name)
-        # a runtime may fold a node into its neighbour and no longer list it
-        actual = ran.get(node.name, "merged by the runtime")
+        actual = ran.get(node.name, MERGED)
         where = backend if reason is None else "pytorch"
         nodes.append(
             NodeInfo(

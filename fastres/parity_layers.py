@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.utils._pytree as pytree
 
+from fastres.backends import segments
 from fastres.backends.base import Executable
-from fastres.backends.segments import lower_in_segments
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.graph import laws
@@ -185,10 +185,7 @@ def with_outputs(graph: Graph, names: Sequence[str]) -> Graph:
 def lower(engine: Engine, graph: Graph, inputs: Batch) -> Executable:
     """Lowers a part of an engine's graph as the engine itself was lowered."""
     shapes = tuple(tuple(x.shape) for x in inputs)
-    refused = {refusal.node for refusal in engine.backend.refusals(graph)}
-    if refused:
-        return lower_in_segments(engine.backend, graph, engine.options, shapes, refused)
-    return engine.backend.lower(graph, engine.options, shapes)
+    return segments.lower(engine.backend, graph, engine.options, shapes)[0]
 
 
 def on_device(engine: Engine, inputs: Batch) -> Batch:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.backends.cpu import CpuBackend
+from fastres.backends.openvino_runtime import core, openvino
 from fastres.benchmarking import Target
 from fastres.errors import (
     BackendUnavailable,
@@ -223,8 +225,7 @@ def _in_torch(network: Callable[[Tensor], Any], dtype: torch.dtype, threads: int
 
 def _openvino(model: nn.Module, precision: Precision, threads: int) -> Run:
     ov = _import("openvino")
-    core = ov.Core()
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if precision == "bf16" and CpuBackend().precision("bf16") is not None:
         raise UnsupportedError(
             "openvino: this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
         )
@@ -239,7 +240,7 @@ def _openvino(model: nn.Module, precision: Precision, threads: int) -> Run:
             # OpenVINO 2026.4 still traces; torch 2.15 calls that deprecated
             warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
             converted = ov.convert_model(model, example_input=x, input=[tuple(x.shape)])
-        request = core.compile_model(converted, "CPU", config).create_infer_request()
+        request = core().compile_model(converted, "CPU", config).create_infer_request()
 
         def run(x: Tensor) -> Tensor:
             array = x.detach().contiguous().numpy()
@@ -295,7 +296,7 @@ def _by_shape(specialise: Callable[[Tensor], Run]) -> Run:
 
 def _import(package: str) -> Any:
     try:
-        return importlib.import_module(package)
+        return openvino() if package == "openvino" else importlib.import_module(package)
     except ImportError as error:
         raise BackendUnavailable(
             f"{package} cannot be imported ({error}); pip install {package}"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 
 from fastres.backends.base import NodeTime, Refusal
+from fastres.backends.openvino_runtime import core, openvino
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.graph import onnx as onnx_form
@@ -26,13 +26,6 @@ from fastres.options import Options, Precision, Sizes
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-@cache
-def _core() -> Any:
-    import openvino
-
-    return openvino.Core()
-
-
 class CpuBackend:
     """fp32 everywhere, bf16 where the processor has instructions for it."""
 
@@ -40,13 +33,13 @@ class CpuBackend:
 
     def unavailable(self) -> str | None:
         try:
-            import openvino  # noqa: F401
+            openvino()
         except ImportError as error:
             return f"openvino cannot be imported ({error}); pip install openvino"
         return None
 
     def precision(self, wanted: Precision) -> str | None:
-        if wanted == "bf16" and "BF16" not in _core().get_property(
+        if wanted == "bf16" and "BF16" not in core().get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             return "this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
@@ -70,15 +63,13 @@ def _read(graph: Graph) -> Any:
 
     The ONNX form carries no weights: as part of it they would be copied three times over.
     """
-    from openvino import op
-
     proto = onnx_form.to_onnx(graph, weights_as_inputs=True)
-    model = _core().read_model(proto.SerializeToString())
+    model = core().read_model(proto.SerializeToString())
     for parameter in model.get_parameters():
         name = parameter.friendly_name
         if name in graph.constants:
             array = graph.constants[name].detach().float().contiguous().numpy()
-            constant = op.Constant(array, shared_memory=True)
+            constant = openvino().op.Constant(array, shared_memory=True)
             constant.friendly_name = name
             parameter.output(0).replace(constant.output(0))
             model.remove_parameter(parameter)
@@ -129,7 +120,7 @@ class CpuExecutable:
         config = {**self._config, "PERF_COUNT": counters}
         with self._reshaping:  # the one model is bent to each shape in turn
             self._model.reshape({n: list(s) for n, s in zip(names, shapes, strict=True)})
-            compiled = _core().compile_model(self._model, "CPU", config)
+            compiled = core().compile_model(self._model, "CPU", config)
         sizes = infer_shapes(self._graph, shapes)
         return _Plan(compiled, [sizes[name] for name in self._graph.outputs])
 
@@ -147,13 +138,11 @@ class _Plan:
             return self._infer(request, inputs)
 
     def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        import openvino
-
         outputs = [torch.empty(shape) for shape in self._output_shapes]
         for i, tensor in enumerate(inputs):  # both ways without a copy
-            request.set_input_tensor(i, openvino.Tensor(tensor.numpy(), shared_memory=True))
+            request.set_input_tensor(i, openvino().Tensor(tensor.numpy(), shared_memory=True))
         for i, tensor in enumerate(outputs):
-            request.set_output_tensor(i, openvino.Tensor(tensor.numpy(), shared_memory=True))
+            request.set_output_tensor(i, openvino().Tensor(tensor.numpy(), shared_memory=True))
         request.infer()
         return outputs
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.utils._pytree as pytree
 
-from fastres.backends.base import Backend, Executable, NodeTime
+from fastres.backends.base import Backend, Executable, NodeTime, Refusal
 from fastres.backends.reference import ReferenceExecutable
 from fastres.graph.ir import Graph, Node, Value
 from fastres.graph.shapes import infer_shapes
@@ -75,7 +75,18 @@ def _subgraph(graph: Graph, nodes: Sequence[Node], wanted: Collection[str]) -> G
     )
 
 
-def lower_in_segments(
+def lower(
+    backend: Backend, graph: Graph, options: Options, shapes: tuple[Sizes, ...]
+) -> tuple[Executable, tuple[Refusal, ...]]:
+    """Lowers a graph, in segments if the backend refuses some nodes; returns those as well."""
+    refused = backend.refusals(graph)
+    if not refused:
+        return backend.lower(graph, options, shapes), ()
+    names = {refusal.node for refusal in refused}
+    return _lower_in_segments(backend, graph, options, shapes, names), refused
+
+
+def _lower_in_segments(
     backend: Backend,
     graph: Graph,
     options: Options,

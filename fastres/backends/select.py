@@ -46,15 +46,15 @@ class Choice:
     passed_over: tuple[str, ...]
 
 
-def backend(name: str) -> Backend:
-    """The backend of that name.
+def check_names(names: Sequence[str]) -> None:
+    """Refuses names of no backend, before any work is done.
 
     Raises:
-        InputError: there is none.
+        InputError: naming it, and what there is.
     """
-    if name not in BACKENDS:
-        raise InputError(f"backend is {name!r}; there are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+    for name in names:
+        if name not in ("auto", *BACKENDS):
+            raise InputError(f"backend is {name!r}; there are auto, {', '.join(BACKENDS)}")
 
 
 def order(names: Sequence[str], device: torch.device | None) -> tuple[str, ...]:
@@ -72,10 +72,11 @@ def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
         BackendUnavailable: none of them can run on this machine.
         UnsupportedError: they refuse the precision or nodes; every reason is listed.
     """
+    check_names(options.backend)
     reasons: list[str] = []
     runnable = False
     for name in order(options.backend, options.device):
-        candidate = backend(name)
+        candidate = BACKENDS[name]()
         why = candidate.unavailable()
         if why is not None:
             reasons.append(f"{name} cannot run here: {why}")

@@ -110,12 +110,12 @@ def _package(name: str, wanted: str, purpose: str) -> Package:
 
 
 def _backends() -> list[BackendState]:
-    from fastres.backends.select import BACKENDS, backend
+    from fastres.backends.select import BACKENDS
 
     states = []
     for name in BACKENDS:
         try:
-            problem = backend(name).unavailable()
+            problem = BACKENDS[name]().unavailable()
         except ImportError as error:
             problem = f"cannot be imported: {error}"
         states.append(BackendState(name, problem))

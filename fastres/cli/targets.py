@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,9 +112,7 @@ def to_engine(target: Target, request: Request, preprocess: Preprocess | None = 
 
 def precision_ran(engine: Engine) -> str:
     """What its nodes were compiled to run in, most frequent first, such as "bf16, fp32"."""
-    unknown = "merged by the runtime"
-    ran = Counter(node.precision for node in engine.info.nodes if node.precision != unknown)
-    return ", ".join(name for name, _ in ran.most_common()) or engine.info.precision
+    return ", ".join(engine.info.precisions) or engine.info.precision
 
 
 def warn_if_untrained(target: Target) -> None:

@@ -31,8 +31,8 @@ from fastres.graph.ir import (
     Node,
 )
 from fastres.graph.shapes import infer_shapes
-from fastres.kernels.geometry import ConvShape
 from fastres.kernels.cost import Target
+from fastres.kernels.geometry import ConvShape
 from fastres.kernels.tiles import choose_conv_tile
 from fastres.options import DTYPE_OF, Precision, Sizes
 
