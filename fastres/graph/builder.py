@@ -206,7 +206,7 @@ class _Assembler:
     def emit(self, name: str, op: Op, *inputs: str, params: dict[str, str] | None = None) -> str:
         params = params or {}
         for constant in params.values():
-            self.constants[constant] = self.tensor(constant)
+            self.tensor(constant)
         draft = Node(
             self.namer.name(name), op, inputs, TensorSpec((), self.input.spec.dtype), params
         )
@@ -218,8 +218,11 @@ class _Assembler:
         return node.name
 
     def tensor(self, name: str) -> torch.Tensor:
-        self.unused.discard(name)
-        return usable(self.weights, name)
+        """A weight, which becomes a constant of the graph."""
+        if name not in self.constants:
+            self.constants[name] = usable(self.weights, name)
+            self.unused.discard(name)
+        return self.constants[name]
 
 
 def _after(layer: str) -> str:

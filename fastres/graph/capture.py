@@ -173,6 +173,8 @@ class _Reader:
 
     def _part(self, node: torch.fx.Node) -> None:
         """One of the several results of a call."""
+        if not node.users:
+            return
         parent, index = node.args
         assert isinstance(parent, torch.fx.Node) and isinstance(index, int)
         call = Call(parent, self._value_of, self._constant)
@@ -214,10 +216,7 @@ class _Reader:
                 raise _NeedsFunctional(name)
             for alias in group:
                 if alias in self.owned:
-                    raise CaptureError(
-                        f"{call.overload} in {place_of(node)} changes {self.env[alias]} when the "
-                        "model runs; an engine keeps no state between calls"
-                    )
+                    raise _keeps_state(self.env[alias])
                 self.env[alias] = name
         elif call.is_view:
             group = self._join(node, call.node.all_input_nodes[0])
@@ -321,10 +320,7 @@ class _Reader:
             if spec.kind == OutputKind.USER_INPUT_MUTATION:
                 continue  # the caller's tensor, see `capture`
             if spec.kind != OutputKind.USER_OUTPUT:
-                raise CaptureError(
-                    f"the model changes {spec.target} when it runs; an engine keeps no state "
-                    "between calls"
-                )
+                raise _keeps_state(str(spec.target))
             name = self.env.get(leaf) if isinstance(leaf, torch.fx.Node) else None
             if name is None or name in self.constants:
                 raise CaptureError(f"the model returns {leaf!r}, which is no tensor it computed")
@@ -333,6 +329,13 @@ class _Reader:
 
 
 _SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _keeps_state(name: str) -> CaptureError:
+    return CaptureError(
+        f"the model changes {name} when it runs, and an engine keeps no state between calls. If it "
+        "was exported in training mode, export it after model.eval()"
+    )
 
 
 def _dtype_name(node: torch.fx.Node, what: str) -> str:

@@ -97,8 +97,9 @@ def _arity(op: Op) -> int | None:
 
 
 def _check_operands(graph: Graph, node: Node) -> None:
-    if _arity(node.op) not in (None, len(node.inputs)):
-        raise GraphError(f"{node.name} cannot take {len(node.inputs)} inputs, but {_arity(node.op)}")
+    takes = _arity(node.op)
+    if takes is not None and takes != len(node.inputs):
+        raise GraphError(f"{node.name} cannot take {len(node.inputs)} inputs, but {takes}")
     must, may = _SLOTS.get(type(node.op), (set(), set()))
     if not must <= set(node.params) <= must | may:
         raise GraphError(f"{node.name} has parameters {sorted(node.params)}, needs {sorted(must)}")

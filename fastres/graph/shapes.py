@@ -108,6 +108,8 @@ def _plus(size: Dim, n: int) -> Dim:
 
 
 def _floordiv(size: Dim, n: int) -> Dim:
+    if n < 1:
+        raise GraphError(f"a stride of {n} leads nowhere")
     return size.floordiv(n) if isinstance(size, Sym) else size // n
 
 

@@ -1,0 +1,75 @@
+"""What the tests of graphs share: networks that cost nothing, and the meaning of a graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastres.backends.reference import ReferenceExecutable
+from fastres.graph.ir import Graph
+
+TOLERANCE = 1e-10  # of the largest value; float64 leaves some 1e-15 a layer
+
+
+@pytest.fixture(scope="session")
+def hollow() -> Callable[..., nn.Module]:
+    """hollow(factory, **options): a network all of whose weights are zeros, for its structure."""
+
+    def make(factory: Callable[..., nn.Module], **options: Any) -> nn.Module:
+        with torch.device("meta"):
+            model = factory(**options)
+        model = model.to_empty(device="cpu").eval()
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def agree() -> Callable[..., None]:
+    """agree(model, graph, inputs): the graph means what the model does, in float64."""
+
+    @torch.no_grad()
+    def check(model: nn.Module, graph: Graph, inputs: Sequence[Tensor]) -> None:
+        exact = [x.double() if x.is_floating_point() else x for x in inputs]
+        want = copy.deepcopy(model).double()(*[x.clone() for x in exact])
+        leaves, tree = pytree.tree_flatten(want)
+        assert pytree.treespec_loads(graph.output_tree) == tree
+        before = [x.clone() for x in exact]
+        # `values`, not `run`: that rounds to the model's own dtype
+        values = ReferenceExecutable(graph, torch.float64).values(exact)
+        values.update(zip((v.name for v in graph.inputs), exact, strict=True))
+        assert all(map(torch.equal, exact, before)), "the graph changed its inputs"
+        for name, leaf in zip(graph.outputs, leaves, strict=True):
+            same(values[name], leaf)
+
+    return check
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype
+    if want.is_floating_point():
+        assert torch.isfinite(want).all() and want.abs().max() > 0
+        assert (got - want).abs().max() <= TOLERANCE * want.abs().max()
+    else:
+        assert torch.equal(got, want)
+
+
+@pytest.fixture(scope="session")
+def unchanged() -> Callable[..., None]:
+    """unchanged(before, after, inputs): two graphs mean the same, in float64."""
+
+    def check(before: Graph, after: Graph, inputs: Sequence[Tensor]) -> None:
+        exact = [x.double() for x in inputs]
+        found = [ReferenceExecutable(g, torch.float64).values(exact) for g in (before, after)]
+        for old, new in zip(before.outputs, after.outputs, strict=True):
+            same(found[1][new], found[0][old])
+
+    return check
