@@ -16,6 +16,7 @@ import torch
 
 from fastres.errors import BuildError
 from fastres.graph.ir import DTYPE_NAMES
+from fastres.weights import is_finite
 
 Version = Literal["v1", "v1.5"]
 Stem = Literal["imagenet", "cifar"]
@@ -112,22 +113,24 @@ def usable(weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         raise BuildError(f"{name} is {tensor.dtype}, not a floating-point tensor")
     if tensor.is_meta:
         raise BuildError(f"{name} is on the meta device: it has no values to compile")
-    if not torch.isfinite(tensor).all():
+    if 0 in tensor.shape:
+        raise BuildError(f"{name} {list(tensor.shape)} is empty")
+    if not is_finite(tensor):
         raise BuildError(f"{name} {list(tensor.shape)} holds NaN or infinite values")
     return tensor.detach().cpu()
 
 
 def _depths(weights: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    depths: list[int] = []
-    while f"layer{len(depths) + 1}.0.conv1.weight" in weights:
-        stage = len(depths) + 1
-        blocks = {
-            int(m[1]) for key in weights if (m := re.match(rf"layer{stage}\.(\d+)\.conv1\.", key))
-        }
+    stages: dict[int, set[int]] = {}
+    for key in weights:
+        if found := re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", key):
+            stages.setdefault(int(found[1]), set()).add(int(found[2]))
+    if set(stages) != set(range(1, len(stages) + 1)):
+        raise BuildError(f"there are the stages layer{sorted(stages)}; some are missing")
+    for stage, blocks in stages.items():
         if blocks != set(range(len(blocks))):
             raise BuildError(f"layer{stage} has the blocks {sorted(blocks)}; some are missing")
-        depths.append(len(blocks))
-    return tuple(depths)
+    return tuple(len(stages[stage]) for stage in sorted(stages))
 
 
 def _stem(weights: Mapping[str, torch.Tensor]) -> Stem:

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from fastres.errors import CaptureError
 from fastres.graph.symbols import is_fixed
 from fastres.options import Input
+from fastres.weights import is_finite
 
 
 def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
@@ -85,7 +86,7 @@ def check_finite(program: ExportedProgram) -> None:
             continue
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device: it has no values to compile")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CaptureError(
                 f"{name} {list(tensor.shape)} holds {bad} values that are NaN or infinite; the "

@@ -24,10 +24,12 @@ def hollow() -> Callable[..., nn.Module]:
     def make(factory: Callable[..., nn.Module], **options: Any) -> nn.Module:
         with torch.device("meta"):
             model = factory(**options)
-        model = model.to_empty(device="cpu").eval()
-        for tensor in model.state_dict().values():
-            tensor.zero_()
-        return model
+        weights = {
+            name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)  # one element in memory
+            for name, tensor in model.state_dict().items()
+        }
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
 
     return make
 
