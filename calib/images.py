@@ -21,8 +21,8 @@ class Preprocess(msgspec.Struct, frozen=True):
     """What was done to an image in training, and must be done in deployment too.
 
     x = (image * scale - mean) / std per channel, after resizing the shorter side to `resize` and
-    cropping `crop` x `crop` from the centre. The defaults are those of torchvision's ImageNet
-    weights.
+    cropping `crop` x `crop` from the centre. Defaults and rounding are those of torchvision's
+    ImageNet weights.
 
     Args:
         resize: pixels of the shorter side; None keeps the size.
@@ -78,8 +78,8 @@ class Preprocess(msgspec.Struct, frozen=True):
     def _resized(self, picture: Image.Image) -> Image.Image:
         if self.resize is not None:
             width, height = picture.size
-            ratio = self.resize / min(width, height)
-            size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+            short = min(width, height)
+            size = (self.resize * width // short, self.resize * height // short)
             picture = picture.resize(size, _FILTERS[self.interpolation])
         if self.crop is not None:
             width, height = picture.size
@@ -88,7 +88,7 @@ class Preprocess(msgspec.Struct, frozen=True):
                     f"the image is {width}x{height} after resizing, smaller than the crop of "
                     f"{self.crop}; set resize to at least {self.crop}"
                 )
-            left, top = (width - self.crop) // 2, (height - self.crop) // 2
+            left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
             picture = picture.crop((left, top, left + self.crop, top + self.crop))
         return picture
 

@@ -169,6 +169,8 @@ def _as_inputs(inputs: Inputs | None) -> tuple[Input, ...]:
     found = []
     for item in several:
         if isinstance(item, torch.Tensor):
+            if item.dim() == 0:
+                raise InputError("the example is a scalar; give one of rank 2 or more, batch first")
             item = Input((max(1, item.shape[0]), *item.shape[1:]), dtype=item.dtype)
         if not isinstance(item, Input):
             raise InputError(
@@ -264,7 +266,11 @@ def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowe
         if new.is_floating_point() and not torch.isfinite(new).all():
             raise InputError(f"{name} holds NaN or infinite values; nothing was changed")
         constants[name] = new.detach().cpu()
-    unknown = set(state_dict) - set(constants) - set(engine.ignored_weights)
+    unknown = {
+        name
+        for name in set(state_dict) - set(constants) - set(engine.ignored_weights)
+        if not name.endswith("num_batches_tracked")  # BatchNorm's counter of training steps
+    }
     if unknown:
         some = ", ".join(sorted(unknown)[:5])
         raise InputError(f"{len(unknown)} weights are not the model's: {some}; nothing was changed")

@@ -1,0 +1,127 @@
+"""fastres.compile and fastres.build: what they take, and what they refuse before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastres
+from fastres.errors import BuildError, CaptureError, InputError, ParityError
+
+PhotoBatch = Callable[[int, int], Tensor]
+
+
+@pytest.fixture(scope="module")
+def model(photo_batch: PhotoBatch) -> nn.Module:
+    return fastres.models.settle(fastres.models.cifar_resnet(8, seed=0), photo_batch(32, 32))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"precision": "fp8"}, "precision is 'fp8'; supported are None, 'fp32', 'tf32'"),
+        ({"hint": "fast"}, "hint is 'fast'"),
+        ({"oversize": "drop"}, "oversize is 'drop'"),
+        ({"on_unsupported": "ignore"}, "on_unsupported is 'ignore'"),
+        ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"max_batch_size": 2.5}, "max_batch_size is 2.5"),
+        ({"threads": -1}, "threads is -1"),
+        ({"threads": True}, "threads is True"),
+        ({"backend": []}, "backend is "),
+        ({"backend": "gpu"}, "backend is 'gpu'; there are auto, cpu, triton, reference"),
+        ({"backend": [1]}, "backend is "),
+        ({"inputs": "224"}, "inputs holds str"),
+        ({"inputs": [torch.zeros(1, 3, 8, 8), None]}, "inputs holds NoneType"),
+        ({"inputs": torch.zeros(())}, "rank"),
+        ({"inputs": torch.zeros(1, 3, 0, 8)}, "at least 1"),
+    ],
+)
+def test_bad_options(model: nn.Module, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        fastres.compile(model, **options)
+
+
+@pytest.mark.parametrize("bad", [None, "resnet50", lambda x: x, torch.zeros(1)])
+def test_something_that_is_no_model(bad: Any) -> None:
+    with pytest.raises(InputError, match="expected an nn.Module"):
+        fastres.compile(bad)
+
+
+def test_training_mode_is_refused(model: nn.Module) -> None:
+    training = fastres.models.cifar_resnet(8)
+    with pytest.raises(CaptureError, match=r"training mode.*model.eval\(\)"):
+        fastres.compile(training, fastres.Input((1, 3, 32, 32)))
+
+
+def test_wrong_number_of_inputs(model: nn.Module) -> None:
+    x = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(CaptureError, match="torch.export cannot export"):
+        fastres.compile(model, [x, x])
+
+
+def test_exported_program_and_module_agree(model: nn.Module, photo_batch: PhotoBatch) -> None:
+    x = photo_batch(3, 32)
+    free = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(model, (photo_batch(2, 32),), dynamic_shapes=free)
+    with fastres.compile(program) as a, fastres.compile(model, x) as b:
+        assert torch.equal(a(x), b(x))
+        with pytest.raises(InputError, match="expected"):
+            a(torch.zeros(1, 3, 33, 32))
+
+
+def test_graph_brings_its_own_inputs(model: nn.Module, photo_batch: PhotoBatch) -> None:
+    image = fastres.Input((4, 3, 32, 32))
+    graph = fastres.build(model.state_dict(), inputs=image)
+    with fastres.compile(graph) as engine, torch.no_grad():
+        x = photo_batch(2, 32)
+        assert torch.allclose(engine(x), model(x), atol=1e-4)
+        engine.update_weights(model.state_dict())  # batch counters and all
+    with pytest.raises(InputError, match="a Graph has its inputs already"):
+        fastres.compile(graph, image)
+
+
+def test_build_needs_the_version_of_a_bottleneck_net() -> None:
+    with torch.device("meta"):
+        weights = {
+            k: torch.zeros(t.shape) for k, t in fastres.models.resnet50().state_dict().items()
+        }
+    with pytest.raises(BuildError, match="pass version='v1' or version='v1.5'"):
+        fastres.build(weights)
+
+
+def test_verify_on_request(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = fastres.Input((2, 3, 32, 32))
+    fastres.compile(model, image, verify=True).close()
+
+    from fastres.backends.cpu import CpuExecutable
+
+    honest = CpuExecutable.run
+    monkeypatch.setattr(
+        CpuExecutable, "run", lambda self, inputs: [y * 1.001 for y in honest(self, inputs)]
+    )
+    with pytest.raises(ParityError):
+        fastres.compile(model, image, verify=True)
+
+
+def test_weights_tied_in_the_model_stay_tied() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 3, 3, padding=1)
+            self.b = nn.Conv2d(3, 3, 3, padding=1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x).relu())
+            return y
+
+    x = torch.randn(2, 3, 8, 8)
+    model = Twice().eval()
+    with fastres.compile(model, x) as engine, torch.no_grad():
+        assert torch.allclose(engine(x), model(x), atol=1e-5)
+        weights = {t.data_ptr() for n, t in engine.graph.constants.items() if t.dim() == 4}
+        assert len(weights) == 1
