@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten, laws
 from fastres.graph.calls import Alias, Call, Emit
-from fastres.graph.export import check_finite, export
+from fastres.graph.export import check_finite, export, output_tree
 from fastres.graph.ir import DTYPE_NAMES, Aten, Dim, Graph, Node, Shape, Sym, TensorSpec, Value
 from fastres.graph.names import Namer, place_of, wanted_name
 from fastres.graph.readers import PARTS, read, read_part
@@ -108,7 +108,7 @@ class _Reader:
             nodes=tuple(self.nodes),
             outputs=outputs,
             constants={name: t for name, t in self.constants.items() if name in used},
-            output_tree=pytree.treespec_dumps(self.program.call_spec.out_spec),
+            output_tree=output_tree(self.program),
         )
         return Captured(laws.check(graph, "capture"), self.program, values)
 

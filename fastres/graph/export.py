@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
 
 from fastres.errors import CaptureError
@@ -92,3 +93,11 @@ def check_finite(program: ExportedProgram) -> None:
                 f"{name} {list(tensor.shape)} holds {bad} values that are NaN or infinite; the "
                 "engine's numbers would be wrong. Load sound weights first"
             )
+
+
+def output_tree(program: ExportedProgram) -> str:
+    """JSON of the pytree that the model returns; torch.fx's dicts and lists were plain ones."""
+    text = pytree.treespec_dumps(program.call_spec.out_spec)
+    for kind in ("dict", "list"):
+        text = text.replace(f"torch.fx.immutable_collections.immutable_{kind}", f"builtins.{kind}")
+    return text
