@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test install dev lint types unit interpret bench gpu clean
+.PHONY: run test install dev lint types unit interpret bench clean
 
 run: install  ## install, then the main job: real photographs through ResNet-50 v1 and v1.5
 	$(BIN)/python examples/main_job.py

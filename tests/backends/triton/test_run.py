@@ -1,4 +1,4 @@
-"""Whole networks through our kernels, in Triton's interpreter, against PyTorch in float64."""
+"""Whole networks through our kernels, interpreted or on a GPU, against PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from fastres.backends.triton.backend import TritonExecutable
 from fastres.options import Precision
 
 PhotoBatch = Callable[[int, int], Tensor]
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETING else "cuda"
 pytestmark = [
     pytest.mark.interpret,
+    pytest.mark.gpu,
     pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+        not INTERPRETING and not torch.cuda.is_available(),
+        reason="needs TRITON_INTERPRET=1 or an NVIDIA GPU",
     ),
 ]
 
 
 def compile(model: nn.Module, x: Tensor, precision: Precision, **more: Any) -> fastres.Engine:
-    return fastres.compile(model, x, backend="triton", device="cpu", precision=precision, **more)
+    return fastres.compile(model, x, backend="triton", device=DEVICE, precision=precision, **more)
 
 
 def poison(engine: fastres.Engine, x: Tensor) -> None:
@@ -61,6 +65,7 @@ def test_narrow_bottleneck_net(photo_batch: PhotoBatch, version: Any) -> None:
         poison(engine, x)
         report = fastres.verify(model, engine, [x])
         assert report.passed, str(report)
+        x = x.to(DEVICE)
         assert torch.equal(engine(x), engine(x))
         assert engine(x[:0]).shape == (0, 7)
 
@@ -79,5 +84,19 @@ def test_profile_names_every_launch(photo_batch: PhotoBatch) -> None:
     model = fastres.models.settle(fastres.models.cifar_resnet(8), photo_batch(16, 16))
     x = photo_batch(1, 16)
     with compile(model, x, "fp16") as engine:
-        names = {row.name for row in engine.profile(x).rows}
+        names = {row.name for row in engine.profile(x.to(DEVICE)).rows}
         assert {"conv1", "layer3.0.conv2", "avgpool", "fc"} <= names
+
+
+@pytest.mark.skipif(INTERPRETING, reason="hours in the interpreter")
+@pytest.mark.parametrize("version", ["v1", "v1.5"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_resnet50(photo_batch: PhotoBatch, version: Any, precision: Precision) -> None:
+    model = fastres.models.settle(
+        fastres.models.resnet50(version=version, seed=0), photo_batch(8, 224)
+    )
+    x = photo_batch(4, 224)
+    with compile(model, x, precision) as engine:
+        poison(engine, x)
+        report = fastres.verify(model, engine, [x], layerwise=True)
+        assert report.passed, str(report)
