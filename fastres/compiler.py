@@ -239,7 +239,7 @@ def assemble(
     """Chooses a backend for an optimised graph, lowers it, and makes the engine."""
     precision = options.precision or _precision_of(graph)
     choice = choose(graph, options, precision)
-    options = replace(options, precision=precision)
+    options = replace(options, precision=precision, device=choice.backend.device(options))
     usual = tuple(i.usual for i in inputs)
     executable, refused = lower(choice.backend, graph, options, usual)
     return Engine(

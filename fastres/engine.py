@@ -94,7 +94,8 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where inputs must lie and outputs come to lie."""
-        return self.backend.device(self.options)
+        assert self.options.device is not None  # settled when the backend was chosen
+        return self.options.device
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """Runs the network.
@@ -175,7 +176,8 @@ class Engine:
             raise InputError(f"batch_size={batch_size}, top_k={top_k}: both must be at least 1")
         found: list[Prediction] = []
         try:
-            for logits in self.map(batches(images, self.preprocess, batch_size)):
+            loaded = (x.to(self.device) for x in batches(images, self.preprocess, batch_size))
+            for logits in self.map(loaded):
                 if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
                     raise InputError("predict needs a network that returns one [N, classes] tensor")
                 best = logits.float().softmax(1).topk(min(top_k, logits.shape[1]))
@@ -302,7 +304,7 @@ class Engine:
                 f"{value.name}: expected dtype {spec.torch_dtype}, got {given.dtype}; "
                 f"convert it with x.to({spec.torch_dtype})"
             )
-        if given.device.type != self.device.type or given.layout != torch.strided:
+        if given.device != self.device or given.layout != torch.strided:
             where = f"{given.device}" + (
                 "" if given.layout == torch.strided else f" {given.layout}"
             )

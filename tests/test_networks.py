@@ -36,12 +36,11 @@ class Case:
     name: str
     make: Callable[[], nn.Module]
     size: int = 64
-    slow: bool = False
 
 
-def ours(name: str, slow: bool = False, **options: Any) -> Case:
+def ours(name: str, **options: Any) -> Case:
     text = ", ".join(f"{k}={v}" for k, v in options.items())
-    return Case(f"{name}({text})", lambda: getattr(models, name)(seed=0, **options), slow=slow)
+    return Case(f"{name}({text})", lambda: getattr(models, name)(seed=0, **options))
 
 
 def theirs(name: str, **options: Any) -> Case:

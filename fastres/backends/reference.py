@@ -97,7 +97,7 @@ class ReferenceExecutable:
         return times
 
     def close(self) -> None:
-        self._constants.clear()
+        self._constants = {}
 
     @torch.no_grad()
     def _walk(
@@ -106,13 +106,14 @@ class ReferenceExecutable:
         keep: Sequence[str] | None,
         times: list[NodeTime] | None = None,
     ) -> dict[str, torch.Tensor]:
+        constants = self._constants  # a call under way outlives close()
         values = {
             value.name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
             for value, tensor in zip(self._graph.inputs, inputs, strict=True)
         }
         for node in self._graph.nodes:
             start = time.perf_counter()
-            values[node.name] = evaluate(node, values, self._constants)
+            values[node.name] = evaluate(node, values, constants)
             if times is not None:
                 spent = 1e3 * (time.perf_counter() - start)
                 times.append(NodeTime(node.name, spent, "pytorch"))

@@ -160,13 +160,12 @@ class _Planner:
         )
 
     def _packed(self, name: str) -> Sizes:
-        """The shape as it lies in memory: NHWC for maps, and [N, C] behind the global pool."""
+        """The shape as it lies in memory: NHWC for maps."""
         shape = self.shapes[name]
         if len(shape) != 4:
             return shape
         n, c, h, w = shape
-        pooled = name in self.graph and isinstance(self.graph[name].op, GlobalAvgPool)
-        return (n, c) if pooled else (n, h, w, c)
+        return (n, h, w, c)
 
     def _lifetimes(self, sizes: dict[str, Sizes], outputs: Sequence[str]) -> list[Lifetime]:
         first: dict[str, int] = {}

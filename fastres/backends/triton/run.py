@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
@@ -46,7 +47,8 @@ class PlanRunner:
         self.plan = plan
         self._constants = constants
         self._device = device
-        self._idle: SimpleQueue[torch.Tensor] = SimpleQueue()
+        # One pool a stream: work on an arena may still be queued there when it is put back.
+        self._idle: defaultdict[int, SimpleQueue[torch.Tensor]] = defaultdict(SimpleQueue)
         self._input_at = {
             step.source: i
             for i, step in enumerate(s for s in plan.steps if isinstance(s, LoadInput))
@@ -85,14 +87,16 @@ class PlanRunner:
 
     @contextmanager
     def _arena(self) -> Iterator[torch.Tensor]:
+        on_gpu = self._device.type == "cuda"
+        idle = self._idle[torch.cuda.current_stream(self._device).cuda_stream if on_gpu else 0]
         try:
-            arena = self._idle.get_nowait()
+            arena = idle.get_nowait()
         except Empty:
             arena = self.new_arena()
         try:
             yield arena
         finally:
-            self._idle.put(arena)
+            idle.put(arena)
 
     def _views(self, arena: torch.Tensor) -> dict[str, torch.Tensor]:
         views = {}
@@ -122,14 +126,15 @@ class PlanRunner:
                 out=out,
             )
         elif isinstance(step, LaunchGlobalAvgPool):
-            global_avg_pool(at[step.source], out=out)
+            global_avg_pool(at[step.source], out=_rows(out))
         elif isinstance(step, LaunchLinear):
             linear(
-                at[step.source],
+                _rows(at[step.source]),
                 self._constants[step.weight],
                 self._optional(step.bias),
                 activation=step.activation,
                 out=out,
+                allow_tf32=self.plan.allow_tf32,
             )
 
     def _conv2d(
@@ -162,5 +167,12 @@ class PlanRunner:
         return None if name is None else self._constants[name]
 
 
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A 1x1 map [N, 1, 1, C] as the matrix [N, C] that it is."""
+    return tensor.flatten(1)
+
+
 def _nchw(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor.reshape(shape)
+    """A tensor of the plan in its logical shape; behind a Flatten that shape has rank 2."""
+    is_map = tensor.dim() == 4 and len(shape) == 4
+    return tensor.permute(0, 3, 1, 2) if is_map else tensor.reshape(shape)

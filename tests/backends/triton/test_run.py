@@ -100,3 +100,27 @@ def test_resnet50(photo_batch: PhotoBatch, version: Any, precision: Precision) -
         poison(engine, x)
         report = fastres.verify(model, engine, [x], layerwise=True)
         assert report.passed, str(report)
+
+
+class Squeeze(nn.Module):
+    """Pooled values that are read as maps, and maps of one pixel that are read as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
+        self.pool, self.fc = nn.MaxPool2d(6), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.a(x).relu()
+        pooled = nn.functional.adaptive_avg_pool2d(x, 1)
+        return self.b(pooled), self.fc(self.pool(x).flatten(1)), pooled.flatten(1)
+
+
+def test_pooled_values_as_maps_and_as_rows() -> None:
+    model = Squeeze().eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with compile(model, x, "fp32") as engine:
+        poison(engine, x)
+        report = fastres.verify(model, engine, [x], layerwise=True)
+        assert report.passed, str(report)
