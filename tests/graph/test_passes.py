@@ -25,6 +25,7 @@ from fastres.graph.ir import (
     Conv2d,
     Graph,
     Linear,
+    Mul,
     Node,
     Slice,
     Sym,
@@ -34,11 +35,13 @@ from fastres.graph.ir import (
 from fastres.graph.passes import pipeline
 from fastres.graph.passes.drop_dead import drop_dead
 from fastres.graph.passes.fold_batchnorm import fold_batchnorm
+from fastres.graph.passes.fold_constants import fold_constants
 from fastres.graph.passes.fuse_activation import fuse_activation
 from fastres.graph.passes.fuse_residual import fuse_residual
 from fastres.graph.passes.merge_slices import merge_slices
 from fastres.graph.passes.merging import Merger
 from fastres.graph.passes.pipeline import PIPELINE, optimise
+from fastres.graph.passes.read_batchnorm import read_batchnorm
 from fastres.kernels.epilogue import Epilogue
 from fastres.options import Input
 
@@ -368,6 +371,120 @@ class TestMergeSlices:
         assert [node.op for node in graph] == [cut]
 
 
+def frozen(s: Block, x: Tensor, norm: nn.BatchNorm2d | None = None) -> Tensor:
+    """As torchvision's FrozenBatchNorm2d and detectron2's compute it."""
+    norm = norm or s.n
+    scale = norm.weight.reshape(1, -1, 1, 1)
+    scale = scale * (norm.running_var.reshape(1, -1, 1, 1) + norm.eps).rsqrt()
+    shift = norm.bias.reshape(1, -1, 1, 1) - norm.running_mean.reshape(1, -1, 1, 1) * scale
+    return x * scale + shift
+
+
+def shift_returned(s: Block, x: Tensor) -> Any:
+    shift = s.n.bias * 2.0
+    return x + shift.view(-1, 1, 1), shift
+
+
+class TestFoldConstants:
+    def test_frozen_norm(self, unchanged: Unchanged) -> None:
+        graph = graph_of(frozen)
+        after = run(fold_constants, graph, unchanged)
+        assert [type(node.op) for node in after] == [Mul, Add]
+        assert len(graph.nodes) == len(after.nodes) + 9
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            lambda s, x: x * s.gain[:, :1, ::2, -1:].relu().mean(),
+            lambda s, x: x.mean((2, 3)) + (s.gain * s.gain).sigmoid().flatten(1)[:, :4],
+            lambda s, x: x * torch.cat((s.gain, s.gain), 1)[:, 2:6],
+        ],
+        ids=["slice", "flatten", "concat"],
+    )
+    def test_other_operations(self, body: Forward, unchanged: Unchanged) -> None:
+        after = run(fold_constants, graph_of(body), unchanged)
+        assert len(after.nodes) <= 4
+
+    def test_what_the_model_returns_stays(self, unchanged: Unchanged) -> None:
+        after = run(fold_constants, graph_of(shift_returned), unchanged)
+        assert lines(after) == ["mul", "view", "add"]
+
+    def test_what_depends_on_the_batch_stays(self, unchanged: Unchanged) -> None:
+        graph = graph_of(lambda s, x: x * s.gain.expand(x.size(0), -1, -1, -1))
+        assert str(run(fold_constants, graph, unchanged)) == str(graph)
+
+    def test_indices_stay_integers(self, unchanged: Unchanged) -> None:
+        graph = graph_of(lambda s, x: x * s.gain.argsort(1).flip(1))
+        after = run(fold_constants, graph, unchanged)
+        assert {str(t.dtype) for t in drop_dead(after).constants.values()} == {"torch.int64"}
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_rounds_once(self, dtype: torch.dtype) -> None:
+        def body(s: Block, x: Tensor) -> Any:
+            return x + (s.gain + 1.0) * (1.0 / 3.0)
+
+        model = Block(body).eval().to(dtype)
+        graph = fold_constants(capture(model, [Input((1, 4, 8, 8))]).graph)
+        found = drop_dead(graph).constants[graph["add_1"].inputs[1]]
+        assert torch.equal(found, ((model.gain.double() + 1) / 3).to(dtype))
+
+    def test_without_values(self) -> None:
+        graph = graph_of(frozen)
+        hollow = graph.replace(constants={k: t.to("meta") for k, t in graph.constants.items()})
+        assert str(optimise(hollow)) == str(optimise(graph))
+
+
+def scale_read_twice(s: Block, x: Tensor) -> Any:
+    y = x * s.gain[:, :, :1, :1]
+    return (y + s.gain[:, :, :1, :1]) * y
+
+
+READ: dict[str, tuple[Forward, list[str]]] = {
+    "frozen norm": (frozen, ["mul_2 = mul_2 add_1"]),
+    "operands the other way": (
+        lambda s, x: s.n.bias[:, None, None] + s.n.weight[:, None, None] * x,
+        ["mul = mul add"],
+    ),
+    "a scale alone": (lambda s, x: x * s.gain[:, :, :1, :1], ["mul"]),
+    "two readers": (scale_read_twice, ["mul", "add", "mul_1"]),
+    "a scale per pixel": (lambda s, x: x * s.gain + s.n.bias[:, None, None], ["mul", "add"]),
+    "a shift per pixel": (lambda s, x: x * s.n.bias[:, None, None] + s.gain, ["mul", "add"]),
+    "a scale per column": (lambda s, x: x * s.gain[:, :1, :1] + s.gain, ["mul", "add"]),
+    "one scale for all": (
+        lambda s, x: x * s.gain[:, :1, :1, :1] + s.gain[:, :, :1, :1],
+        ["mul", "add"],
+    ),
+    "a broadcast": (
+        lambda s, x: x[:, :1] * s.gain[:, :, :1, :1] + s.gain[:, :, :1, :1],
+        ["slice", "mul", "add"],
+    ),
+    "no constant": (lambda s, x: x * x + s.gain[:, :, :1, :1], ["mul", "add"]),
+    "another rank": (
+        lambda s, x: x.mean((2, 3)) * s.n.weight + s.n.bias,
+        ["mean", "mul", "add"],
+    ),
+}
+
+
+class TestReadBatchnorm:
+    @pytest.mark.parametrize("name", READ)
+    def test_reads(self, name: str, unchanged: Unchanged) -> None:
+        body, want = READ[name]
+        graph = fold_constants(graph_of(body))
+        assert lines(run(read_batchnorm, graph, unchanged)) == want
+
+    def test_is_folded_like_any_other(self, unchanged: Unchanged) -> None:
+        def body(s: Block, x: Tensor) -> Any:
+            y = F.relu(frozen(s, s.a(x)))
+            return F.relu(frozen(s, s.b(y), s.m) + x)
+
+        after = run(optimise, graph_of(body), unchanged)
+        assert [f"{n.name}{_epilogue(n)}" for n in after] == ["a+relu", "b+residual+relu"]
+        assert set(after.constants) == {
+            f"{name}.folded_{slot}" for name in "ab" for slot in ("weight", "bias")
+        }
+
+
 class TestDropDead:
     def test_drops_what_nobody_reads(self, unchanged: Unchanged) -> None:
         def body(s: Block, x: Tensor) -> Any:
@@ -470,6 +587,8 @@ class TestOptimise:
         assert seen == [
             ("drop_dead", 4),
             ("merge_slices", 4),
+            ("fold_constants", 4),
+            ("read_batchnorm", 4),
             ("fold_batchnorm", 3),
             ("fuse_residual", 2),
             ("fuse_activation", 1),

@@ -8,15 +8,19 @@ from fastres.graph import laws
 from fastres.graph.ir import Graph
 from fastres.graph.passes.drop_dead import drop_dead
 from fastres.graph.passes.fold_batchnorm import fold_batchnorm
+from fastres.graph.passes.fold_constants import fold_constants
 from fastres.graph.passes.fuse_activation import fuse_activation
 from fastres.graph.passes.fuse_residual import fuse_residual
 from fastres.graph.passes.merge_slices import merge_slices
+from fastres.graph.passes.read_batchnorm import read_batchnorm
 
 Pass = Callable[[Graph], Graph]
 
 PIPELINE: tuple[Pass, ...] = (
     drop_dead,  # first, so that dead readers do not stand in the way of a fusion
     merge_slices,  # the subsampling of shortcut A becomes one node
+    fold_constants,  # what FrozenBatchNorm computes of its weights becomes two constants
+    read_batchnorm,  # and multiplying and adding these is a BatchNorm
     fold_batchnorm,  # before any epilogue: only a bare convolution can be scaled
     fuse_residual,  # before the activation, which comes after the addition
     fuse_activation,  # last fusion: it closes the epilogue
