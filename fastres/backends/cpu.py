@@ -63,8 +63,7 @@ class CpuBackend:
 def _read(graph: Graph) -> Any:
     """The graph as an OpenVINO model that reads the weights where they lie.
 
-    The ONNX form carries no weights: as part of it they would be copied three times over. Behind
-    the graph's own outputs stands the sum of each input, which shows NaN and infinities.
+    The ONNX form carries no weights: as part of it they would be copied three times over.
     """
     proto = onnx_form.to_onnx(graph, weights_as_inputs=True)
     model = core().read_model(proto.SerializeToString())
@@ -76,11 +75,6 @@ def _read(graph: Graph) -> Any:
             constant.friendly_name = name
             parameter.output(0).replace(constant.output(0))
             model.remove_parameter(parameter)
-    ops = openvino().opset13
-    for value in graph.inputs:
-        source = next(p for p in model.get_parameters() if p.friendly_name == value.name)
-        axes = np.arange(len(value.spec.shape))
-        model.add_results([ops.result(ops.reduce_sum(source, ops.constant(axes), False))])
     model.validate_nodes_and_infer_types()
     return model
 
@@ -149,11 +143,9 @@ class _Plan:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         """The outputs, or None if an input holds NaN or infinities."""
         with self._request() as request:
-            outputs = self._infer(request, inputs)
-            sums = (request.get_output_tensor(len(outputs) + i) for i in range(len(inputs)))
-            return outputs if all(math.isfinite(total.data) for total in sums) else None
+            return self._infer(request, inputs)
 
-    def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         """Inputs are read where they lie; so are large outputs written, small ones copied."""
         tensor_of = openvino().Tensor
         for i, tensor in enumerate(inputs):
@@ -161,7 +153,11 @@ class _Plan:
         large = {i: torch.empty(self._output_shapes[i]) for i in self._large}
         for i, tensor in large.items():
             request.set_output_tensor(i, tensor_of(tensor.numpy(), shared_memory=True))
-        request.infer()
+        request.start_async()
+        finite = all(np.isfinite(tensor.numpy()).all() for tensor in inputs)  # meanwhile
+        request.wait()
+        if not finite:
+            return None
         return [
             large[i] if i in large else torch.from_numpy(request.get_output_tensor(i).data.copy())
             for i in range(len(self._output_shapes))
