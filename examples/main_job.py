@@ -48,6 +48,7 @@ def main() -> int:
     names = ", ".join(path.stem for path in paths)
     console.print(f"{len(paths)} photographs: {names}; batches of {args.batch_size}")
     batch = photos.repeat(-(-args.batch_size // len(photos)), 1, 1, 1)[: args.batch_size]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     versions = [args.version] if args.weights else ["v1", "v1.5"]
     models = {version: _model(version, args.weights, photos) for version in versions}
@@ -69,7 +70,8 @@ def main() -> int:
         for report in reports.values():
             console.print(str(report))
         return 1
-    targets = [Target(f"{version} eager", model) for version, model in models.items()]
+    batch = batch.to(device)
+    targets = [Target(f"{version} eager", model.to(device)) for version, model in models.items()]
     targets += [Target(name, engine) for name, engine in engines.items()]
     with console.status("timing, interleaved with eager PyTorch"):
         timed = fastres.benchmark(targets, {len(batch): batch}, duration_s=args.duration)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,7 +91,7 @@ def compile(
     source = _source(model, inputs)
     engine = assemble(
         _detached(optimise(source.graph), source.graph),
-        Origin(without_values(source.graph), source.ignored_weights),
+        Origin(without_values(source.graph, source.weights), source.ignored_weights),
         options,
         source.inputs,
         preprocess,
@@ -138,6 +138,7 @@ class _Source:
 
     graph: Graph
     inputs: tuple[Input, ...]
+    weights: Collection[str]  # constants that a state_dict holds; the others keep their values
     ignored_weights: tuple[str, ...] = ()
 
 
@@ -145,7 +146,7 @@ def _source(model: Model, inputs: Inputs | None) -> _Source:
     if isinstance(model, Graph):
         if inputs is not None:
             raise InputError("a Graph has its inputs already; give them to fastres.build")
-        return _Source(model, _inputs_of(model))
+        return _Source(model, _inputs_of(model), model.constants.keys())
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise InputError(
             f"model is {type(model).__name__}; expected an nn.Module, an ExportedProgram, or a "
@@ -154,12 +155,13 @@ def _source(model: Model, inputs: Inputs | None) -> _Source:
     given = _as_inputs(inputs)
     captured = capture(model, given)
     graph = captured.graph
-    ignored = tuple(k for k in captured.program.state_dict if k not in graph.constants)
+    weights = captured.program.state_dict.keys()
+    ignored = tuple(k for k in weights if k not in graph.constants)
     if isinstance(model, ExportedProgram):
-        return _Source(graph, _inputs_of(graph), ignored)
+        return _Source(graph, _inputs_of(graph), weights, ignored)
     named = zip(given, graph.inputs, strict=True)
     typed = tuple(replace(i, dtype=v.spec.torch_dtype, name=v.name) for i, v in named)
-    return _Source(graph, typed, ignored)
+    return _Source(graph, typed, weights, ignored)
 
 
 def _as_inputs(inputs: Inputs | None) -> tuple[Input, ...]:
@@ -207,9 +209,11 @@ def _detached(graph: Graph, source: Graph) -> Graph:
     return _each_constant(graph, lambda t: t.clone() if _identity(t) in shared else t)
 
 
-def without_values(graph: Graph) -> Graph:
-    """The same graph with its constants on the meta device."""
-    return _each_constant(graph, lambda tensor: tensor.to("meta"))
+def without_values(graph: Graph, names: Collection[str] | None = None) -> Graph:
+    """The same graph with its constants, or those named, on the meta device."""
+    constants = graph.constants
+    chosen = {_identity(t) for n, t in constants.items() if names is None or n in names}
+    return _each_constant(graph, lambda t: t.to("meta") if _identity(t) in chosen else t.clone())
 
 
 def _each_constant(graph: Graph, change: Callable[[torch.Tensor], torch.Tensor]) -> Graph:
@@ -258,6 +262,9 @@ def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowe
     constants = {}
     for name, old in engine.source.constants.items():
         if name not in state_dict:
+            if not old.is_meta:  # a constant of the model's code, or a buffer that is not saved
+                constants[name] = old
+                continue
             raise InputError(f"the weight {name} is missing; nothing was changed")
         new = state_dict[name]
         if not isinstance(new, torch.Tensor) or spec_of(new.detach()) != spec_of(old):

@@ -40,7 +40,8 @@ class Origin:
     """What is needed to make the graph anew from other weights.
 
     Args:
-        graph: as captured, its constants on the meta device: names, shapes and dtypes only.
+        graph: as captured. Constants that a state_dict holds are on the meta device: names, shapes
+            and dtypes only.
         ignored_weights: state_dict entries that the graph does not read.
     """
 

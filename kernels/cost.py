@@ -38,8 +38,9 @@ class _Architecture:
     l2_bytes: float
 
 
-# Shared memory: CUDA programming guide, compute capabilities. Rates: a data sheet's figure for one
-# card of the kind divided by its SMs (A100, A10, L40S, H200, B200, RTX 5090 in this order); the
+# Shared memory: CUDA programming guide, compute capabilities. Rates: what is published for one
+# card of the kind (sm_90: what large matrix products and copies are reported to reach, not the
+# peak), divided by its SMs (A100, A10, L40S, H200, B200, RTX 5090 in this order); the
 # L2 rates are guesses, 1.6 to 5 times the device memory. They rank tiles and predict no times.
 _ARCHITECTURES = {
     80: _Architecture(166_912, 312e12 / 108, 2.0e12 / 108, 5.0e12 / 108),

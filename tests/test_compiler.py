@@ -125,3 +125,22 @@ def test_weights_tied_in_the_model_stay_tied() -> None:
         assert torch.allclose(engine(x), model(x), atol=1e-5)
         weights = {t.data_ptr() for n, t in engine.graph.constants.items() if t.dim() == 4}
         assert len(weights) == 1
+
+
+def test_constants_that_no_state_dict_holds_survive_new_weights() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.register_buffer("shift", torch.randn(4, 1, 1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x) + self.shift
+            return y
+
+    x = torch.randn(2, 3, 4, 4)
+    model = Shifted().eval()
+    with fastres.compile(model, x) as engine, torch.no_grad():
+        model.conv.weight.mul_(2)
+        engine.update_weights(model.state_dict())
+        assert torch.allclose(engine(x), model(x), atol=1e-5)

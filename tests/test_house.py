@@ -41,8 +41,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 ONLY_IN = {  # package → the modules that may import it
     "triton": ("fastres.kernels", "fastres.backends.triton"),
-    "openvino": ("fastres.backends.cpu", "fastres.peers"),
-    "onnx": ("fastres.graph.onnx", "fastres.backends.cpu"),
+    "openvino": ("fastres.backends.openvino_runtime",),
+    "onnx": ("fastres.graph.onnx",),
     "onnxruntime": ("fastres.peers",),
     "torchvision": ("fastres.cli",),
     "timm": ("fastres.cli",),
@@ -111,7 +111,7 @@ def test_packages_are_imported_where_they_belong(path: Path) -> None:
     for name in imports_of(path):
         package = name.split(".")[0]
         assert package not in ("kernels", "calib"), f"{module}: write fastres.{package}"
-        if package in ONLY_IN and not (package == "triton" and name.startswith("triton.") is None):
+        if package in ONLY_IN:
             allowed = ONLY_IN[package]
             assert any(module == a or module.startswith(a + ".") for a in allowed), (
                 f"{module} imports {name}; only {allowed} may"
