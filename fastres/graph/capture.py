@@ -132,7 +132,9 @@ class _Reader:
 
     def _user_input(self, node: torch.fx.Node) -> None:
         self.symbols.name_sizes(node.meta["val"], node.name)
-        spec = TensorSpec(self._shape(node), _dtype_name(node, f"input {node.name}"))
+        spec = TensorSpec(
+            self._shape(node), _dtype_name(node.meta["val"].dtype, f"input {node.name}")
+        )
         value = Value(self.namer.name(node.name), spec)
         self.inputs.append(value)
         self._bind(node, value.name, spec)
@@ -198,8 +200,9 @@ class _Reader:
 
     def _emit(self, node: torch.fx.Node, call: Call, emit: Emit) -> str:
         name = self.namer.name(wanted_name(call.node, call.short_name))
-        dtype = _dtype_name(node, name)
-        first = self._dtype(emit.inputs[0]) if emit.inputs else dtype
+        dtype = _dtype_name(node.meta["val"].dtype, name)
+        dtypes = [self._dtype(n) for n in (*emit.inputs, *emit.params.values())]
+        first = dtypes[0] if dtypes else dtype
         draft = Node(name, emit.op, emit.inputs, TensorSpec((), first), emit.params)
         spec = TensorSpec(self._infer(draft), dtype)
         self._agrees(name, node, spec)
@@ -253,7 +256,7 @@ class _Reader:
             dim = self.symbols.dim(arg) if isinstance(arg, torch.SymInt) else None
             return arg if dim is None else self._size_of(dim, names)
 
-        result = TensorSpec(self._shape(node), _dtype_name(node, node.name))
+        result = TensorSpec(self._shape(node), _dtype_name(node.meta["val"].dtype, node.name))
         args = node.args
         if call.functional in _TAKE_A_SHAPE:
             args = (args[0], list(node.meta["val"].shape))
@@ -289,9 +292,9 @@ class _Reader:
             raise CaptureError(f"{name} ({node.target}) was read as {spec}, PyTorch has {want}")
 
     def _dtype(self, name: str) -> str:
-        if name in self.dtypes:
-            return self.dtypes[name]
-        return DTYPE_NAMES[self.constants[name].dtype]
+        if name not in self.dtypes:
+            self.dtypes[name] = _dtype_name(self.constants[name].dtype, name)
+        return self.dtypes[name]
 
     def _shape(self, node: torch.fx.Node) -> Shape:
         dims: list[Dim] = []
@@ -338,8 +341,7 @@ def _keeps_state(name: str) -> CaptureError:
     )
 
 
-def _dtype_name(node: torch.fx.Node, what: str) -> str:
-    dtype = node.meta["val"].dtype
+def _dtype_name(dtype: torch.dtype, what: str) -> str:
     if dtype not in DTYPE_NAMES:
         raise CaptureError(f"{what} is {dtype}; supported are {', '.join(DTYPE_NAMES.values())}")
     return DTYPE_NAMES[dtype]

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
 
 from fastres.errors import CaptureError
+from fastres.graph.ir import DTYPE_NAMES
 from fastres.graph.symbols import is_fixed
 from fastres.options import Input
 from fastres.weights import is_finite
@@ -85,6 +86,8 @@ def check_finite(program: ExportedProgram) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
+        if tensor.dtype not in DTYPE_NAMES:
+            continue  # refused by name if anything reads it
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device: it has no values to compile")
         if not is_finite(tensor):

@@ -44,8 +44,21 @@ def infer_shapes(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[st
         GraphError: the inputs do not fit the graph, or an operation cannot take its inputs.
     """
     shapes: dict[str, Shape] = dict(bind(graph, input_shapes))
+    symbols = {
+        dim: size
+        for value in graph.inputs
+        for dim, size in zip(value.spec.shape, shapes[value.name], strict=True)
+        if isinstance(dim, Sym) and isinstance(size, int)
+    }
     for node in graph.nodes:
-        shapes[node.name] = node_shape(graph, node, shapes)
+        if isinstance(node.op, Aten) and any(0 in shapes.get(name, ()) for name in node.inputs):
+            # an empty batch: some of PyTorch's operators refuse it
+            shapes[node.name] = tuple(
+                d.at(symbols[Sym(d.symbol)]) if isinstance(d, Sym) else d
+                for d in node.op.result.shape
+            )
+        else:
+            shapes[node.name] = node_shape(graph, node, shapes)
     return shapes  # type: ignore[return-value]  # integers in, integers out
 
 

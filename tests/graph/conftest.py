@@ -76,3 +76,36 @@ def unchanged() -> Callable[..., None]:
             same(found[1][new], found[0][old])
 
     return check
+
+
+class Model(nn.Module):
+    """A forward of (module, *inputs), and what it uses."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        self.body = forward
+        for name, part in parts.items():
+            if isinstance(part, nn.Module | nn.Parameter):
+                setattr(self, name, part)
+            else:
+                self.register_buffer(name, part)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.bias, -0.5, 0.5)
+                nn.init.uniform_(module.running_mean, -0.5, 0.5)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.body(self, *inputs)
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[..., nn.Module]:
+    """model_of(forward, **parts): a model whose norms matter; forward takes it and the inputs."""
+
+    def make(forward: Callable[..., Any], **parts: nn.Module | Tensor) -> nn.Module:
+        torch.manual_seed(0)
+        return Model(forward, **parts).eval()
+
+    return make

@@ -1,0 +1,170 @@
+"""fastres.graph.capture on models that change tensors in place: every alias sees the change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.graph.capture import capture
+from fastres.graph.ir import Add
+from fastres.options import Input
+
+Agree = Callable[..., None]
+ModelOf = Callable[..., nn.Module]
+SMALL = Input((1, 3, 8, 8))
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def conv(c: int = 3, k: int = 4, size: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(c, k, size, **{"padding": size // 2, **options})
+
+
+def relu_read_again(m: Any, x: Tensor) -> Any:
+    y = x - 1.0
+    z = y  # the residual of a block whose ReLU works in place
+    F.relu(y, inplace=True)
+    return z * 2.0 + y
+
+
+def through_view(m: Any, x: Tensor) -> Any:
+    y = m.norm(m.conv(x))
+    y.view(y.size(0), -1).relu_()
+    return m.fc(y.mean((2, 3)))
+
+
+def through_slice(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    y[:, 1:, ::2].mul_(3.0)
+    y[:, 0] = 5.0
+    return y
+
+
+def through_chunk(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    y.chunk(3, 1)[1].relu_()
+    return y
+
+
+def through_dropout(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    F.dropout(y, training=False).relu_()  # at inference dropout returns its very argument
+    return y
+
+
+def through_detach(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    y.detach().relu_()
+    return y
+
+
+def through_contiguous(m: Any, x: Tensor) -> Any:
+    y, z = x * 1.0, (x * 1.0).transpose(2, 3)
+    y.contiguous().relu_()  # y itself
+    z.contiguous().relu_()  # a copy
+    return y + z
+
+
+def add_chain(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    y += m.conv(x)
+    z = y
+    y += x
+    y.add_(z).mul_(0.5)
+    return z, y
+
+
+def clone_then_change(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    z = y.clone()
+    z.relu_()
+    return y, z
+
+
+def change_of_the_input(m: Any, x: Tensor) -> Any:
+    x.add_(1.0)
+    return x * 2.0
+
+
+def change_of_the_inputs_view(m: Any, x: Tensor) -> Any:
+    x.view(x.size(0), -1).relu_()
+    return x * 2.0
+
+
+def other_dtype(m: Any, x: Tensor) -> Any:
+    y = (x * 100).to(torch.int64)
+    y.add_(m.step)
+    return y
+
+
+def unsqueezed(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    y.unsqueeze_(1).relu_()
+    return y.flatten(1)
+
+
+def literal(m: Any, x: Tensor) -> Any:
+    t = torch.tensor([1.0, 2.0, 3.0]).to(x.dtype)
+    t.mul_(2.0)
+    return x.mean((2, 3)) * t
+
+
+def returned_before(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    seen = [y]
+    y.sigmoid_()
+    return seen[0], y
+
+
+IN_PLACE = [
+    relu_read_again,
+    through_view,
+    through_slice,
+    through_chunk,
+    through_dropout,
+    through_detach,
+    through_contiguous,
+    add_chain,
+    clone_then_change,
+    change_of_the_input,
+    change_of_the_inputs_view,
+    other_dtype,
+    unsqueezed,
+    literal,
+    returned_before,
+]
+
+
+class TestInPlace:
+    @pytest.mark.parametrize("forward", IN_PLACE, ids=lambda f: f.__name__)
+    def test_keeps_its_meaning(
+        self, forward: Callable[..., Any], agree: Agree, model_of: ModelOf
+    ) -> None:
+        parts = {"conv": conv(3, 3), "norm": nn.BatchNorm2d(3), "fc": nn.Linear(3, 2)}
+        model = model_of(forward, **parts, step=torch.tensor(2, dtype=torch.int32))
+        graph = capture(model, [SMALL]).graph
+        for n in (1, 2, 5):
+            agree(model, graph, [draw(n, 3, 8, 8)])
+
+    def test_the_first_reading_suffices_for_the_usual_network(self, model_of: ModelOf) -> None:
+        """Functionalisation costs seconds: relu_ and add_ on whole tensors must do without."""
+        batch = ({0: torch.export.Dim.AUTO},)
+        model = model_of(add_chain, conv=conv(3, 3))
+        with torch.no_grad():
+            program = torch.export.export(
+                model, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=(batch,)
+            )
+
+        def decompose(*args: object) -> None:
+            raise AssertionError("functionalised")
+
+        program.run_decompositions = decompose  # type: ignore[method-assign]
+        added = [node for node in capture(program, ()).graph if isinstance(node.op, Add)]
+        assert len(added) == 3
