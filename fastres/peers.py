@@ -68,6 +68,8 @@ def make_peer(
     if name not in PEERS:
         raise InputError(f"there is no peer {name!r}; there are {', '.join(PEERS)}")
     peer = PEERS[name]
+    if example.is_cuda:
+        model = copy.deepcopy(model).to(example.device)
     _check_network(model, example)
     if precision not in peer.precisions:
         raise UnsupportedError(
@@ -104,10 +106,10 @@ class Reference:
 
 def reference(model: nn.Module, example: Tensor, precision: Precision) -> Reference:
     """Runs the network in float64, and in PyTorch in the precision itself."""
+    x, dtype = example.cpu(), DTYPE_OF[precision]
     with torch.no_grad():
-        oracle = copy.deepcopy(model).double()(example.double())
-        dtype = DTYPE_OF[precision]
-        result = copy.deepcopy(model).to(dtype)(example.to(dtype))
+        oracle = copy.deepcopy(model).cpu().double()(x.double())
+        result = copy.deepcopy(model).cpu().to(dtype)(x.to(dtype))
     return Reference(oracle, errors(result, oracle))
 
 

@@ -268,7 +268,7 @@ MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "input format": (put("inputs", 0, "format")("NHWC"), "Invalid enum value 'NHWC'"),
     "preprocess std": (put("preprocess")({"std": [0.0, 1.0, 1.0]}), "every entry must be above 0"),
     "preprocess mean": (put("preprocess")({"mean": [0.0]}), "Expected `array` of length 3"),
-    "preprocess field": (put("preprocess")({"run": "rm"}), "does not know"),
+    "preprocess field": (put("preprocess")({"run": "rm"}), "not exactly those"),
     "ignored weights": (put("ignored_weights")([1]), "Expected `str`, got `int`"),
     "file missing": (lambda m: m["files"].pop(WEIGHTS), "schema 1 has"),
     "file more": (lambda m: m["files"].update(a={"size": 1, "sha256": ""}), "schema 1 has"),

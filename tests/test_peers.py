@@ -107,6 +107,7 @@ class TestRefusals:
             return real(name)
 
         monkeypatch.setattr("fastres.peers.importlib.import_module", without)
+        monkeypatch.setattr("fastres.peers.openvino", lambda: without("openvino"))
         with pytest.raises(BackendUnavailable, match=f"pip install {package}"):
             make_peer(package, model, x)
 

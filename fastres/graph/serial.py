@@ -161,7 +161,7 @@ def strict(data: bytes, kind: type[_T]) -> _T:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise GraphError(f"it is not what this version of fastres writes: {error}") from error
     if msgspec.json.encode(value) != msgspec.json.format(data, indent=-1):
-        raise GraphError("it holds fields that this version of fastres does not know")
+        raise GraphError("its fields are not exactly those that this version of fastres writes")
     return value
 
 

@@ -179,7 +179,7 @@ ENUM = {
 }
 MUTATIONS: dict[str, tuple[Callable[[Json], None], str]] = {
     "unknown operation": (put("graph/nodes/conv/op/type", "Conv7d"), "Conv7d"),
-    "unknown field": (put("graph/nodes/conv/op/quantised", True), "does not know"),
+    "unknown field": (put("graph/nodes/conv/op/quantised", True), "not exactly those"),
     "unknown field of a graph": (put("graph/more", 1), "unknown field `more`"),
     "name is a number": (put("graph/nodes/conv/name", 1), "Expected `str`, got `int`"),
     "stride is a text": (put("graph/nodes/conv/op/stride", ["1", "1"]), "Expected `int`"),
@@ -265,7 +265,7 @@ class TestRefusals:
     def test_a_field_given_twice(self) -> None:
         text, tensors = serial.encode(network(), on_meta(network()))
         twice = text.replace(b'"groups":1', b'"groups":2,"groups":1')
-        with pytest.raises(GraphError, match="does not know"):
+        with pytest.raises(GraphError, match="not exactly those"):
             serial.decode(twice, tensors, SIZES)
 
     def test_a_call_that_pytorch_refuses(self) -> None:
