@@ -84,11 +84,6 @@ class Call:
         return all(self.args[name] for name in switches if name in self.args)
 
     @property
-    def changes_shape(self) -> bool:
-        """Whether it gives its target another shape, as `unsqueeze_` does."""
-        return torch.Tag.inplace_view in self.tags and self.short_name != "detach"
-
-    @property
     def converts_in_place(self) -> bool:
         """Whether an in-place call rounds its result to the target's dtype."""
         if self.mutates is None:

@@ -24,9 +24,6 @@ from fastres.graph.shapes import node_shape
 from fastres.graph.symbols import Symbols
 from fastres.options import Input
 
-# Their last argument is the result's shape: written out, none of its sizes is a -1 to be guessed.
-_TAKE_A_SHAPE = ("aten.view.default", "aten.reshape.default", "aten.expand.default")
-
 
 @dataclass(frozen=True)
 class Captured:
@@ -153,7 +150,7 @@ class _Reader:
             self._check_silent(node, val)
             return
         call = Call(node, self._value_of, self._constant)
-        if call.converts_in_place or call.changes_shape:
+        if call.converts_in_place:
             raise _NeedsFunctional(node.name)
         step = read(call)
         if isinstance(step, Alias):
@@ -257,10 +254,7 @@ class _Reader:
             return arg if dim is None else self._size_of(dim, names)
 
         result = TensorSpec(self._shape(node), _dtype_name(node.meta["val"].dtype, node.name))
-        args = node.args
-        if call.functional in _TAKE_A_SHAPE:
-            args = (args[0], list(node.meta["val"].shape))
-        args, kwargs = pytree.tree_map(written, (list(args), dict(node.kwargs)))
+        args, kwargs = pytree.tree_map(written, (list(node.args), dict(node.kwargs)))
         return Emit(aten.encode(call.functional, args, kwargs, result), tuple(names))
 
     def _size_of(self, size: Dim, names: list[str]) -> aten.SizeOf | int:

@@ -104,6 +104,25 @@ def other_dtype(m: Any, x: Tensor) -> Any:
     return y
 
 
+def other_precision(m: Any, x: Tensor) -> Any:
+    y = x.to(torch.float16)
+    y.add_(x)  # computed in x's dtype, rounded to y's
+    return y
+
+
+def other_layout(m: Any, x: Tensor) -> Any:
+    y = x.to(memory_format=torch.channels_last) * 1.0
+    y.contiguous().relu_()  # a copy, though y is nobody's view
+    return y
+
+
+def shape_of_an_alias(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    z = y.detach()
+    y.unsqueeze_(1).relu_()
+    return y.flatten(1, 2) + z
+
+
 def unsqueezed(m: Any, x: Tensor) -> Any:
     y = x * 1.0
     y.unsqueeze_(1).relu_()
@@ -136,6 +155,9 @@ IN_PLACE = [
     change_of_the_input,
     change_of_the_inputs_view,
     other_dtype,
+    other_precision,
+    other_layout,
+    shape_of_an_alias,
     unsqueezed,
     literal,
     returned_before,
@@ -168,3 +190,14 @@ class TestInPlace:
         program.run_decompositions = decompose  # type: ignore[method-assign]
         added = [node for node in capture(program, ()).graph if isinstance(node.op, Add)]
         assert len(added) == 3
+
+    def test_every_name_of_a_changed_tensor_sees_the_change(
+        self, agree: Agree, model_of: ModelOf
+    ) -> None:
+        """The exporter reads on from the in-place call; a program may as well read its target."""
+        model = model_of(relu_read_again).double()
+        with torch.no_grad():
+            program = torch.export.export(model, (torch.zeros(2, 3, 8, 8).double(),))
+        (relu,) = (node for node in program.graph.nodes if "relu_" in node.name)
+        relu.replace_all_uses_with(relu.args[0])
+        agree(model, capture(program, ()).graph, [draw(2, 3, 8, 8)])

@@ -275,6 +275,14 @@ class TestFuseResidual:
         graph = fuse_activation(graph_of(lambda s, x: F.relu(s.a(x) + x)))
         assert lines(run(fuse_residual, graph, unchanged)) == ["a", "add+relu = add relu"]
 
+    def test_a_constant_of_the_very_shape(self, unchanged: Unchanged) -> None:
+        """Possible where the batch is fixed: an epilogue reads activations, not weights."""
+        graph = graph_of(lambda s, x: s.a(x) + s.gain)
+        spec = TensorSpec((1, 4, 8, 8), "float64")
+        nodes = tuple(node.with_(spec=spec) for node in graph)
+        fixed = laws.check(graph.replace(inputs=(Value("x", spec),), nodes=nodes))
+        assert lines(fuse_residual(fixed)) == ["a", "add"]
+
     def test_once_only(self, unchanged: Unchanged) -> None:
         graph = fuse_residual(graph_of(lambda s, x: s.a(x) + x + s.gain * x))
         assert lines(run(fuse_residual, graph, unchanged)) == ["a+residual = a add", "mul", "add_1"]
@@ -330,8 +338,18 @@ class TestFuseActivation:
         body, want = ACTIVATED[name]
         assert lines(run(fuse_activation, graph_of(body), unchanged)) == want
 
-    def test_again_changes_nothing(self, unchanged: Unchanged) -> None:
-        graph = fuse_activation(graph_of(lambda s, x: F.relu(F.silu(s.a(x)))))
+    @pytest.mark.parametrize(
+        "body",
+        [
+            lambda s, x: F.relu(F.silu(s.a(x))),
+            lambda s, x: F.relu(F.silu(x + x)),
+            lambda s, x: F.relu(F.silu(s.n(x))),
+            lambda s, x: F.relu(F.silu(s.fc(x.mean((2, 3))))),
+        ],
+        ids=["conv", "sum", "norm", "linear"],
+    )
+    def test_again_changes_nothing(self, body: Forward, unchanged: Unchanged) -> None:
+        graph = fuse_activation(graph_of(body))
         assert str(run(fuse_activation, graph, unchanged)) == str(graph)
 
     def test_behind_a_residual(self, unchanged: Unchanged) -> None:

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.errors import CaptureError
 from fastres.graph import serial
+from fastres.graph.calls import Call, Emit
 from fastres.graph.capture import capture
 from fastres.graph.ir import (
     Activation,
@@ -32,6 +34,7 @@ from fastres.graph.ir import (
     Slice,
     Softmax,
 )
+from fastres.graph.readers import READERS
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input
 
@@ -49,8 +52,8 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def conv(c: int = 3, k: int = 4, size: int = 3, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(c, k, size, **{"padding": size // 2, **options})
+def conv(c: int = 3, k: int = 4, size: Any = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(c, k, size, **{"padding": 1, **options})
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ OPERATORS = {
     "conv padding valid": layer(lambda: conv(padding="valid"), Conv2d()),
     "conv padding same": layer(
         lambda: conv(padding="same", dilation=2), Conv2d((1, 1), (2, 2), (2, 2))
+    ),
+    "conv padding same, not square": layer(
+        lambda: conv(size=(3, 5), padding="same"), Conv2d((1, 1), (1, 2))
     ),
     "conv padding same, even": layer(lambda: conv(size=2, padding="same"), "aten.conv2d.padding"),
     "conv computed weight": Case(
@@ -236,3 +242,26 @@ class TestKept:
         graph = graph_of(model, RANGED)
         for n, height, width in ((1, 8, 8), (3, 11, 7)):
             agree(model, graph, [draw(n, 3, height, width)])
+
+    def test_a_size_is_read_off_an_operand_where_it_can_be(self, model_of: ModelOf) -> None:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            y = m.conv(x)
+            halves = y.view(y.size(0), 2, 2, y.size(2), y.size(3))
+            return halves.amax((3, 4), True).expand(-1, -1, -1, y.size(2), y.size(3)) * halves
+
+        graph = graph_of(model_of(forward, conv=conv(stride=2)), RANGED)
+        assert graph["view"].inputs == ("conv",)
+        assert graph["expand"].inputs == ("amax", "inputs_0")  # what it reads has no H left
+        assert '{"size":[1,2,1,2]}' in graph["expand"].op.args
+
+
+def test_a_misread_call_is_found(monkeypatch: pytest.MonkeyPatch, model_of: ModelOf) -> None:
+    """Whatever a reader makes of a call must have the shape that PyTorch saw, for every size."""
+
+    def misread(call: Call) -> Emit:
+        return Emit(Pad(ZEROS, (0, 0, 1, 0)), (call.value("self"),))
+
+    monkeypatch.setitem(READERS, "aten.relu.default", misread)
+    message = r"relu \(aten.relu.default\) was read as f32\[N, 3, H\+1, W\], PyTorch has torch.Size"
+    with pytest.raises(CaptureError, match=message):
+        graph_of(model_of(lambda m, x: F.relu(x)), RANGED)

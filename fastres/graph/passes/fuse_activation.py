@@ -17,7 +17,7 @@ def fuse_activation(graph: Graph) -> Graph:
     merger = Merger(graph)
     for producer in graph.nodes:
         reader = merger.sole_reader(producer.name)
-        if reader is None or not isinstance(reader.op, Activation) or merger.taken(producer.name):
+        if reader is None or not isinstance(reader.op, Activation):
             continue
         op = _with_activation(producer.op, reader.op.kind)
         if op is not None:
