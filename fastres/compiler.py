@@ -259,6 +259,8 @@ def assemble(
 
 def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowered:
     """The engine's graph anew from other weights, lowered to the same backend."""
+    if not isinstance(state_dict, Mapping):
+        raise InputError(f"state_dict is {type(state_dict).__name__}; expected names and tensors")
     constants = {}
     for name, old in engine.source.constants.items():
         if name not in state_dict:

@@ -150,7 +150,7 @@ class Engine:
         with ThreadPoolExecutor(depth, thread_name_prefix="fastres") as pool:
             try:
                 for batch in batches:
-                    inputs = (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+                    inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
                     pending.append(pool.submit(self, *inputs))
                     if len(pending) > depth:
                         yield pending.popleft().result()

@@ -176,6 +176,8 @@ def test_map_is_lazy_and_passes_errors_on(engine: fastres.Engine) -> None:
     assert drawn < 6
     with pytest.raises(InputError, match="expected"):
         list(results)
+    with pytest.raises(InputError, match="got builtins.int"):
+        list(engine.map([3]))
     with pytest.raises(InputError, match="depth is 0"):
         engine.map([], depth=0)
 
@@ -241,6 +243,8 @@ def test_update_weights_refuses_what_does_not_fit(
         before = engine(x)
         with pytest.raises(InputError, match=says):
             engine.update_weights(change(dict(model.state_dict())))
+        with pytest.raises(InputError, match="state_dict is NoneType"):
+            engine.update_weights(None)
         assert torch.equal(engine(x), before)
 
 

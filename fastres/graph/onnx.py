@@ -32,6 +32,7 @@ from fastres.graph.ir import (
     Slice,
     Softmax,
     TensorSpec,
+    op_name,
 )
 from fastres.kernels.epilogue import ActivationKind
 
@@ -44,7 +45,7 @@ _ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "gelu": "Gelu", "hardswish
 def refusal(node: Node) -> str | None:
     """None if the node can be written as ONNX, else the reason why not."""
     if type(node.op) not in _WRITERS:
-        return f"{node.op} has no ONNX form here"
+        return f"{op_name(node.op)} has no ONNX form here"
     if not node.spec.dtype.startswith(("float", "bfloat")):
         return f"its result is {node.spec.dtype}; only floating-point values are written"
     return None
