@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import Result
 
-from fastres.backends import cpu, reference, select
+from fastres.backends import cpu, openvino_runtime, reference, select
 from fastres.cli import doctor
 
 Run = Callable[..., Result]
