@@ -71,9 +71,8 @@ class Call:
 
     @property
     def is_view(self) -> bool:
-        """Whether the result may share memory with an argument; some schemas do not say so."""
-        declared = any(r.alias_info is not None for r in self.schema.returns)
-        return declared or self.short_name in ("reshape", "flatten", "type_as")
+        """Whether the result may share memory with an argument."""
+        return any(r.alias_info is not None for r in self.schema.returns)
 
     @property
     def is_random(self) -> bool:

@@ -295,6 +295,7 @@ READERS: dict[str, Reader] = {
     "aten.to.device": _to,
     "aten.to.other": _to,
     "aten._to_copy.default": _to,
+    "aten.type_as.default": _to,
 }
 
 PARTS: dict[str, PartReader] = {

@@ -164,7 +164,7 @@ OPERATORS = {
     "alpha dropout": call(lambda x: F.alpha_dropout(x, 0.5, False) * x, Mul()),
     "identities": call(
         lambda x: x.contiguous().clone().detach().to(x.device).type_as(x) * x,
-        *["aten.type_as.default", Mul()],
+        Mul(),
     ),
     "channels last": call(lambda x: x.to(memory_format=torch.channels_last) * x, Mul()),
     "same dtype": Case(lambda m, x: x.to(m.w.dtype) * m.w, [Mul()], {"w": lambda: draw(8)}),
