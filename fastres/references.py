@@ -77,7 +77,7 @@ class ModelReference:
     @torch.no_grad()
     def run(self, inputs: Tensors, dtype: torch.dtype) -> Any:
         if dtype not in self._copies:
-            self._copies[dtype] = copy.deepcopy(self._model).to(dtype)
+            self._copies[dtype] = copy.deepcopy(self._model).to(dtype).eval()
         cast = [x.to(self._device, dtype if x.is_floating_point() else None) for x in inputs]
         with full_precision():
             return self._copies[dtype](*cast)
