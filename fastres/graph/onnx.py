@@ -48,6 +48,13 @@ def refusal(node: Node) -> str | None:
         return f"{op_name(node.op)} has no ONNX form here"
     if not node.spec.dtype.startswith(("float", "bfloat")):
         return f"its result is {node.spec.dtype}; only floating-point values are written"
+    if isinstance(node.op, MaxPool | AvgPool) and node.op.ceil_mode:
+        gaps = any(s > k for s, k in zip(node.op.stride, node.op.kernel, strict=True))
+        dilated = isinstance(node.op, MaxPool) and node.op.dilation != (1, 1)
+        if gaps or dilated or any(node.op.padding):
+            return (
+                "with ceil_mode, runtimes differ from PyTorch in windows that start in the padding"
+            )
     return None
 
 

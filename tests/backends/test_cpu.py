@@ -85,7 +85,9 @@ def test_every_operation(case: Case) -> None:
     with torch.no_grad():
         want = model.double()(x.double())
         model.float()
-    with fastres.compile(model, x, backend="cpu") as engine:
+    with fastres.compile(model, x, backend="cpu", on_unsupported="fallback") as engine:
+        # where ONNX rounds its windows otherwise than PyTorch, the node is refused
+        assert bool(engine.info.fallbacks) == case.name.endswith("_ceil_pad")
         got = engine(x)
     assert errors(got, want).rms < 1e-6, case.name
 
