@@ -13,10 +13,13 @@ from fastres.backends.segments import lower
 from fastres.backends.select import check_names, choose
 from fastres.calib.images import Preprocess
 from fastres.engine import Engine, Lowered, Origin
-from fastres.errors import InputError
+from fastres.errors import CaptureError, FastresError, InputError
+from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, Version, build_graph
 from fastres.graph.capture import capture
-from fastres.graph.ir import Graph, Sym, spec_of
+from fastres.graph.export import inputs_of_program
+from fastres.graph.guards import BATCHES
+from fastres.graph.ir import BatchNorm, Graph, Sym, spec_of
 from fastres.graph.passes.pipeline import optimise
 from fastres.options import (
     PRECISION_OF,
@@ -27,8 +30,9 @@ from fastres.options import (
     Oversize,
     PathLike,
     Precision,
+    usual_sizes,
 )
-from fastres.weights import read_weights
+from fastres.weights import is_finite, read_weights
 
 Model = torch.nn.Module | ExportedProgram | Graph
 Inputs = torch.Tensor | Input | Sequence[torch.Tensor | Input]
@@ -54,7 +58,8 @@ def compile(
     Args:
         model: an nn.Module in eval(), an ExportedProgram, or a Graph from `fastres.build`.
         inputs: what the model is fed. A tensor is an example: its batch size is free, H and W are
-            fixed. An `Input` can give ranges. None takes (N, 3, 224, 224).
+            fixed. An `Input` can give ranges. None takes (N, 3, 224, 224). Not for an
+            ExportedProgram, which brings the sizes that it was exported for.
         backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "reference", or a list that
             is tried in order; what was passed over, and why, is in `engine.info`.
         precision: "fp32", "tf32", "fp16", "bf16"; None takes that of the model's parameters.
@@ -89,8 +94,11 @@ def compile(
     )
     check_names(options.backend)
     source = _source(model, inputs)
+    if source.largest_batch is not None:
+        limit = min(source.largest_batch, options.max_batch_size or source.largest_batch)
+        options = replace(options, max_batch_size=limit)
     engine = assemble(
-        _detached(optimise(source.graph), source.graph),
+        _optimised(source.graph, CaptureError),
         Origin(without_values(source.graph, source.weights), source.ignored_weights),
         options,
         source.inputs,
@@ -99,11 +107,8 @@ def compile(
     if verify:
         from fastres.parity import verify as check
 
-        examples = tuple(
-            torch.randn(i.usual, dtype=i.dtype or torch.float32) for i in source.inputs
-        )
         reference = model if isinstance(model, torch.nn.Module) else source.graph
-        check(reference, engine, [examples]).raise_if_failed()
+        check(reference, engine, _examples(source)).raise_if_failed()
     return engine
 
 
@@ -140,28 +145,53 @@ class _Source:
     inputs: tuple[Input, ...]
     weights: Collection[str]  # constants that a state_dict holds; the others keep their values
     ignored_weights: tuple[str, ...] = ()
+    largest_batch: int | None = None  # None: any
 
 
 def _source(model: Model, inputs: Inputs | None) -> _Source:
+    if isinstance(model, Graph | ExportedProgram) and inputs is not None:
+        where = "fastres.build" if isinstance(model, Graph) else "torch.export.export"
+        raise InputError(f"a {type(model).__name__} has its inputs already; give them to {where}")
     if isinstance(model, Graph):
-        if inputs is not None:
-            raise InputError("a Graph has its inputs already; give them to fastres.build")
         return _Source(model, _inputs_of(model), model.constants.keys())
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise InputError(
             f"model is {type(model).__name__}; expected an nn.Module, an ExportedProgram, or a "
             "Graph from fastres.build"
         )
-    given = _as_inputs(inputs)
+    program = model if isinstance(model, ExportedProgram) else None
+    given = _as_inputs(inputs) if program is None else inputs_of_program(program)
     captured = capture(model, given)
     graph = captured.graph
     weights = captured.program.state_dict.keys()
     ignored = tuple(k for k in weights if k not in graph.constants)
-    if isinstance(model, ExportedProgram):
-        return _Source(graph, _inputs_of(graph), weights, ignored)
+    if program is not None:
+        largest = min(i.largest[0] for i in given)
+        return _Source(graph, given, weights, ignored, None if largest == BATCHES else largest)
     named = zip(given, graph.inputs, strict=True)
     typed = tuple(replace(i, dtype=v.spec.torch_dtype, name=v.name) for i, v in named)
     return _Source(graph, typed, weights, ignored)
+
+
+def _examples(source: _Source) -> list[tuple[torch.Tensor, ...]]:
+    """Random inputs: a batch of one, another batch, and both ends of what H and W range over."""
+    batch = source.graph.inputs[0].spec.shape[0]
+    few, several = (1, 3) if isinstance(batch, Sym) else (batch, batch)
+    several = min(several, source.largest_batch or several)
+    shapes = {
+        tuple((few, *i.usual[1:]) for i in source.inputs),
+        tuple((several, *i.smallest[1:]) for i in source.inputs),
+        tuple((few, *i.largest[1:]) for i in source.inputs),
+    }
+    dtypes = [v.spec.torch_dtype for v in source.graph.inputs]
+    random = torch.Generator().manual_seed(0)
+    return [
+        tuple(
+            torch.randn(shape, generator=random).to(dtype)
+            for shape, dtype in zip(example, dtypes, strict=True)
+        )
+        for example in sorted(shapes)
+    ]
 
 
 def _as_inputs(inputs: Inputs | None) -> tuple[Input, ...]:
@@ -188,11 +218,9 @@ def _inputs_of(graph: Graph) -> tuple[Input, ...]:
     for value in graph.inputs:
         shape = value.spec.shape
         low = tuple(1 if isinstance(d, Sym) else d for d in shape)
-        usual = tuple(
-            d if isinstance(d, int) else 1 if i == 0 else 224 for i, d in enumerate(shape)
-        )
         high = tuple(4096 if isinstance(d, Sym) else d for d in shape)
-        found.append(Input((low, usual, high), dtype=value.spec.torch_dtype, name=value.name))
+        sizes = (low, usual_sizes(low, high), high)
+        found.append(Input(sizes, dtype=value.spec.torch_dtype, name=value.name))
     return tuple(found)
 
 
@@ -201,6 +229,26 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise InputError(f"device {device!r} is not one: {error}") from error
+
+
+def _optimised(source: Graph, error: type[FastresError]) -> Graph:
+    """The graph that is to be lowered, with constants of its own that are all finite."""
+    for node in source.nodes:
+        if isinstance(node.op, BatchNorm):
+            negative = int((source.constants[node.params["var"]] + node.op.eps <= 0).sum())
+            if negative:
+                raise error(
+                    f"{node.params['var']} holds {negative} variances that are negative, or zero "
+                    "without an eps: BatchNorm gives NaN for them. Load sound weights first"
+                )
+    graph = optimise(source)
+    for name, tensor in graph.constants.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise error(
+                f"{name} overflows {tensor.dtype} when BatchNorm is folded into it: the model's "
+                "weights or statistics are out of any sensible range. Load sound weights first"
+            )
+    return _detached(graph, source)
 
 
 def _detached(graph: Graph, source: Graph) -> Graph:
@@ -245,6 +293,13 @@ def assemble(
     choice = choose(graph, options, precision)
     options = replace(options, precision=precision, device=choice.backend.device(options))
     usual = tuple(i.usual for i in inputs)
+    if options.max_batch_size is not None and options.oversize == "split":
+        reason = why_not_split(graph, usual)
+        if reason is not None:
+            raise InputError(
+                f"{reason}, so a batch above max_batch_size={options.max_batch_size} cannot be run "
+                "in parts: pass oversize='error' to refuse such batches, or no max_batch_size"
+            )
     executable, refused = lower(choice.backend, graph, options, usual)
     return Engine(
         Lowered(graph, executable, refused),
@@ -272,7 +327,7 @@ def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowe
         if not isinstance(new, torch.Tensor) or spec_of(new.detach()) != spec_of(old):
             found = spec_of(new) if isinstance(new, torch.Tensor) else type(new).__name__
             raise InputError(f"{name} is {found}, expected {spec_of(old)}; nothing was changed")
-        if new.is_floating_point() and not torch.isfinite(new).all():
+        if new.is_floating_point() and not is_finite(new):
             raise InputError(f"{name} holds NaN or infinite values; nothing was changed")
         constants[name] = new.detach().cpu()
     unknown = {
@@ -284,7 +339,7 @@ def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowe
         some = ", ".join(sorted(unknown)[:5])
         raise InputError(f"{len(unknown)} weights are not the model's: {some}; nothing was changed")
     source = engine.source.replace(constants=constants)
-    graph = _detached(optimise(source), source)
+    graph = _optimised(source, InputError)
     origin = Origin(engine.source, engine.ignored_weights)
     options = replace(engine.options, backend=(engine.backend.name,))
     return assemble(graph, origin, options, engine.inputs)._lowered

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from fastres.backends.base import Backend, Executable, Refusal
+from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import ImageLike, Preprocess, batches
 from fastres.engine_info import EngineInfo, describe
 from fastres.errors import FastresError, InputError
@@ -33,6 +35,11 @@ class Lowered:
     graph: Graph
     executable: Executable
     refused: tuple[Refusal, ...] = ()
+
+    @cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of each output."""
+        return tuple(self.graph.spec(name).torch_dtype for name in self.graph.outputs)
 
 
 @dataclass(frozen=True)
@@ -118,19 +125,23 @@ class Engine:
         if size == 0:
             outputs = self._empty(lowered.graph, inputs)
         else:
-            limit = self.options.max_batch_size or size
-            parts = [
-                lowered.executable.run([x[i : i + limit] for x in inputs])
-                for i in range(0, size, limit)
-            ]
-            outputs = (
-                parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
-            )
+            outputs = self._run(lowered.executable, inputs, size)
+        # a call of PyTorch right after a network has emptied the caches costs 50 us, needed or not
         typed = [
-            y.to(lowered.graph.spec(name).torch_dtype)
-            for y, name in zip(outputs, lowered.graph.outputs, strict=True)
+            y if y.dtype == dtype else y.to(dtype)
+            for y, dtype in zip(outputs, lowered.dtypes, strict=True)
         ]
         return pytree.tree_unflatten(typed, self._tree)
+
+    def _run(
+        self, executable: Executable, inputs: Sequence[torch.Tensor], size: int
+    ) -> list[torch.Tensor]:
+        limit = self.options.max_batch_size or size
+        if size <= limit:
+            return executable.run(inputs)
+        starts = range(0, size, limit)
+        parts = [executable.run([x[i : i + limit] for x in inputs]) for i in starts]
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
     def map(self, batches: Iterable[Batch], *, depth: int = 2) -> Iterator[Any]:
         """Runs many batches with up to `depth` in flight; yields results in order.
@@ -271,15 +282,18 @@ class Engine:
 
     def _empty(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         shapes = infer_shapes(graph, [tuple(x.shape) for x in inputs])
-        return [torch.empty(shapes[name], device=self.device) for name in graph.outputs]
+        if all(0 in shapes[name] for name in graph.outputs):
+            return [torch.empty(shapes[name], device=self.device) for name in graph.outputs]
+        # an output without the batch has values all the same, such as the mean of nothing
+        return ReferenceExecutable(graph, torch.float32, self.device).run(inputs)
 
-    def _check(self, inputs: Sequence[object]) -> int:
+    def _check(self, inputs: Sequence[torch.Tensor]) -> int:
         """Checks every input and returns the batch size."""
         values = self.graph.inputs
         if len(inputs) != len(values):
             names = ", ".join(value.name for value in values)
             raise InputError(f"expected {len(values)} inputs ({names}), got {len(inputs)}")
-        sizes = set()
+        sizes: dict[str, int] = {}  # of each symbol
         for given, value, allowed in zip(inputs, values, self.inputs, strict=True):
             if not isinstance(given, torch.Tensor):
                 raise InputError(
@@ -287,10 +301,13 @@ class Engine:
                     f"{type(given).__module__}.{type(given).__qualname__}"
                 )
             self._check_tensor(given, value, allowed)
-            sizes.add(given.shape[0])
-        if len(sizes) > 1:
-            raise InputError(f"the inputs have different batch sizes: {sorted(sizes)}")
-        size = sizes.pop()
+            for dim, size in zip(value.spec.shape, given.shape, strict=True):
+                if isinstance(dim, Sym) and sizes.setdefault(dim.symbol, size) != size:
+                    raise InputError(
+                        f"{value.name}: expected {value.spec} with the {dim.symbol} of the inputs "
+                        f"before it, {sizes[dim.symbol]}; got {list(given.shape)}"
+                    )
+        size = int(inputs[0].shape[0])
         limit = self.options.max_batch_size
         if limit is not None and size > limit and self.options.oversize == "error":
             raise InputError(

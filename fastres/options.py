@@ -112,6 +112,12 @@ def _sizes(shape: Sequence[Any]) -> Sizes:
     raise InputError(f"shape {shape!r} holds something that is not an integer")
 
 
+def usual_sizes(smallest: Sizes, largest: Sizes) -> Sizes:
+    """What to expect between two shapes: a batch of one, and H and W of 224, or what is nearest."""
+    wanted = (1, *(224,) * (len(smallest) - 1))
+    return tuple(max(a, min(w, b)) for a, w, b in zip(smallest, wanted, largest, strict=True))
+
+
 @dataclass(frozen=True)
 class Options:
     """Settings of `fastres.compile`; see there. None stands for "the backend's default"."""

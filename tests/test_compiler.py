@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+import fastres.parity
+from fastres.engine import Engine
 from fastres.errors import BuildError, CaptureError, InputError, ParityError
+from fastres.parity_report import ParityReport
 
 PhotoBatch = Callable[[int, int], Tensor]
 
@@ -105,6 +109,53 @@ def test_verify_on_request(model: nn.Module, monkeypatch: pytest.MonkeyPatch) ->
     )
     with pytest.raises(ParityError):
         fastres.compile(model, image, verify=True)
+
+
+def test_verify_tries_one_image_and_several_and_both_ends_of_the_range(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def verify(reference: object, engine: Engine, data: list[tuple[Tensor]]) -> ParityReport:
+        tried.extend(tuple(x.shape) for (x,) in data)
+        return honest(model, engine, data)
+
+    honest = fastres.parity.verify
+    monkeypatch.setattr(fastres.parity, "verify", verify)
+    ranged = fastres.Input(((2, 3, 24, 28), (4, 3, 32, 32), (8, 3, 40, 36)))
+    fastres.compile(model, ranged, verify=True, backend="cpu").close()
+    assert set(tried) == {(1, 3, 32, 32), (3, 3, 24, 28), (1, 3, 40, 36)}
+
+
+UNSOUND: dict[str, tuple[str, float, str]] = {
+    "a negative variance": ("bn1.running_var", -1.0, "bn1.running_var holds 1 variances"),
+    "statistics out of range": ("bn1.weight", 1e38, "conv1.folded_weight overflows"),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_weights_that_would_give_nan_are_refused(model: nn.Module, name: str) -> None:
+    key, value, message = UNSOUND[name]
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    weights[key].view(-1)[0] = value
+    weights["conv1.weight"] *= 100
+    broken = copy.deepcopy(model)
+    broken.load_state_dict(weights)
+    x = torch.randn(1, 3, 32, 32)
+    with pytest.raises(CaptureError, match=message):
+        fastres.compile(broken, x)
+    with fastres.compile(model, x, backend="cpu") as engine:
+        before = engine(x)
+        with pytest.raises(InputError, match=message):
+            engine.update_weights(weights)
+        assert torch.equal(engine(x), before)
+
+
+def test_a_program_brings_its_inputs(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    program = torch.export.export(model, (x,))
+    with pytest.raises(InputError, match="ExportedProgram has its inputs already.*torch.export"):
+        fastres.compile(program, x)
 
 
 def test_weights_tied_in_the_model_stay_tied() -> None:

@@ -142,6 +142,32 @@ def test_large_batches_are_split(model: nn.Module, photo_batch: PhotoBatch) -> N
         engine(x)
 
 
+class Both(nn.Module):
+    """Two pictures of one size, their sum, and their mean over the batch."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x + y, (x * y).mean(0)
+
+
+def test_an_empty_batch_gives_what_pytorch_gives() -> None:
+    inputs = [torch.ones(2, 3, 8, 8)] * 2
+    with fastres.compile(Both().eval(), inputs, backend="reference") as engine:
+        got = engine(torch.empty(0, 3, 8, 8), torch.empty(0, 3, 8, 8))
+    assert got[0].shape == (0, 3, 8, 8)
+    assert got[1].shape == (3, 8, 8) and got[1].isnan().all()
+
+
+def test_inputs_that_must_be_of_one_size() -> None:
+    image = fastres.Input(((1, 3, 6, 6), (1, 3, 8, 8), (1, 3, 20, 20)))
+    with fastres.compile(Both().eval(), [image, image], backend="reference") as engine:
+        x, y = torch.rand(2, 2, 3, 9, 7)
+        assert torch.equal(engine(x, y)[0], x + y)
+        with pytest.raises(InputError, match=r"the W of the inputs before it, 7; got .*9, 9\]"):
+            engine(x, torch.rand(2, 3, 9, 9))
+        with pytest.raises(InputError, match=r"the N of the inputs before it, 2; got \[3"):
+            engine(x, torch.rand(3, 3, 9, 7))
+
+
 def test_many_threads_get_bit_identical_results(
     engine: fastres.Engine, photo_batch: PhotoBatch
 ) -> None:

@@ -298,7 +298,7 @@ class _Reader:
             if dim is None:
                 raise CaptureError(
                     f"{node.target} in {place_of(node)} has a size of {size}, which is not of the "
-                    "form (N + a) // b; fix H and W"
+                    "form (N + a) // b; fix H and W, and write x.size(0) where the batch is meant"
                 )
             dims.append(dim)
         return tuple(dims)

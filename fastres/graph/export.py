@@ -12,9 +12,10 @@ import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
 
 from fastres.errors import CaptureError
+from fastres.graph.guards import BATCHES, check_guards, noting_every_branch
 from fastres.graph.ir import DTYPE_NAMES
-from fastres.graph.symbols import is_fixed
-from fastres.options import Input
+from fastres.graph.symbols import expression, is_fixed
+from fastres.options import Input, usual_sizes
 from fastres.weights import is_finite
 
 
@@ -22,7 +23,8 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
     """Exports a model with its batch size free, and H and W where the inputs range over them.
 
     Raises:
-        CaptureError: training mode, no export, or a size that the model fixes but should be free.
+        CaptureError: training mode, no export, a size that the model fixes but should be free, or
+            a branch that not every size takes.
     """
     training = next((name for name, m in model.named_modules() if m.training), None)
     if training is not None:
@@ -38,7 +40,7 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
     )
     free = tuple({i: Dim.AUTO for i in (0, *spec.ranged)} for spec in inputs)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), noting_every_branch():
             warnings.simplefilter("ignore")  # the exporter's notes on its own internals
             program = torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
     except Exception as error:  # torch.export raises whatever the traced code and torch raise
@@ -49,6 +51,7 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
             "model(x) runs with such inputs and that its control flow does not depend on values"
         ) from error
     _check_free(program, inputs)
+    check_guards(program, inputs)
     return program
 
 
@@ -78,6 +81,40 @@ def _check_free(program: ExportedProgram, inputs: Sequence[Input]) -> None:
                 f"the model fixes dimension {fixed[0]} of {name} at {shape[fixed[0]]}, but the "
                 "Input ranges over it: give a fixed shape, or rewrite the line that fixes it"
             )
+        if expression(shape[0]) in [expression(shape[i]) for i in spec.ranged]:
+            raise CaptureError(
+                f"the model only takes {name} {list(shape)} where H or W is the batch size, but "
+                "the Input ranges over them: give a fixed shape"
+            )
+
+
+def inputs_of_program(program: ExportedProgram) -> tuple[Input, ...]:
+    """What a program exported elsewhere says that it takes: its sizes and their ranges.
+
+    Raises:
+        CaptureError: it does not take every batch size from 2 up to its largest.
+    """
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    found = []
+    for name in map(str, program.graph_signature.user_inputs):
+        value = nodes[name].meta["val"]
+        ranges = [_range_of(program, size) for size in value.shape]
+        if not is_fixed(value.shape[0]) and ranges[0].start > 2:  # 2 says no more than "not 1"
+            raise CaptureError(
+                f"the program takes batches of at least {ranges[0].start} in {name}; export it "
+                "with a batch size that may be anything from 1"
+            )
+        low, high = tuple(r.start for r in ranges), tuple(r.stop - 1 for r in ranges)
+        usual = usual_sizes(low, high)
+        found.append(Input((low, usual, high), dtype=value.dtype, name=name))
+    return tuple(found)
+
+
+def _range_of(program: ExportedProgram, size: Any) -> range:
+    if is_fixed(size):
+        return range(int(size), int(size) + 1)
+    bounds = program.range_constraints[expression(size)]
+    return range(max(1, int(bounds.lower)), int(min(bounds.upper, BATCHES)) + 1)
 
 
 def check_finite(program: ExportedProgram) -> None:

@@ -31,6 +31,7 @@ from fastres.graph.ir import (
     Slice,
     Softmax,
 )
+from fastres.graph.symbols import is_fixed
 from fastres.kernels.epilogue import ActivationKind
 
 Reader = Callable[[Call], Emit | Alias | None]
@@ -229,6 +230,18 @@ def _piece(call: Call, index: int) -> Emit | None:
     return Emit(Slice(tuple(starts), tuple(stops), (1,) * rank), (call.value("self"),))
 
 
+def _squeeze(call: Call) -> None:
+    """Not an operation of the IR; but one that means something else for a batch of one."""
+    shape = call.shape("self")
+    dims = call.args.get("dim", range(len(shape)))
+    for dim in [dims] if isinstance(dims, int) else dims:
+        if not is_fixed(shape[dim]):
+            raise CaptureError(
+                f"{call.node.name} ({call.overload}) would also drop the batch, or another "
+                "variable size, where it is 1; name the dimensions to drop, as in x.flatten(1)"
+            )
+
+
 def _softmax(call: Call) -> Emit | None:
     if call.args.get("dtype") is not None or call.args.get("half_to_float"):
         return None
@@ -279,6 +292,9 @@ READERS: dict[str, Reader] = {
     "aten.pad.default": _pad,
     "aten.constant_pad_nd.default": _pad,
     "aten.slice.Tensor": _slice,
+    "aten.squeeze.default": _squeeze,
+    "aten.squeeze.dim": _squeeze,
+    "aten.squeeze.dims": _squeeze,
     "aten.softmax.int": _softmax,
     "aten._softmax.default": _softmax,
     "aten.dropout.default": _dropout,

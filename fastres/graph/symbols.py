@@ -14,10 +14,10 @@ Size = int | torch.SymInt
 
 def is_fixed(size: Size) -> bool:
     """Whether a size is one number, be it one that the exporter found out for a free symbol."""
-    return isinstance(size, int) or bool(_expr(size).is_Integer)
+    return isinstance(size, int) or bool(expression(size).is_Integer)
 
 
-def _expr(size: Size) -> Any:
+def expression(size: Size) -> Any:
     """The sympy expression of a size; torch's stubs call a SymInt an int."""
     node: Any = getattr(size, "node", None)
     return node.expr
@@ -39,12 +39,12 @@ class Symbols:
         """Names the sizes that an input brings; inputs of equal symbols share the letter."""
         letters = ("N", "C", "H", "W") if value.dim() == 4 else ("N",)
         for i, size in enumerate(value.shape):
-            if is_fixed(size) or str(_expr(size)) in self._letters:
+            if is_fixed(size) or str(expression(size)) in self._letters:
                 continue
             letter = letters[i] if i < len(letters) else f"D{i}"
             if letter in self._hints:
                 letter = f"{letter}_{input_name}"
-            self._letters[str(_expr(size))] = letter
+            self._letters[str(expression(size))] = letter
             self._hints[letter] = _example(size)
 
     def shape(self, value: torch.Tensor) -> tuple[Dim | None, ...]:
@@ -52,7 +52,7 @@ class Symbols:
 
     def dim(self, size: Size) -> Dim | None:
         """A size as the IR writes it; None if it has no such form."""
-        return size if isinstance(size, int) else self._from_expr(_expr(size))
+        return size if isinstance(size, int) else self._from_expr(expression(size))
 
     def agree(self, shape: Shape, sizes: Sequence[Size]) -> bool:
         """Whether a shape is the exporter's: for every size, or for the example's where its

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.backends.cpu import CpuBackend, CpuExecutable
+from fastres.errors import GraphError
 from fastres.options import Options
 from fastres.tolerances import errors
 
@@ -146,3 +147,20 @@ def test_infinite_inputs_mean_what_they_mean_in_pytorch() -> None:
         want = model(x)
         assert torch.equal(torch.isinf(engine(x)), torch.isinf(want))
         assert torch.allclose(engine(x), want, equal_nan=True, atol=1e-5)
+
+
+def test_a_shape_that_openvino_sees_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastres.backends import cpu
+
+    honest = cpu.infer_shapes
+    monkeypatch.setattr(
+        cpu,
+        "infer_shapes",
+        lambda graph, shapes: {
+            name: (*size[:-1], size[-1] + 1) for name, size in honest(graph, shapes).items()
+        },
+    )
+    with pytest.raises(
+        GraphError, match=r"OpenVINO gives conv2d the shape \[1, 4, 6, 6\], PyTorch"
+    ):
+        fastres.compile(nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 8, 8), backend="cpu")

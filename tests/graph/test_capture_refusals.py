@@ -152,14 +152,25 @@ REFUSED: dict[str, tuple[Case, str]] = {
         forwards(lambda m, x: x * x.size(2) ** -0.5, RANGED),
         "aten.mul.Tensor is called with .*cannot be written down",
     ),
-    "a batch written out": (forwards(lambda m, x: x.view(2, -1)), "only takes batches of 2"),
+    "a batch written out": (
+        forwards(lambda m, x: x.view(2, -1)),
+        r"has a size of 96\*s.* write x.size\(0\) where the batch is meant",
+    ),
+    "a batch checked": (
+        forwards(lambda m, x: x + torch.ones(2, 1, 1, 1)),
+        "only takes batches of 2",
+    ),
     "a height written out": (
         forwards(lambda m, x: x.reshape(-1, 3, 8, 8) * 2, RANGED),
-        "fixes dimension 2 of inputs_0 at 8, but the Input ranges over it",
+        r"followed where Eq\(Mod\(3\*inputs_0.shape\[0\].*, 192\), 0\)",
     ),
     "a Linear on pixels": (
         forwards(lambda m, x: F.linear(x.flatten(1), torch.ones(2, 192)), RANGED),
-        "flattening needs fixed sizes: pass a fixed Input",
+        r"followed where Eq\(3\*inputs_0.*, 192\).* give an Input that fixes H and W",
+    ),
+    "a height added": (
+        forwards(lambda m, x: x + torch.ones(8, 1), RANGED),
+        "fixes dimension 2 of inputs_0 at 8, but the Input ranges over it",
     ),
     "ceil_mode with padding": (
         forwards(lambda m, x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True), RANGED),
