@@ -131,8 +131,9 @@ class CpuExecutable:
         for name, port in zip(self._graph.outputs, compiled.outputs, strict=True):
             if tuple(port.shape) != sizes[name]:  # it read an operation otherwise than PyTorch
                 raise GraphError(
-                    f"OpenVINO gives {name} the shape {list(port.shape)}, PyTorch {list(sizes[name])}: "
-                    "its numbers would be wrong. Use backend='reference', and report the model"
+                    f"OpenVINO gives {name} the shape {list(port.shape)}, PyTorch "
+                    f"{list(sizes[name])}: its numbers would be wrong. Use backend='reference', "
+                    "and report the model"
                 )
         return _Plan(compiled, [sizes[name] for name in self._graph.outputs])
 
