@@ -18,10 +18,10 @@ from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, Version, build_graph
 from fastres.graph.capture import capture
 from fastres.graph.export import inputs_of_program
-from fastres.graph.guards import BATCHES
 from fastres.graph.ir import BatchNorm, Graph, Sym, spec_of
 from fastres.graph.passes.pipeline import optimise
 from fastres.options import (
+    ANY_BATCH,
     PRECISION_OF,
     Hint,
     Input,
@@ -167,7 +167,7 @@ def _source(model: Model, inputs: Inputs | None) -> _Source:
     ignored = tuple(k for k in weights if k not in graph.constants)
     if program is not None:
         largest = min(i.largest[0] for i in given)
-        return _Source(graph, given, weights, ignored, None if largest == BATCHES else largest)
+        return _Source(graph, given, weights, ignored, None if largest == ANY_BATCH else largest)
     named = zip(given, graph.inputs, strict=True)
     typed = tuple(replace(i, dtype=v.spec.torch_dtype, name=v.name) for i, v in named)
     return _Source(graph, typed, weights, ignored)

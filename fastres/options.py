@@ -31,6 +31,7 @@ DTYPE_OF: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 Sizes = tuple[int, ...]
+ANY_BATCH = 1 << 16  # an engine takes any batch; what must hold for all is tried up to this one
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
 
 from fastres.errors import CaptureError
-from fastres.graph.guards import BATCHES, check_guards, noting_every_branch
 from fastres.graph.ir import DTYPE_NAMES
 from fastres.graph.symbols import expression, is_fixed
-from fastres.options import Input, usual_sizes
+from fastres.options import ANY_BATCH, Input, usual_sizes
 from fastres.weights import is_finite
 
 
@@ -26,6 +25,8 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
         CaptureError: training mode, no export, a size that the model fixes but should be free, or
             a branch that not every size takes.
     """
+    from fastres.graph.guards import check_guards, noting_every_branch  # 0.3 s: sympy
+
     training = next((name for name, m in model.named_modules() if m.training), None)
     if training is not None:
         raise CaptureError(
@@ -114,7 +115,7 @@ def _range_of(program: ExportedProgram, size: Any) -> range:
     if is_fixed(size):
         return range(int(size), int(size) + 1)
     bounds = program.range_constraints[expression(size)]
-    return range(max(1, int(bounds.lower)), int(min(bounds.upper, BATCHES)) + 1)
+    return range(max(1, int(bounds.lower)), int(min(bounds.upper, ANY_BATCH)) + 1)
 
 
 def check_finite(program: ExportedProgram) -> None:

@@ -19,9 +19,8 @@ from torch.export import ExportedProgram
 
 from fastres.errors import CaptureError
 from fastres.graph.symbols import expression, is_fixed
-from fastres.options import Input
+from fastres.options import ANY_BATCH, Input
 
-BATCHES = 1 << 16  # an engine takes any batch; guards are tried with batches up to this one
 _TRIES = 1024  # sizes tried for one guard: every size of a usual range, or as many spread over it
 
 
@@ -44,7 +43,7 @@ def check_guards(program: ExportedProgram, inputs: Sequence[Input]) -> None:
         for i, size in enumerate(nodes[str(name)].meta["val"].shape):
             if is_fixed(size):
                 continue
-            sizes = range(spec.smallest[i], spec.largest[i] + 1) if i else range(1, BATCHES + 1)
+            sizes = range(spec.smallest[i], spec.largest[i] + 1) if i else range(1, ANY_BATCH + 1)
             free[expression(size)] = (f"{name}.shape[{i}]", sizes)
             guards.update((guard.expr, guard) for guard in size.node.shape_env.guards)
     for guard in guards.values():
