@@ -289,7 +289,7 @@ def assemble(
     preprocess: Preprocess | None = None,
 ) -> Engine:
     """Chooses a backend for an optimised graph, lowers it, and makes the engine."""
-    precision = options.precision or _precision_of(graph)
+    precision = options.precision or PRECISION_OF[graph.floating_dtype]
     choice = choose(graph, options, precision)
     options = replace(options, precision=precision, device=choice.backend.device(options))
     usual = tuple(i.usual for i in inputs)
@@ -343,10 +343,3 @@ def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowe
     origin = Origin(engine.source, engine.ignored_weights)
     options = replace(engine.options, backend=(engine.backend.name,))
     return assemble(graph, origin, options, engine.inputs)._lowered
-
-
-def _precision_of(graph: Graph) -> Precision:
-    dtype = graph.inputs[0].spec.torch_dtype
-    if dtype not in PRECISION_OF:
-        raise InputError(f"the model's input is {dtype}; say which precision to run in")
-    return PRECISION_OF[dtype]

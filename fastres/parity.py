@@ -127,20 +127,25 @@ class _Check:
         oracle = _tensors(want)
         baseline = _tensors(self.reference.run(batch, self.policy.dtype))
         if not self.images:
-            self._leaves = {name: _Leaf(self.policy) for name in oracle}
+            own = self.reference.dtype
+            as_is = self.reference.run(batch, own) if own != self.policy.dtype else None
+            self._leaves = {
+                name: _Leaf(self.policy, tensor.dtype)
+                for name, tensor in (baseline if as_is is None else _tensors(as_is)).items()
+            }
         self.images += len(batch[0])
         shapes = pytree.tree_structure(got), pytree.tree_structure(want)
         found = _tensors(got) if shapes[0] == shapes[1] else {}
         for name, leaf in self._leaves.items():
             if name in found:
-                reason = self._dtype_reason(batch, found[name], oracle[name])
+                reason = self._dtype_reason(found[name], leaf.dtype)
                 leaf.add(batch, found[name], baseline[name], oracle[name], reason)
             else:
                 leaf.candidate.reason = f"returns {shapes[0]}, the reference {shapes[1]}"
 
     def rows(self) -> tuple[Comparison, ...]:
         return tuple(
-            self.policy.judge(name, "output", leaf.candidate, leaf.baseline)
+            leaf.policy.judge(name, "output", leaf.candidate, leaf.baseline)
             for name, leaf in self._leaves.items()
         )
 
@@ -148,19 +153,26 @@ class _Check:
         """The batch on which this output was furthest from the oracle."""
         return list(self._leaves.values())[index].worst
 
-    def _dtype_reason(self, batch: Batch, got: torch.Tensor, want: torch.Tensor) -> str:
-        """A model returns its own dtype for inputs of its dtype, and so must an engine of it."""
-        own = self.reference.dtype
-        if not isinstance(self._candidate, Engine) or batch[0].dtype != own:
+    def _dtype_reason(self, got: torch.Tensor, expected: torch.dtype) -> str:
+        """An engine returns the model's dtypes, whatever precision it computes in."""
+        if not isinstance(self._candidate, Engine) or got.dtype == expected:
             return ""
-        expected = own if want.dtype == torch.float64 else want.dtype
-        return "" if got.dtype == expected else f"dtype {got.dtype}, expected {expected}"
+        return f"dtype {got.dtype}, expected {expected}"
 
 
 class _Leaf:
-    """One output: the distances of candidate and baseline from the oracle, and the worst batch."""
+    """One output: the distances of candidate and baseline from the oracle, and the worst batch.
 
-    def __init__(self, policy: Policy) -> None:
+    Args:
+        policy: of the candidate's precision. An output that the model returns in a coarser dtype is
+            rounded to that once, and allowed to be.
+        dtype: in which the model returns it.
+    """
+
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        coarser = dtype in FLOOR and torch.finfo(dtype).eps > torch.finfo(policy.dtype).eps
+        self.policy = replace(policy, dtype=dtype) if coarser else policy
+        self.dtype = dtype
         self.candidate, self.baseline = policy.distance(), Distance()
         self.worst: Batch = ()
 
@@ -173,7 +185,7 @@ class _Leaf:
         reason: str,
     ) -> None:
         before = self.candidate.reason, self.candidate.max_abs
-        self.baseline.add(base, want)
+        self.baseline.add(base.to(self.policy.dtype) if base.is_floating_point() else base, want)
         self.candidate.add(got, want)
         self.candidate.reason = self.candidate.reason or reason
         if not self.worst or before != (self.candidate.reason, self.candidate.max_abs):

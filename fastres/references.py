@@ -7,12 +7,13 @@ error sets the bound.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres import oracle
 from fastres.backends.reference import ReferenceExecutable
@@ -79,7 +80,7 @@ class ModelReference:
         if dtype not in self._copies:
             self._copies[dtype] = copy.deepcopy(self._model).to(dtype).eval()
         cast = [x.to(self._device, dtype if x.is_floating_point() else None) for x in inputs]
-        with full_precision():
+        with full_precision(), nullcontext() if dtype == self.dtype else _Instead(dtype):
             return self._copies[dtype](*cast)
 
     def walk(self, inputs: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -103,7 +104,7 @@ class GraphReference:
 
     def __init__(self, graph: Graph) -> None:
         self.name = f"graph of {len(graph.nodes)} nodes"
-        self.dtype = graph.inputs[0].spec.torch_dtype
+        self.dtype = graph.floating_dtype
         self._graph = graph
         self._tree = pytree.treespec_loads(graph.output_tree)
         self._executables: dict[torch.dtype, ReferenceExecutable] = {}
@@ -126,6 +127,24 @@ class GraphReference:
             self._executables[dtype] = ReferenceExecutable(self._graph, dtype)
         with full_precision():
             return self._executables[dtype].values([x.cpu() for x in inputs])
+
+
+class _Instead(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, every floating dtype that a model names itself, as in x.float(), is another one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = dtype
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        def chosen(arg: Any) -> Any:
+            is_floating = isinstance(arg, torch.dtype) and arg.is_floating_point
+            return self._dtype if is_floating else arg
+
+        args, kwargs = pytree.tree_map(chosen, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class ReferenceExecutable:
         }
         for node in self._graph.nodes:
             start = time.perf_counter()
-            values[node.name] = evaluate(node, values, constants)
+            values[node.name] = evaluate(node, values, constants, self._dtype)
             if times is not None:
                 spent = 1e3 * (time.perf_counter() - start)
                 times.append(NodeTime(node.name, spent, "pytorch"))
@@ -137,11 +137,16 @@ def _last_uses(graph: Graph) -> dict[str, list[str]]:
 
 
 def evaluate(
-    node: Node, values: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor]
+    node: Node,
+    values: Mapping[str, torch.Tensor],
+    constants: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """One node's value from the values it reads."""
+    """One node's value from the values it reads; `dtype` replaces what an ATen call names."""
     inputs = [values[n] if n in values else constants[n] for n in node.inputs]
     params = {slot: constants[name] for slot, name in node.params.items()}
+    if isinstance(node.op, Aten):
+        return aten.call(node.op, inputs, dtype)
     return _EVALUATE[type(node.op)](node.op, inputs, params)
 
 
@@ -204,5 +209,4 @@ _EVALUATE: dict[type, Callable[..., torch.Tensor]] = {
     Pad: lambda op, x, _: meaning.pad(x[0], op.before, op.after, op.value),
     Slice: lambda op, x, _: meaning.slice_(x[0], op.starts, op.stops, op.steps),
     Softmax: lambda op, x, _: meaning.softmax(x[0], op.dim),
-    Aten: lambda op, x, _: aten.call(op, x),
 }

@@ -53,13 +53,22 @@ def resolve(overload: str) -> torch._ops.OpOverload[..., Any]:
     return operator
 
 
-def call(op: Aten, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+def call(
+    op: Aten, inputs: Sequence[torch.Tensor], dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Runs the operator on tensors of any device (meta tensors to learn the result's shape).
 
-    A device that the call names gives way to that of its inputs.
+    A device that the call names gives way to that of its inputs; a floating dtype that it names
+    gives way to `dtype`, in which the whole graph is being run.
     """
-    args = [_decode(a, inputs) for a in msgspec.json.decode(op.args)]
-    kwargs = {k: _decode(a, inputs) for k, a in msgspec.json.decode(op.kwargs).items()}
+
+    def written(arg: Any) -> Any:
+        value = _decode(arg, inputs)
+        floating = isinstance(value, torch.dtype) and value.is_floating_point
+        return dtype if floating and dtype is not None else value
+
+    args = [written(a) for a in msgspec.json.decode(op.args)]
+    kwargs = {k: written(a) for k, a in msgspec.json.decode(op.kwargs).items()}
     result = resolve(op.overload)(*args, **kwargs)
     if not isinstance(result, torch.Tensor):
         raise GraphError(f"{op.overload} returns {type(result).__name__}, not one tensor")

@@ -295,6 +295,13 @@ class Graph:
                 return value.spec
         raise KeyError(name)
 
+    @property
+    def floating_dtype(self) -> torch.dtype:
+        """What the network computes in: the dtype of its weights, or of an input if it has none."""
+        tensors = (t.dtype for t in self.constants.values())
+        dtypes = (*tensors, *(value.spec.torch_dtype for value in self.inputs))
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
     def users(self) -> dict[str, list[Node]]:
         """Which nodes read each value; a graph output is not a user (see `outputs`)."""
         users: dict[str, list[Node]] = {}
