@@ -17,7 +17,8 @@ class ShapeCache(Generic[T]):
     """Keeps the `limit` entries used last; the others are dropped and made again on demand.
 
     Args:
-        make: makes an entry for input shapes; never called twice at a time.
+        make: makes an entry for input shapes; never called twice at a time. Meanwhile `get` goes on
+            serving what is there.
         limit: how many entries to keep.
     """
 
@@ -25,18 +26,30 @@ class ShapeCache(Generic[T]):
         self._make = make
         self._limit = limit
         self._entries: OrderedDict[Shapes, T] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the table, held for moments
+        self._making = threading.Lock()
 
     def get(self, shapes: Shapes) -> T:
+        entry = self._find(shapes)
+        if entry is None:
+            with self._making:
+                entry = self._find(shapes)  # another thread may have made it meanwhile
+                if entry is None:
+                    entry = self._make(shapes)
+                    self._keep(shapes, entry)
+        return entry
+
+    def _find(self, shapes: Shapes) -> T | None:
         with self._lock:
-            entry = self._entries.get(shapes)
-            if entry is None:
-                entry = self._entries[shapes] = self._make(shapes)
-                if len(self._entries) > self._limit:
-                    self._entries.popitem(last=False)
-            else:
+            if shapes in self._entries:
                 self._entries.move_to_end(shapes)
-            return entry
+            return self._entries.get(shapes)
+
+    def _keep(self, shapes: Shapes, entry: T) -> None:
+        with self._lock:
+            self._entries[shapes] = entry
+            if len(self._entries) > self._limit:
+                self._entries.popitem(last=False)
 
     def latest(self) -> T:
         """The entry used last."""

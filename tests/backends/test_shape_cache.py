@@ -40,3 +40,22 @@ def test_an_entry_is_made_once_however_many_ask() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(cache.get, [shapes(1 + i % 2) for i in range(32)]))
     assert made == 2
+
+
+def test_what_is_there_is_served_while_another_is_made() -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def make(given: Shapes) -> Shapes:
+        if given == shapes(2):
+            started.set()
+            assert go_on.wait(10)
+        return given
+
+    cache = ShapeCache(make, 4)
+    cache.get(shapes(1))
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(cache.get, shapes(2))
+        assert started.wait(10)
+        assert cache.get(shapes(1)) == shapes(1) and len(cache) == 1
+        go_on.set()
+        assert slow.result() == shapes(2)
