@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -27,7 +26,16 @@ import torch
 import fastres
 from fastres.backends.select import BACKENDS
 from fastres.calib.images import Preprocess
-from fastres.container import MANIFEST, SEAL, Container, defect, open_container, read_manifest, seal
+from fastres.container import (
+    MANIFEST,
+    SEAL,
+    Container,
+    defect,
+    open_container,
+    place,
+    read_manifest,
+    seal,
+)
 from fastres.container import write as write_container
 from fastres.errors import GraphError, InputError
 from fastres.graph import serial
@@ -42,6 +50,7 @@ from fastres.options import (
     PathLike,
     Precision,
     Sizes,
+    as_device,
 )
 from fastres.tolerances import FLOOR
 
@@ -151,20 +160,18 @@ def load(
 
     Raises:
         ArtifactError: the artifact is damaged, incomplete, or newer than this version.
+        InputError: `device` is none.
         BackendUnavailable, UnsupportedError: its backend or precision cannot run on this machine.
     """
     from fastres.compiler import assemble
     from fastres.engine import Origin
 
+    wanted = as_device(device)
     contents = read(path)
-    try:
-        place = None if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is not one: {error}") from error
     return assemble(
         contents.graph,
         Origin(contents.source, contents.ignored_weights),
-        replace(contents.options, device=place),
+        replace(contents.options, device=wanted),
         contents.inputs,
         contents.preprocess,
     )
@@ -176,7 +183,7 @@ def write(contents: Contents, path: PathLike) -> None:
     Raises:
         ArtifactError: as `save`.
     """
-    where = Path(path)
+    where = place(path)
     try:
         graph, tensors = serial.encode(contents.graph, contents.source)
         # what could not be loaded again is not saved
@@ -195,7 +202,7 @@ def read(path: PathLike) -> Contents:
     Raises:
         ArtifactError: as `load`.
     """
-    container = open_container(Path(path))
+    container = open_container(place(path))
     manifest = _read_manifest(container)
     files = {name: _checked(container, name, entry) for name, entry in manifest.files.items()}
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from fastres.bench_report import BenchReport, Measurement, Ratio, machine
 from fastres.engine import Engine
 from fastres.errors import InputError
+from fastres.options import integer, is_number
 
 TURNS = 20  # into which the time of one target is cut
 MIN_ROUNDS = 8  # however slow the targets are: fewer pairs say nothing
@@ -66,8 +67,8 @@ def benchmark(
         seed: of the order within rounds and of the bootstrap.
 
     Raises:
-        InputError: no target, two of one name, an unknown baseline, an empty batch, or a number
-            out of range.
+        InputError: no target, two of one name, one that cannot be called, an unknown baseline, an
+            empty batch, or a number out of range.
     """
     named, batches = _as_targets(targets), _as_batches(examples)
     reference = named[0].name if baseline is None else baseline
@@ -75,10 +76,14 @@ def benchmark(
         raise InputError(
             f"baseline is {baseline!r}; the targets are {', '.join(t.name for t in named)}"
         )
-    if not duration_s > 0:
-        raise InputError(f"duration_s is {duration_s!r}; it must be above 0")
-    if not percentiles or not all(0 < p <= 100 for p in percentiles):
+    if not (is_number(duration_s) and duration_s > 0):
+        raise InputError(f"duration_s is {duration_s!r}; it must be a number above 0")
+    wanted = list(percentiles) if isinstance(percentiles, Iterable) else []
+    if not wanted or not all(is_number(p) and 0 < p <= 100 for p in wanted):
         raise InputError(f"percentiles are {percentiles!r}; give some above 0 and up to 100")
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress is {progress!r}; give something to call, or None")
+    seed = integer("seed", seed, least=0, most=2**63 - 1)
 
     shuffler = random.Random(seed)
     measurements: list[Measurement] = []
@@ -90,7 +95,7 @@ def benchmark(
 
         with torch.no_grad():
             timed = _interleave(named, batch, duration_s, shuffler, report)
-        measurements += [_summary(t, size, timed[t.name], percentiles) for t in named]
+        measurements += [_summary(t, size, timed[t.name], wanted) for t in named]
     return BenchReport(machine(), reference, seed, tuple(measurements)).against(reference)
 
 
@@ -98,7 +103,13 @@ def _as_targets(targets: Mapping[str, Call] | Sequence[Target]) -> list[Target]:
     if isinstance(targets, Mapping):
         named = [Target(name, call) for name, call in targets.items()]
     else:
-        named = list(targets)
+        named = list(targets) if isinstance(targets, Iterable) else [targets]
+    for t in named:
+        if not (isinstance(t, Target) and isinstance(t.name, str) and callable(t.call)):
+            raise InputError(
+                f"{t!r} is no target; give callables by name, {{'ours': engine}}, or a list of "
+                "fastres.benchmarking.Target"
+            )
     twice = [name for name, count in Counter(t.name for t in named).items() if count > 1]
     if not named or twice:
         raise InputError(f"two targets are called {twice[0]!r}" if twice else "no target to time")
@@ -116,12 +127,15 @@ def _precision_run(engine: Engine) -> str:
 
 def _as_batches(examples: Mapping[int, Tensor] | Sequence[Tensor]) -> dict[int, Tensor]:
     given: object = examples  # a tensor iterates, too
-    if isinstance(given, Tensor):
-        raise InputError("examples is a tensor; give a sequence of batches, [x], or {size: x}")
-    if isinstance(examples, Mapping):
-        pairs = list(examples.items())
-    else:
-        pairs = [(len(batch), batch) for batch in examples]
+    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        kind = type(given).__name__
+        raise InputError(f"examples is {kind}; give a sequence of batches, [x], or {{size: x}}")
+    batches = list(examples.values() if isinstance(examples, Mapping) else examples)
+    for batch in batches:
+        if not (isinstance(batch, Tensor) and batch.dim()):
+            raise InputError(f"examples holds {batch!r}; a batch is a tensor [N, ...]")
+    sizes = list(examples) if isinstance(examples, Mapping) else [len(batch) for batch in batches]
+    pairs = list(zip(sizes, batches, strict=True))
     for size, batch in pairs:
         if size != len(batch) or size < 1:
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from fastres.backends.segments import lower
 from fastres.backends.select import check_names, choose
 from fastres.calib.images import Preprocess
 from fastres.engine import Engine, Lowered, Origin
-from fastres.errors import CaptureError, FastresError, InputError
+from fastres.errors import BuildError, CaptureError, FastresError, InputError
 from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, Version, build_graph
 from fastres.graph.capture import capture
@@ -30,9 +30,10 @@ from fastres.options import (
     Oversize,
     PathLike,
     Precision,
+    as_device,
     usual_sizes,
 )
-from fastres.weights import is_finite, read_weights
+from fastres.weights import is_finite, oddity, read_weights
 
 Model = torch.nn.Module | ExportedProgram | Graph
 Inputs = torch.Tensor | Input | Sequence[torch.Tensor | Input]
@@ -83,16 +84,20 @@ def compile(
         ParityError: `verify` found a difference beyond the tolerance policy.
     """
     options = Options(
-        backend=(backend,) if isinstance(backend, str) else tuple(backend),
+        backend=(backend,) if isinstance(backend, str) else backend,
         precision=precision,
         hint=hint,
-        device=None if device is None else _device(device),
+        device=as_device(device),
         max_batch_size=max_batch_size,
         oversize=oversize,
         on_unsupported=on_unsupported,
         threads=threads,
     )
     check_names(options.backend)
+    if not isinstance(preprocess, Preprocess | None):
+        raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
+    if not isinstance(verify, bool):
+        raise InputError(f"verify is {verify!r}; give True or False")
     source = _source(model, inputs)
     if source.largest_batch is not None:
         limit = min(source.largest_batch, options.max_batch_size or source.largest_batch)
@@ -130,10 +135,19 @@ def build(
     Raises:
         BuildError: the weights do not describe a residual network, or something must be said.
     """
+    if not isinstance(spec, ResNetSpec | None):
+        raise BuildError(f"spec is {type(spec).__name__}; give a fastres.ResNetSpec, or None")
+    if not isinstance(inputs, Input | None):
+        raise BuildError(f"inputs is {type(inputs).__name__}; give a fastres.Input, or None")
     spec = spec or ResNetSpec()
     if version is not None:
         spec = replace(spec, version=version)
     table = read_weights(weights) if isinstance(weights, str | os.PathLike) else weights
+    if not isinstance(table, Mapping):
+        raise BuildError(
+            f"weights is {type(table).__name__}; give a state_dict, or the path of a .safetensors, "
+            ".pt or .pth file"
+        )
     return build_graph(table, spec, inputs)
 
 
@@ -197,19 +211,21 @@ def _examples(source: _Source) -> list[tuple[torch.Tensor, ...]]:
 def _as_inputs(inputs: Inputs | None) -> tuple[Input, ...]:
     if inputs is None:
         return (Input((1, 3, 224, 224)),)
-    several = [inputs] if isinstance(inputs, torch.Tensor | Input) else list(inputs)
-    found = []
-    for item in several:
-        if isinstance(item, torch.Tensor):
-            if item.dim() == 0:
-                raise InputError("the example is a scalar; give one of rank 2 or more, batch first")
-            item = Input((max(1, item.shape[0]), *item.shape[1:]), dtype=item.dtype)
-        if not isinstance(item, Input):
-            raise InputError(
-                f"inputs holds {type(item).__name__}; give tensors as examples, or fastres.Input"
-            )
-        found.append(item)
-    return tuple(found)
+    several: Iterable[object] = [inputs]
+    if isinstance(inputs, Iterable) and not isinstance(inputs, torch.Tensor):
+        several = inputs
+    return tuple(_as_input(item) for item in several)
+
+
+def _as_input(item: object) -> Input:
+    if isinstance(item, Input):
+        return item
+    if odd := oddity(item):
+        raise InputError(f"inputs holds {odd}; give dense tensors as examples, or fastres.Input")
+    assert isinstance(item, torch.Tensor)
+    if item.dim() == 0:
+        raise InputError("the example is a scalar; give one of rank 2 or more, batch first")
+    return Input((max(1, item.shape[0]), *item.shape[1:]), dtype=item.dtype)
 
 
 def _inputs_of(graph: Graph) -> tuple[Input, ...]:
@@ -222,13 +238,6 @@ def _inputs_of(graph: Graph) -> tuple[Input, ...]:
         sizes = (low, usual_sizes(low, high), high)
         found.append(Input(sizes, dtype=value.spec.torch_dtype, name=value.name))
     return tuple(found)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is not one: {error}") from error
 
 
 def _optimised(source: Graph, error: type[FastresError]) -> Graph:
@@ -324,17 +333,18 @@ def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowe
                 continue
             raise InputError(f"the weight {name} is missing; nothing was changed")
         new = state_dict[name]
-        if not isinstance(new, torch.Tensor) or spec_of(new.detach()) != spec_of(old):
-            found = spec_of(new) if isinstance(new, torch.Tensor) else type(new).__name__
+        odd = oddity(new) or ("a tensor on the meta device" if new.is_meta else "")
+        if odd or spec_of(new.detach()) != spec_of(old):
+            found = odd or spec_of(new)
             raise InputError(f"{name} is {found}, expected {spec_of(old)}; nothing was changed")
         if new.is_floating_point() and not is_finite(new):
             raise InputError(f"{name} holds NaN or infinite values; nothing was changed")
         constants[name] = new.detach().cpu()
-    unknown = {
-        name
+    unknown = [
+        str(name)
         for name in set(state_dict) - set(constants) - set(engine.ignored_weights)
-        if not name.endswith("num_batches_tracked")  # BatchNorm's counter of training steps
-    }
+        if not str(name).endswith("num_batches_tracked")  # BatchNorm's counter of training steps
+    ]
     if unknown:
         some = ", ".join(sorted(unknown)[:5])
         raise InputError(f"{len(unknown)} weights are not the model's: {some}; nothing was changed")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastres.errors import ArtifactError
+from fastres.options import PathLike
 
 MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"
@@ -43,6 +44,23 @@ class Container(Protocol):
 
 def defect(path: Path, what: str) -> ArtifactError:
     return ArtifactError(f"{path}: {what}")
+
+
+def place(path: PathLike) -> Path:
+    """Where a saved engine lies or shall lie, as a path that can be asked about.
+
+    Raises:
+        ArtifactError: it is no path, or one that the file system cannot have.
+    """
+    try:
+        where = Path(path)
+        where.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # for the reader or writer to tell
+    except (TypeError, ValueError, OSError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{path!r} cannot be a saved engine's path: {what}") from error
+    return where
 
 
 def open_container(path: Path) -> Container:
@@ -233,14 +251,15 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def _sibling(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # the name does not depend on the path's, which may be as long as names can be
+    return path.with_name(f".{secrets.token_hex(8)}.fastres.tmp")
 
 
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():  # unlink fails on a read-only disk even where there is nothing
+        path.unlink()
 
 
 def _sync_folder(path: Path) -> None:

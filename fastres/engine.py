@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,7 +20,8 @@ from fastres.engine_info import EngineInfo, describe
 from fastres.errors import FastresError, InputError
 from fastres.graph.ir import Graph, Sym, Value
 from fastres.graph.shapes import infer_shapes
-from fastres.options import Input, Options, PathLike
+from fastres.options import Input, Options, PathLike, integer
+from fastres.weights import oddity
 
 if TYPE_CHECKING:
     from fastres.profiling import Profile
@@ -122,6 +123,7 @@ class Engine:
         """
         lowered = self._open()
         size = self._check(inputs)
+        inputs = tuple(x.resolve_neg() for x in inputs)  # a minus sign may be pending on a view
         if size == 0:
             outputs = self._empty(lowered.graph, inputs)
         else:
@@ -149,10 +151,12 @@ class Engine:
         With `hint="throughput"` the batches in flight run on streams of their own.
 
         Raises:
-            InputError: depth is below 1, or a batch does not fit (raised when its turn comes).
+            InputError: batches is no iterable, depth is no integer of at least 1, or a batch does
+                not fit (raised when its turn comes).
         """
-        if not isinstance(depth, int) or depth < 1:
-            raise InputError(f"depth is {depth!r}; it must be an integer of at least 1")
+        depth = integer("depth", depth)
+        if not isinstance(batches, Iterable):
+            raise InputError(f"batches is {type(batches).__name__}; give an iterable of batches")
         self._open()
         return self._map(iter(batches), depth)
 
@@ -184,8 +188,10 @@ class Engine:
             raise InputError(
                 "this engine has no preprocess: compile with preprocess=Preprocess(...)"
             )
-        if batch_size < 1 or top_k < 1:
-            raise InputError(f"batch_size={batch_size}, top_k={top_k}: both must be at least 1")
+        batch_size, top_k = integer("batch_size", batch_size), integer("top_k", top_k)
+        if isinstance(images, str) or not isinstance(images, Sequence):
+            kind = type(images).__name__
+            raise InputError(f"images is {kind}; give a list of images, [image] for one")
         found: list[Prediction] = []
         try:
             loaded = (x.to(self.device) for x in batches(images, self.preprocess, batch_size))
@@ -223,6 +229,7 @@ class Engine:
         lowered = self._open()
         if self._check(inputs) == 0:
             raise InputError("the batch is empty: there is nothing to profile")
+        inputs = tuple(x.resolve_neg() for x in inputs)
         shapes = infer_shapes(lowered.graph, [tuple(x.shape) for x in inputs])
         executable = lowered.executable
         return make_profile(
@@ -267,6 +274,12 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise FastresError(
+            "an engine cannot be pickled or copied: write it with engine.save(path), and read it "
+            "with fastres.load(path) as often as needed"
+        )
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{value.name}: {value.spec}" for value in self.graph.inputs)
@@ -322,11 +335,10 @@ class Engine:
                 f"{value.name}: expected dtype {spec.torch_dtype}, got {given.dtype}; "
                 f"convert it with x.to({spec.torch_dtype})"
             )
-        if given.device != self.device or given.layout != torch.strided:
-            where = f"{given.device}" + (
-                "" if given.layout == torch.strided else f" {given.layout}"
+        if (odd := oddity(given)) or given.device != self.device:
+            raise InputError(
+                f"{value.name}: expected a dense tensor on {self.device}, got {odd or given.device}"
             )
-            raise InputError(f"{value.name}: expected a dense tensor on {self.device}, got {where}")
         fits = given.dim() == len(spec.shape)
         for i, dim in enumerate(spec.shape if fits else ()):
             size = given.shape[i]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,6 +35,8 @@ DTYPE_OF: dict[Precision, torch.dtype] = {
 }
 Sizes = tuple[int, ...]
 ANY_BATCH = 1 << 16  # an engine takes any batch; what must hold for all is tried up to this one
+LARGEST = 2**30  # values of a usual input (4 GiB in fp32), and the largest size or count
+_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,14 @@ class Input:
     (32, 3, 320, 320)))`.
 
     Args:
-        shape: (N, C, H, W), or three of them.
+        shape: (N, C, H, W), or three of them; the usual one holds at most 2**30 values.
         dtype: of the input; None takes the model's.
         format: "NCHW" is the only one so far.
         name: None takes the name of the model's argument.
 
     Raises:
-        InputError: a size below 1, ranks or orders that do not fit, or a range over channels.
+        InputError: a size below 1 or out of reach, ranks or orders that do not fit, or a range
+            over channels.
     """
 
     shape: Sizes | tuple[Sizes, Sizes, Sizes]
@@ -79,6 +85,11 @@ class Input:
                 )
             if sizes[0] != sizes[2] and i not in (0, 2, 3):
                 raise InputError(f"dimension {i} is ranged; only N, H and W may vary")
+        if max(largest) > LARGEST or math.prod(usual) > LARGEST:
+            raise InputError(
+                f"the shape {three[1:] if usual != largest else usual} is too large to run: an "
+                f"input may hold {LARGEST} values, and no size may be above that"
+            )
         # plain tuples, so that an Input can be compared and hashed whatever it was made from
         object.__setattr__(self, "shape", usual if smallest == largest else three)
         object.__setattr__(self, "smallest", smallest)
@@ -95,7 +106,9 @@ class Input:
 def _three(shape: object) -> tuple[Sizes, Sizes, Sizes]:
     """One shape, or three, as three."""
     if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise InputError(f"shape {shape!r} is neither one shape nor three of them")
+        raise InputError(
+            f"shape {reprlib.repr(shape)} is neither one shape nor three of them; give (N, C, H, W)"
+        )
     if not any(isinstance(item, Sequence) for item in shape):
         return (_sizes(shape),) * 3
     if len(shape) != 3 or not all(isinstance(item, Sequence) for item in shape):
@@ -123,7 +136,7 @@ def usual_sizes(smallest: Sizes, largest: Sizes) -> Sizes:
 class Options:
     """Settings of `fastres.compile`; see there. None stands for "the backend's default"."""
 
-    backend: tuple[str, ...] = ("auto",)
+    backend: Sequence[str] = ("auto",)
     precision: Precision | None = None
     hint: Hint = "latency"
     device: torch.device | None = None
@@ -142,14 +155,14 @@ class Options:
             value = getattr(self, name)
             if value is None and name != "cache_size":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                or_none = "" if name == "cache_size" else ", or None"
-                raise InputError(
-                    f"{name} is {value!r}; it must be an integer of at least 1{or_none}"
-                )
-        names: Any = self.backend
-        if not names or isinstance(names, str) or not all(isinstance(n, str) for n in names):
-            raise InputError(f"backend is {self.backend!r}; give a name or a list of names")
+            count = integer(name, value, most=_THREADS if name == "threads" else LARGEST)
+            object.__setattr__(self, name, count)
+        names: object = self.backend
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+            raise InputError(f"backend is {names!r}; give a name or a list of names")
+        if not all(isinstance(name, str) for name in names):
+            raise InputError(f"backend is {names!r}; give a name or a list of names")
+        object.__setattr__(self, "backend", tuple(names))
 
     @property
     def num_threads(self) -> int:
@@ -157,8 +170,48 @@ class Options:
         return self.threads or len(os.sched_getaffinity(0))
 
 
+def integer(name: str, value: Any, *, least: int = 1, most: int = LARGEST) -> int:
+    """A count that a caller gave, be it Python's integer or NumPy's.
+
+    Raises:
+        InputError: it is no integer, or out of its range.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        too_large = number is not None and number > most
+        bound = f"at most {most}" if too_large else f"an integer of at least {least}"
+        raise InputError(f"{name} is {value!r}; it must be {bound}")
+    return number
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite real number, Python's or NumPy's."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def as_device(device: str | torch.device | None) -> torch.device | None:
+    """The device that a caller named; None stands for the backend's own.
+
+    Raises:
+        InputError: there is no such kind of device.
+    """
+    if device is None or isinstance(device, torch.device):
+        return device
+    if not isinstance(device, str):
+        raise InputError(f"device is {device!r}; give a text such as 'cpu', or a torch.device")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not one: {error}") from error
+
+
 def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str | None) or value not in allowed:
         names = ", ".join(repr(a) for a in allowed)
         raise InputError(f"{name} is {value!r}; supported are {names}")
 

@@ -12,11 +12,12 @@ import torch.utils._pytree as pytree
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.graph.ir import Graph
-from fastres.options import DTYPE_OF
+from fastres.options import DTYPE_OF, is_number
 from fastres.parity_layers import Batch, LayerCheck, find_first, on_device
 from fastres.parity_report import Comparison, ParityReport, Policy, notes_on
 from fastres.references import GraphReference, ModelReference, Reference
 from fastres.tolerances import FLOOR, Distance
+from fastres.weights import oddity
 
 Data = torch.Tensor | Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]]
 
@@ -73,7 +74,7 @@ def verify(
     if engine is None and (layerwise or bisect):
         raise InputError("layerwise and bisect look inside an Engine; this candidate is none")
     for name, value in (("atol", atol), ("rtol", rtol)):
-        if value is not None and not value >= 0:
+        if value is not None and not (is_number(value) and value >= 0):
             raise InputError(f"{name} is {value!r}; it must be a number of at least 0")
     check = _Check(_reference(reference, engine), candidate, Policy(torch.float32, atol, rtol))
     layers: LayerCheck | None = None
@@ -214,8 +215,8 @@ def _batches(data: object) -> Iterator[Batch]:
     for item in [data] if isinstance(data, torch.Tensor) else data:
         batch = tuple(item) if isinstance(item, tuple | list) else (item,)
         for tensor in batch:
-            if not isinstance(tensor, torch.Tensor):
-                raise InputError(f"batch {count} holds {type(tensor).__name__}, not a tensor")
+            if odd := oddity(tensor) or ("a tensor on the meta device" if tensor.is_meta else ""):
+                raise InputError(f"batch {count} holds {odd}, not a dense tensor with values")
         if not batch or not batch[0].dim() or not len(batch[0]):
             sizes = [list(tensor.shape) for tensor in batch]
             raise InputError(f"batch {count} is empty ({sizes}): there is nothing to compare")

@@ -92,7 +92,7 @@ def summary(
     """
     given = input_size
     if given is not None and not isinstance(given, Input):
-        given = Input(tuple(given))
+        given = Input(tuple(given) if isinstance(given, Sequence) else given)
     if isinstance(model, Graph):
         return _of_graph(model, [given.usual] if given else _usual(model))
     if isinstance(model, torch.nn.Module):

@@ -150,6 +150,8 @@ class Distance:
         """Largest and RMS error over the oracle's RMS; absolute where the oracle is zero."""
         if self.reason:
             return Errors(_NAN, _NAN, self.reason)
+        if self.images and not self.count:
+            return Errors(_NAN, _NAN, "nothing was compared: no value of the oracle is finite")
         if self.count == 0:
             return Errors(0.0, 0.0)
         scale = math.sqrt(self._signal / self.count) or 1.0

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from fastres.errors import BuildError
+from fastres.graph.ir import DTYPE_NAMES
 from fastres.options import PathLike
 
 _PICKLED = (".pth", ".pt", ".bin")
@@ -25,8 +26,8 @@ def read_weights(path: PathLike) -> dict[str, torch.Tensor]:
     Raises:
         BuildError: no such file, not readable, not a table of tensors.
     """
-    file = Path(os.fspath(path))
-    if not file.is_file():
+    file = Path(path)
+    if not os.path.isfile(file):  # Path.is_file raises for some names that no file can have
         raise BuildError(f"there is no file {file}")
     if file.suffix not in (".safetensors", *_PICKLED):
         raise BuildError(f"{file} is neither .safetensors nor {', '.join(_PICKLED)}")
@@ -55,6 +56,17 @@ def read_weights(path: PathLike) -> dict[str, torch.Tensor]:
             f"{file} holds entries that are no named tensors: {', '.join(map(str, wrong[:5]))}"
         )
     return dict(found)
+
+
+def oddity(value: object) -> str:
+    """What keeps a value from being a tensor of plain numbers in memory; empty if nothing does."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout != torch.strided:
+        return f"a tensor of {value.layout}"
+    return "" if value.dtype in DTYPE_NAMES else f"a tensor of {value.dtype}"
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -179,6 +179,25 @@ safetensors.torch.save_file(out, folder + "/out.safetensors")
         artifact.write(tiny(), tmp_path / "engine")
         with pytest.raises(InputError, match="'toaster' is not one"):
             artifact.load(tmp_path / "engine", device="toaster")
+        with pytest.raises(InputError, match="device is 5"):
+            artifact.load(tmp_path / "engine", device=5)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("path", "what"),
+        [
+            (None, "not NoneType"),
+            (5, "not int"),
+            (b"engine", "not <class 'bytes'>"),
+            ("a\0b", "null byte"),
+            ("n" * 300, "File name too long"),
+            ("\ud800", "surrogates not allowed"),
+        ],
+        ids=["None", "5", "bytes", "NUL", "long", "surrogate"],
+    )
+    def test_what_cannot_be_a_path(self, path: Any, what: str) -> None:
+        for use in (lambda: artifact.write(tiny(), path), lambda: artifact.load(path)):
+            with pytest.raises(ArtifactError, match=f"cannot be a saved engine's path: .*{what}"):
+                use()
 
     def test_a_closed_engine_is_not_saved(self, model: torch.nn.Module, tmp_path: Path) -> None:
         closed = compile(model, torch.zeros(1, 3, 32, 32), backend="reference")

@@ -42,6 +42,15 @@ def model(photo_batch: PhotoBatch) -> nn.Module:
         ({"inputs": [torch.zeros(1, 3, 8, 8), None]}, "inputs holds NoneType"),
         ({"inputs": torch.zeros(())}, "rank"),
         ({"inputs": torch.zeros(1, 3, 0, 8)}, "at least 1"),
+        ({"inputs": 5}, "inputs holds int; give dense tensors as examples, or fastres.Input"),
+        ({"inputs": torch.zeros(1, 3, 8, 8).to_sparse()}, "a tensor of torch.sparse_coo"),
+        ({"inputs": torch.zeros(1, 3, 8, 8).cfloat()}, "a tensor of torch.complex64"),
+        ({"backend": None}, "backend is None"),
+        ({"device": []}, r"device is \[\]; give a text such as 'cpu', or a torch.device"),
+        ({"device": 5}, "device is 5"),
+        ({"preprocess": "imagenet"}, "preprocess is 'imagenet'; give a fastres.Preprocess"),
+        ({"verify": "yes"}, "verify is 'yes'; give True or False"),
+        ({"verify": 1}, "verify is 1"),
     ],
 )
 def test_bad_options(model: nn.Module, options: dict[str, Any], says: str) -> None:
@@ -86,6 +95,36 @@ def test_graph_brings_its_own_inputs(model: nn.Module, photo_batch: PhotoBatch) 
         engine.update_weights(model.state_dict())  # batch counters and all
     with pytest.raises(InputError, match="a Graph has its inputs already"):
         fastres.compile(graph, image)
+
+
+def test_an_example_needs_no_values(model: nn.Module) -> None:
+    with fastres.compile(model, torch.zeros(2, 3, 32, 32, device="meta")) as engine:
+        assert engine.inputs[0].usual == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"weights": None}, "weights is NoneType; give a state_dict, or the path of"),
+        ({"weights": 5}, "weights is int"),
+        ({"weights": []}, "weights is list"),
+        ({"weights": {5: torch.zeros(1)}}, "weights holds the name 5"),
+        ({"weights": "a\0b.pt"}, "there is no file"),
+        ({"weights": "a" * 300 + ".pt"}, "there is no file"),
+        ({"spec": 5}, "spec is int; give a fastres.ResNetSpec"),
+        ({"spec": 0}, "spec is int"),
+        ({"spec": fastres.ResNetSpec(bn_eps="x")}, "bn_eps is 'x'"),  # type: ignore[arg-type]
+        ({"spec": fastres.ResNetSpec(head=5)}, "head is 5"),  # type: ignore[arg-type]
+        ({"spec": fastres.ResNetSpec(dilate=5)}, "dilate is 5"),  # type: ignore[arg-type]
+        ({"inputs": 5}, "inputs is int; give a fastres.Input"),
+        ({"inputs": torch.zeros(1, 3, 8, 8)}, "inputs is Tensor"),
+        ({"version": 5}, "version is 5; known are 'v1', 'v1.5'"),
+        ({"version": []}, r"version is \[\]"),
+    ],
+)
+def test_build_refuses(model: nn.Module, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(BuildError, match=says):
+        fastres.build(**{"weights": model.state_dict(), **arguments})
 
 
 def test_build_needs_the_version_of_a_bottleneck_net() -> None:

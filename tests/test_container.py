@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -116,6 +117,25 @@ class TestWriting:
     def test_no_parent(self, tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="does not exist; make it first"):
             container.write(tmp_path / "away" / "engine", FILES)
+
+    @pytest.mark.parametrize("ending", ["", ".fastres"])
+    def test_a_name_as_long_as_names_can_be(self, tmp_path: Path, ending: str) -> None:
+        path = tmp_path / ("n" * (255 - len(ending)) + ending)
+        container.write(path, FILES)
+        container.write(path, FILES)
+        assert content(container.place(path)) == FILES and os.listdir(tmp_path) == [path.name]
+
+    def test_a_disk_that_is_only_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        for name in ("mkdir", "open", "unlink"):  # unlink so even where there is no such file
+            monkeypatch.setattr(Path, name, refuse)
+        for form in FORMS:
+            with pytest.raises(ArtifactError, match="cannot be written.*Read-only file system"):
+                container.write(tmp_path / form, FILES)
 
     @pytest.mark.parametrize(
         ("form", "replacing", "call", "nth"),

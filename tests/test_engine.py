@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,6 +77,13 @@ def test_input_is_not_changed_and_outputs_are_not_reused(
     assert torch.equal(a, kept) and torch.equal(first, copy)
 
 
+def test_a_pending_minus_sign(engine: fastres.Engine, photo_batch: PhotoBatch) -> None:
+    x = photo_batch(2, 32)
+    negative = torch._neg_view(x)
+    assert negative.is_neg() and torch.equal(engine(negative), engine(-x))
+    assert engine.profile(negative).rows
+
+
 def test_gradients_stay_out(engine: fastres.Engine, photo_batch: PhotoBatch) -> None:
     x = photo_batch(2, 32).requires_grad_()
     assert not engine(x).requires_grad
@@ -96,6 +107,16 @@ def test_gradients_stay_out(engine: fastres.Engine, photo_batch: PhotoBatch) -> 
 def test_what_does_not_fit_is_refused(engine: fastres.Engine, bad: object, says: str) -> None:
     with pytest.raises(InputError, match=says):
         engine(bad)
+
+
+def test_nested_tensors_are_refused(engine: fastres.Engine, model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that they are no finished feature
+        nested = torch.nested.as_nested_tensor([torch.zeros(3, 32, 32)] * 2)
+    with pytest.raises(InputError, match="expected a dense tensor on cpu, got a nested tensor"):
+        engine(nested)
+    with pytest.raises(InputError, match="inputs holds a nested tensor"):
+        fastres.compile(model, nested)
 
 
 def test_number_of_inputs(engine: fastres.Engine) -> None:
@@ -206,6 +227,10 @@ def test_map_is_lazy_and_passes_errors_on(engine: fastres.Engine) -> None:
         list(engine.map([3]))
     with pytest.raises(InputError, match="depth is 0"):
         engine.map([], depth=0)
+    with pytest.raises(InputError, match="depth is True"):
+        engine.map([], depth=True)
+    with pytest.raises(InputError, match="batches is int"):
+        engine.map(5)
 
 
 def test_throughput_hint(model: nn.Module, photo_batch: PhotoBatch) -> None:
@@ -256,6 +281,11 @@ def _without(state: dict[str, Tensor]) -> dict[str, Tensor]:
         (lambda s: s | {"fc.bias": torch.zeros(10).half()}, r"fc.bias is f16\[10\]"),
         (lambda s: s | {"fc.bias": torch.full((10,), float("nan"))}, "fc.bias holds NaN"),
         (lambda s: s | {"fc.bias": 3}, "fc.bias is int"),
+        (lambda s: s | {5: torch.zeros(1)}, "1 weights are not the model's: 5"),
+        (lambda s: s | {"fc.bias": torch.zeros(10, device="meta")}, "a tensor on the meta device"),
+        (lambda s: s | {"fc.bias": torch.zeros(10).to_sparse()}, "a tensor of torch.sparse_coo"),
+        (lambda s: s | {"fc.bias": torch.zeros(10).cfloat()}, "a tensor of torch.complex64"),
+        (lambda s: s | {"fc.bias": torch.zeros(10).short()}, "a tensor of torch.int16"),
     ],
 )
 def test_update_weights_refuses_what_does_not_fit(
@@ -301,6 +331,12 @@ def test_closed(model: nn.Module, photo_batch: PhotoBatch) -> None:
             use()
 
 
+def test_an_engine_is_saved_rather_than_pickled(engine: fastres.Engine) -> None:
+    for use in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(FastresError, match=r"engine.save\(path\).*fastres.load\(path\)"):
+            use(engine)
+
+
 def test_repr(engine: fastres.Engine) -> None:
     assert repr(engine) == "Engine(x: f32[N, 3, 32, 32]; 26 nodes on cpu in fp32)"
 
@@ -316,8 +352,15 @@ def test_predict(model: nn.Module, pictures: tuple[object, ...]) -> None:
         assert sum(len(p.classes) for p in engine.predict(pictures[:1], top_k=99)) == 10
         with pytest.raises(InputError, match="there is no file"):
             engine.predict(["nowhere.png"])
-        with pytest.raises(InputError, match="must be at least 1"):
-            engine.predict(pictures, top_k=0)
+        for number in (0, True, 2.5, "3"):
+            with pytest.raises(InputError, match=f"top_k is {number!r}"):
+                engine.predict(pictures, top_k=number)
+            with pytest.raises(InputError, match=f"batch_size is {number!r}"):
+                engine.predict(pictures, batch_size=number)
+        assert engine.predict(pictures, batch_size=np.int64(2), top_k=np.int64(3)) == found
+        for lone in ("photo.jpg", pictures[0], np.asarray(pictures[0]), 5, None):
+            with pytest.raises(InputError, match="give a list of images"):
+                engine.predict(lone)
 
 
 def test_predict_needs_to_know_the_preprocessing(engine: fastres.Engine) -> None:

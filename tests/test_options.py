@@ -75,6 +75,9 @@ class TestInput:
             ((1, 3, -8, 8), "dimension 2 goes from -8"),
             ((HIGH, USUAL, LOW), "dimension 0 goes from 32 over 8 to 1"),
             ((LOW, HIGH, USUAL), "it must be at least 1 and must not fall"),
+            ((1, 3, 10**9, 10**9), "too large to run: an input may hold 1073741824 values"),
+            ((1, 3, 2**15, 2**15), "too large to run"),
+            (((1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 10**30, 8)), "no size may be above that"),
             (((1, 1, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)), "dimension 1 is ranged; only N, H and W"),
         ],
         ids=repr,
@@ -98,6 +101,15 @@ class TestInput:
         with pytest.raises(InputError, match=message):
             Input((1, 3, 8, 8), **settings)
 
+    def test_a_large_batch_of_large_pictures(self) -> None:
+        assert Input((4096, 3, 224, 224)).usual[0] == 4096
+        assert Input(((1, 64, 1, 1), (1, 64, 224, 224), (1, 64, 8192, 8192))).ranged == (2, 3)
+
+    def test_a_tensor_is_not_printed_whole(self) -> None:
+        with pytest.raises(InputError) as caught:
+            Input(torch.zeros(64, 64))  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 120 and "give (N, C, H, W)" in str(caught.value)
+
     def test_is_a_value_error_too(self) -> None:
         with pytest.raises(ValueError):
             Input((0, 0))
@@ -113,6 +125,14 @@ class TestOptions:
         assert Options(threads=3).num_threads == 3
         assert Options().num_threads == len(os.sched_getaffinity(0))
 
+    def test_integers_of_numpy(self) -> None:
+        options = Options(threads=np.int64(3), max_batch_size=np.uint8(4))  # type: ignore[arg-type]
+        assert options == Options(threads=3, max_batch_size=4)
+        assert type(options.threads) is type(options.max_batch_size) is int
+
+    def test_a_list_of_backends(self) -> None:
+        assert Options(backend=["cpu"]) == Options(backend=("cpu",))
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -125,16 +145,21 @@ class TestOptions:
             ({"hint": None}, "hint is None"),
             ({"oversize": "pad"}, "oversize is 'pad'; supported are 'split', 'error'"),
             ({"on_unsupported": "skip"}, "on_unsupported is 'skip'; supported are 'error', 'fall"),
-            ({"max_batch_size": 0}, "max_batch_size is 0; it must be an integer of at least 1, or"),
+            ({"max_batch_size": 0}, "max_batch_size is 0; it must be an integer of at least 1$"),
             ({"max_batch_size": 2.0}, "max_batch_size is 2.0"),
             ({"max_batch_size": True}, "max_batch_size is True"),
             ({"threads": -1}, "threads is -1"),
             ({"threads": "all"}, "threads is 'all'"),
+            ({"threads": 10**30}, "threads is 10+; it must be at most 4096"),
+            ({"threads": np.bool_(True)}, "an integer of at least 1"),
+            ({"precision": np.array(["fp32", "bf16"])}, "precision is array"),
             ({"cache_size": 0}, "cache_size is 0; it must be an integer of at least 1$"),
             ({"cache_size": None}, "cache_size is None"),
             ({"backend": ()}, r"backend is \(\); give a name or a list of names"),
             ({"backend": "cpu"}, "backend is 'cpu'"),
             ({"backend": ("cpu", 3)}, "give a name or a list of names"),
+            ({"backend": 5}, "backend is 5; give a name or a list of names"),
+            ({"backend": None}, "backend is None; give a name or a list of names"),
         ],
         ids=repr,
     )

@@ -213,8 +213,8 @@ class Widening(Engine):
 def test_an_engine_must_return_its_models_dtype(
     net: nn.Module, engine: Engine, images: Tensor
 ) -> None:
-    wide = copy.copy(engine)
-    wide.__class__ = Widening
+    wide = Widening.__new__(Widening)
+    vars(wide).update(vars(engine))
     report = verify(net, wide, images)
     assert report.outputs[0].reason == "dtype torch.float64, expected torch.float32"
 
@@ -238,7 +238,7 @@ def test_atol_and_rtol_replace_the_policy(net: nn.Module, engine: Engine, images
         assert math.isnan(report.outputs[0].allowed_rms)
     assert verify(net, engine, images, atol=1e-4).passed
     assert not verify(net, engine, images, atol=0.0).passed
-    for wrong in ({"atol": -1.0}, {"rtol": math.nan}):
+    for wrong in ({"atol": -1.0}, {"rtol": math.nan}, {"atol": math.inf}, {"rtol": "a"}):
         with pytest.raises(InputError, match="must be a number of at least 0"):
             verify(net, engine, images, **wrong)
 
@@ -254,6 +254,8 @@ def test_atol_and_rtol_replace_the_policy(net: nn.Module, engine: Engine, images
         ([[1.0, 2.0]], "batch 0 holds float"),
         (["photo.jpg"], "batch 0 holds str"),
         (3, "data is int"),
+        (torch.zeros(2, 3, 64, 64, device="meta"), "batch 0 holds a tensor on the meta device"),
+        ([torch.zeros(2, 3, 64, 64).to_sparse()], "batch 0 holds a tensor of torch.sparse_coo"),
     ],
     ids=str,
 )
@@ -262,6 +264,15 @@ def test_data_that_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         verify(net, engine, data)
+
+
+def test_nothing_but_nan_is_no_proof(net: nn.Module, engine: Engine, images: Tensor) -> None:
+    nan = torch.full_like(images, math.nan)
+    report = verify(net, engine, nan)
+    assert not report.passed
+    assert report.outputs[0].reason == "nothing was compared: no value of the oracle is finite"
+    assert not verify(net, engine, nan, atol=1.0).passed
+    assert verify(net, engine, [nan, images]).passed
 
 
 def test_a_reference_in_training_mode_is_refused(

@@ -199,6 +199,11 @@ class TestForms:
             summary(resnet18, (1, 5, 224, 224))
         with pytest.raises(InputError, match="str, not an nn.Module"):
             summary("resnet18")  # type: ignore[arg-type]
+        for size in (5, torch.zeros(1, 3, 32, 32)):
+            with pytest.raises(InputError, match=r"neither one shape.*give \(N, C, H, W\)"):
+                summary(resnet18, size)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="too large to run"):
+            summary(resnet18, (1, 3, 10**9, 10**9))
 
 
 class Tied(nn.Module):

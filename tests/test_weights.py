@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fastres import models
 from fastres.errors import BuildError
 from fastres.graph.builder import ResNetSpec, build_graph
-from fastres.weights import is_finite, read_weights
+from fastres.weights import is_finite, oddity, read_weights
 
 
 def table() -> dict[str, Tensor]:
@@ -181,3 +182,20 @@ class TestIsFinite:
         assert not is_finite(spoilt.t()) and not is_finite(spoilt[:, 2])
         assert is_finite(spoilt[:, 3:]) and is_finite(spoilt[2:])
         assert not is_finite(nn.Parameter(spoilt))
+
+
+def test_oddities() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that the last two are no lasting features
+        odd = {
+            "list": [1.0],
+            "a tensor of torch.sparse_coo": torch.zeros(2, 3).to_sparse(),
+            "a tensor of torch.complex64": torch.zeros(3, dtype=torch.complex64),
+            "a tensor of torch.int16": torch.zeros(3, dtype=torch.int16),
+            "a tensor of torch.quint8": torch._empty_affine_quantized(
+                (2,), scale=1.0, zero_point=0, dtype=torch.quint8
+            ),
+            "a nested tensor": torch.nested.as_nested_tensor([torch.zeros(3)]),
+        }
+    assert [oddity(value) for value in odd.values()] == list(odd)
+    assert not oddity(torch.zeros(2, 3).t()) and not oddity(nn.Parameter(torch.zeros(2).bfloat16()))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastres.backends.base import NodeTime, Refusal
-from fastres.backends.openvino_runtime import core, openvino
+from fastres.backends.openvino_runtime import core, openvino, refusing
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.errors import GraphError
@@ -67,7 +67,8 @@ def _read(graph: Graph) -> Any:
     The ONNX form carries no weights: as part of it they would be copied three times over.
     """
     proto = onnx_form.to_onnx(graph, weights_as_inputs=True)
-    model = core().read_model(proto.SerializeToString())
+    with refusing("read the network"):
+        model = core().read_model(proto.SerializeToString())
     for parameter in model.get_parameters():
         name = parameter.friendly_name
         if name in graph.constants:
@@ -76,7 +77,8 @@ def _read(graph: Graph) -> Any:
             constant.friendly_name = name
             parameter.output(0).replace(constant.output(0))
             model.remove_parameter(parameter)
-    model.validate_nodes_and_infer_types()
+    with refusing("work out the network's shapes"):
+        model.validate_nodes_and_infer_types()
     return model
 
 
@@ -124,7 +126,8 @@ class CpuExecutable:
     def _compile(self, shapes: Shapes, counters: bool = False) -> _Plan:
         names = [value.name for value in self._graph.inputs]
         config = {**self._config, "PERF_COUNT": counters}
-        with self._reshaping:  # the one model is bent to each shape in turn
+        what = f"compile the network for inputs {[list(shape) for shape in shapes]}"
+        with self._reshaping, refusing(what):  # the one model is bent to each shape in turn
             self._model.reshape({n: list(s) for n, s in zip(names, shapes, strict=True)})
             compiled = core().compile_model(self._model, "CPU", config)
         sizes = infer_shapes(self._graph, shapes)

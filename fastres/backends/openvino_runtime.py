@@ -1,12 +1,16 @@
-"""Importing OpenVINO without the message about its use that it would send."""
+"""OpenVINO without the message about its use that it would send, and with errors of one line."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
+
+from fastres.errors import UnsupportedError
 
 _TELEMETRY = "openvino_telemetry"
 
@@ -37,3 +41,21 @@ def openvino() -> ModuleType:
 def core() -> Any:
     """The one OpenVINO core of this process."""
     return openvino().Core()
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Inside, what OpenVINO raises becomes a refusal: its reason, without places in its sources.
+
+    Raises:
+        UnsupportedError: OpenVINO could not do `what`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reasons = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+        raise UnsupportedError(
+            f"OpenVINO cannot {what}: {(reasons or lines or ['it does not say why'])[0]}. Choose "
+            "another backend, such as 'reference'"
+        ) from error

@@ -74,7 +74,7 @@ def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
     """
     check_names(options.backend)
     reasons: list[str] = []
-    runnable = False
+    runnable, advice = False, "Choose another backend, precision or device"
     for name in order(options.backend, options.device):
         candidate = BACKENDS[name]()
         why = candidate.unavailable()
@@ -94,15 +94,16 @@ def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
         if refused and options.on_unsupported == "error":
             listed = "\n".join(f"  {refusal}" for refusal in refused)
             reasons.append(f"{name} refuses {len(refused)} of {len(graph.nodes)} nodes:\n{listed}")
+            advice = (
+                "Choose another backend, or pass on_unsupported='fallback' to run refused nodes in "
+                "PyTorch"
+            )
             continue
         return Choice(candidate, tuple(reasons))
     text = "\n".join(reasons)
     if not runnable:
         raise BackendUnavailable(f"no backend of {list(options.backend)} can run here\n{text}")
-    raise UnsupportedError(
-        f"{text}\nChoose another backend or precision, or pass on_unsupported='fallback' to run "
-        "refused nodes in PyTorch"
-    )
+    raise UnsupportedError(f"{text}\n{advice}")
 
 
 def _misplaced(candidate: Backend, options: Options) -> str | None:

@@ -29,10 +29,21 @@ from fastres.errors import BackendUnavailable, FastresError, ParityError
 class Commands(TyperGroup):
     """The group of all commands: turns their errors into one message and an exit status."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if error.filename is not None:  # it is not about stdout
+                raise
+            _drop_stdout()
+            complain(f"the output cannot be written: {error.strerror}")
+            sys.exit(2)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()  # a reader that has gone is noticed here, not at the exit
+            if sys.stdout is not None:  # closed by who started the process
+                sys.stdout.flush()  # a reader that has gone is noticed here, not at the exit
             return result
         except FastresError as error:
             complain(str(error))
@@ -41,9 +52,13 @@ class Commands(TyperGroup):
             complain("interrupted")
             raise typer.Exit(130) from error
         except BrokenPipeError as error:
-            # what is still buffered has nowhere to go, and must not be complained of at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_stdout()
             raise typer.Exit(141) from error
+
+
+def _drop_stdout() -> None:
+    """What is still buffered has nowhere to go, and must not be complained of at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _status(error: FastresError) -> int:

@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import torch
 
 from fastres.errors import BuildError
-from fastres.graph.ir import DTYPE_NAMES
-from fastres.weights import is_finite
+from fastres.options import is_number
+from fastres.weights import is_finite, oddity
 
 Version = Literal["v1", "v1.5"]
 Stem = Literal["imagenet", "cifar"]
@@ -106,9 +106,8 @@ def usable(weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in weights:
         raise BuildError(f"the weight {name} is missing")
     tensor = weights[name]
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
-        kind = getattr(tensor, "dtype", type(tensor).__name__)
-        raise BuildError(f"{name} is {kind}, not a floating-point tensor")
+    if odd := oddity(tensor):
+        raise BuildError(f"{name} is {odd}, not a dense floating-point tensor")
     if not tensor.is_floating_point():
         raise BuildError(f"{name} is {tensor.dtype}, not a floating-point tensor")
     if tensor.is_meta:
@@ -142,9 +141,12 @@ def _stem(weights: Mapping[str, torch.Tensor]) -> Stem:
 
 
 def _check_names(weights: Mapping[str, torch.Tensor]) -> None:
+    for name in weights:
+        if not isinstance(name, str):
+            raise BuildError(f"weights holds the name {name!r}; the names of weights are texts")
     for name in ("conv1.weight", "layer1.0.conv1.weight"):
         if name not in weights:
-            some = ", ".join([*sorted(map(str, weights))[:4], "..."]) if weights else "none"
+            some = ", ".join([*sorted(weights)[:4], "..."]) if weights else "none"
             raise BuildError(
                 f"no {name} among {len(weights)} weights ({some}): only torchvision's names are "
                 "known (conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc)"
@@ -154,8 +156,14 @@ def _check_names(weights: Mapping[str, torch.Tensor]) -> None:
 def _check_spec(spec: ResNetSpec) -> None:
     for name, known in (("version", get_args(Version)), ("stem", get_args(Stem))):
         found = getattr(spec, name)
-        if found not in (None, *known):
+        if not isinstance(found, str | None) or found not in (None, *known):
             raise BuildError(f"{name} is {found!r}; known are {', '.join(map(repr, known))}")
+    if not isinstance(spec.dilate, tuple | list):
+        raise BuildError(f"dilate is {spec.dilate!r}; give True or False for each stage")
+    if not (is_number(spec.bn_eps) and spec.bn_eps >= 0):
+        raise BuildError(f"bn_eps is {spec.bn_eps!r}; it must be a number of at least 0")
+    if not isinstance(spec.head, tuple | list | None):
+        raise BuildError(f"head is {spec.head!r}; give names of layers and activations in order")
 
 
 def _head(weights: Mapping[str, torch.Tensor]) -> tuple[str, ...]:

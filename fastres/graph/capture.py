@@ -17,7 +17,19 @@ from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten, laws
 from fastres.graph.calls import Alias, Call, Emit
 from fastres.graph.export import check_finite, export, output_tree
-from fastres.graph.ir import DTYPE_NAMES, Aten, Dim, Graph, Node, Shape, Sym, TensorSpec, Value
+from fastres.graph.ir import (
+    DTYPE_NAMES,
+    Aten,
+    Conv2d,
+    Dim,
+    Graph,
+    Linear,
+    Node,
+    Shape,
+    Sym,
+    TensorSpec,
+    Value,
+)
 from fastres.graph.names import Namer, place_of, wanted_name
 from fastres.graph.readers import PARTS, read, read_part
 from fastres.graph.shapes import node_shape
@@ -90,6 +102,8 @@ class _Reader:
         values: dict[str, str] = {}
         outputs: tuple[str, ...] = ()
         self._placeholders()
+        if not self.inputs:
+            raise CaptureError("the model takes no tensor: what it returns never changes")
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 self._call(node)
@@ -200,6 +214,11 @@ class _Reader:
         dtype = _dtype_name(node.meta["val"].dtype, name)
         dtypes = [self._dtype(n) for n in (*emit.inputs, *emit.params.values())]
         first = dtypes[0] if dtypes else dtype
+        if isinstance(emit.op, Conv2d | Linear) and dtypes[-1] != first:
+            raise CaptureError(
+                f"{name} takes {first}, and its weights are {dtypes[-1]}: the model does not run "
+                f"on such an input. Give one of {dtypes[-1]}, or call model.to(torch.{first}) first"
+            )
         draft = Node(name, emit.op, emit.inputs, TensorSpec((), first), emit.params)
         spec = TensorSpec(self._infer(draft), dtype)
         self._agrees(name, node, spec)
@@ -320,7 +339,8 @@ class _Reader:
                 raise _keeps_state(str(spec.target))
             name = self.env.get(leaf) if isinstance(leaf, torch.fx.Node) else None
             if name is None or name in self.constants:
-                raise CaptureError(f"the model returns {leaf!r}, which is no tensor it computed")
+                what = name or repr(leaf)
+                raise CaptureError(f"the model returns {what}, which is no tensor it computed")
             names.append(name)
         return tuple(names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.backends.cpu import CpuBackend, CpuExecutable
-from fastres.errors import GraphError
+from fastres.errors import GraphError, UnsupportedError
 from fastres.options import Options
 from fastres.tolerances import errors
 
@@ -164,3 +165,18 @@ def test_a_shape_that_openvino_sees_otherwise_is_an_error(monkeypatch: pytest.Mo
         GraphError, match=r"OpenVINO gives conv2d the shape \[1, 4, 6, 6\], PyTorch"
     ):
         fastres.compile(nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 8, 8), backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Conv2d(3, 4, 3, padding=10**6), "Failed to allocate 128001792006272 bytes of memory"),
+        (nn.MaxPool2d(2, stride=2**40), "its stride is (1099511627776, 1099511627776)"),
+    ],
+    ids=["memory", "a stride that would crash it"],
+)
+def test_what_openvino_cannot_do_is_a_refusal(layer: nn.Module, reason: str) -> None:
+    model = nn.Sequential(layer).eval()
+    with pytest.raises(UnsupportedError, match=re.escape(reason)) as caught:
+        fastres.compile(model, fastres.Input((2, 3, 16, 16)), backend="cpu")
+    assert ".cpp" not in str(caught.value)

@@ -1,6 +1,7 @@
 """The frame around all commands: help, version, exit status, streams, start-up."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -129,6 +130,27 @@ def test_no_color_is_respected_on_a_terminal(
     os.close(controller)
     assert found.returncode == 2 and found.stdout == b""
     assert "error:" in seen and ("\x1b[1;31m" in seen) == coloured
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("summary", "fastres:cifar_resnet8")]
+)
+def test_a_full_disk_is_one_line(arguments: tuple[str, ...], command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run([*command, *arguments], stdout=full, stderr=subprocess.PIPE)
+    assert found.returncode == 2
+    assert found.stderr == b"error: the output cannot be written: No space left on device\n"
+
+
+def test_an_error_about_a_file_is_not_laid_on_the_output() -> None:
+    error = FileNotFoundError(2, "No such file or directory", "x")
+    assert _raising(error).exception is error
+
+
+def test_no_stdout_at_all(command: list[str]) -> None:
+    line = f"{shlex.join([*command, 'summary', 'fastres:cifar_resnet8'])} >&-"
+    found = subprocess.run(line, shell=True, stderr=subprocess.PIPE)
+    assert (found.returncode, found.stderr) == (0, b"")
 
 
 def test_a_reader_that_goes_away_is_no_error(command: list[str]) -> None:

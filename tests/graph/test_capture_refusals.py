@@ -56,6 +56,15 @@ def odd(dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(OrderedDict(layer=Odd())).eval()
 
 
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+
+    def forward(self) -> Tensor:
+        return self.w * 2
+
+
 def mixed(m: Any, x: Tensor) -> Any:
     with torch.autocast("cpu", torch.bfloat16):
         y = m.conv(x)
@@ -183,7 +192,15 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "None returned": (forwards(lambda m, x: (x * 2, None)), "returns None, which is no tensor"),
     "a size returned": (forwards(lambda m, x: (x * 2, x.size(0))), "returns sym_size.* no tensor"),
     "a number returned": (forwards(lambda m, x: (x * 2, 7)), "returns 7, which is no tensor"),
-    "a weight returned": (forwards(lambda m, x: (x * 2, m.w)), "returns p_w, which is no tensor"),
+    "a weight returned": (
+        forwards(lambda m, x: (x * 2, m.conv.bias)),
+        "the model returns conv.bias, which is no tensor",
+    ),
+    "a picture of another dtype": (
+        forwards(lambda m, x: F.conv2d(x, m.conv.weight), Input((1, 3, 8, 8), torch.float16)),
+        r"takes float16, and its weights are float32.*Give one of float32, or call model.to\(",
+    ),
+    "no inputs": ((lambda model_of: Constant().eval(), ()), "the model takes no tensor"),
     "an operator of another library": (
         forwards(lambda m, x: torch.ops.torchvision.nms(x[:, 0, 0, :4], x[:, 0, 0, 0], 0.5)),
         "torchvision.nms.* is not of the form aten",
