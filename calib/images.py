@@ -58,7 +58,7 @@ class Preprocess(msgspec.Struct, frozen=True):
         """One image → float32 [3, H, W].
 
         Raises:
-            ValueError: not an image, or smaller than the crop.
+            ValueError: not an image, without pixels, or smaller than the crop.
         """
         picture = self._resized(decode(image))
         pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
@@ -76,6 +76,8 @@ class Preprocess(msgspec.Struct, frozen=True):
         return torch.stack(tensors)
 
     def _resized(self, picture: Image.Image) -> Image.Image:
+        if 0 in picture.size:
+            raise ValueError(f"the image is {picture.width}x{picture.height}: it has no pixels")
         if self.resize is not None:
             width, height = picture.size
             short = min(width, height)
@@ -97,7 +99,8 @@ def decode(image: ImageLike) -> Image.Image:
     """A path, PIL image or uint8 [H, W, 3] array → RGB picture.
 
     Raises:
-        ValueError: the file is no image, or the array has another shape or dtype.
+        ValueError: it is none of these, the file is no image, or the array has another shape or
+            dtype.
     """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -107,6 +110,11 @@ def decode(image: ImageLike) -> Image.Image:
                 f"the array is {image.dtype}{list(image.shape)}; expected uint8 [H, W, 3] in RGB"
             )
         return Image.fromarray(image)
+    if not isinstance(image, str | os.PathLike):
+        raise ValueError(
+            f"an image is {type(image).__name__}; expected a path, a PIL picture, or a uint8 array "
+            "[H, W, 3]"
+        )
     try:
         with Image.open(image) as picture:
             return picture.convert("RGB")

@@ -73,6 +73,14 @@ def test_what_is_refused(tmp_path: Path, pictures: tuple[Image.Image, ...]) -> N
         Preprocess()(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match=r"the array is float32\[4, 4, 3\]"):
         Preprocess()(np.zeros((4, 4, 3), np.float32))
+    for wrong in (5, None, b"photo.jpg"):
+        with pytest.raises(
+            ValueError, match=f"an image is {type(wrong).__name__}; expected a path"
+        ):
+            Preprocess()(wrong)  # type: ignore[arg-type]
+    for empty in (np.zeros((0, 0, 3), np.uint8), Image.new("RGB", (0, 4))):
+        with pytest.raises(ValueError, match="it has no pixels"):
+            Preprocess()(empty)
     with pytest.raises(ValueError, match="smaller than the crop"):
         Preprocess(resize=100, crop=224)(pictures[0])
     with pytest.raises(ValueError, match="the images differ in size"):
