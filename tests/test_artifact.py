@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import fastres
 from fastres import artifact, container, models
@@ -120,6 +121,27 @@ class TestRoundTrip:
             engine_of_other = compile(other, x[:2], backend=engine.backend.name, threads=2)
             got, want = loaded(x[:2]), engine_of_other(x[:2])
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    def test_new_weights_for_a_network_with_constants_of_its_own(self, tmp_path: Path) -> None:
+        class Shifted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 3)
+                self.register_buffer("shift", torch.randn(4, 1, 1), persistent=False)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.conv(x) * torch.tensor([2.0, 3.0, 4.0, 5.0])[:, None, None] + self.shift
+
+        model, x = Shifted().eval(), torch.randn(2, 3, 8, 8)
+        with compile(model, x, backend="reference") as engine:
+            engine.save(tmp_path / "engine")
+        with artifact.load(tmp_path / "engine") as loaded, torch.no_grad():
+            model.conv.weight.mul_(2)
+            loaded.update_weights(model.state_dict())
+            torch.testing.assert_close(loaded(x), model(x))
+            loaded.save(tmp_path / "again")
+        with artifact.load(tmp_path / "again") as again, torch.no_grad():
+            torch.testing.assert_close(again(x), model(x))
 
     def test_everything_in_the_manifest(self, tmp_path: Path) -> None:
         rich = Contents(

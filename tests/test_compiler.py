@@ -166,6 +166,20 @@ def test_verify_tries_one_image_and_several_and_both_ends_of_the_range(
     assert set(tried) == {(1, 3, 32, 32), (3, 3, 24, 28), (1, 3, 40, 36)}
 
 
+def test_verify_of_bytes_and_of_indices() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(2, 4)
+
+        def forward(self, picture: Tensor, index: Tensor) -> Tensor:
+            y: Tensor = picture.float().mean((2, 3)) / 255
+            return y.mean(1, keepdim=True) + self.table(index[:, 0])
+
+    inputs = [torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int64)]
+    fastres.compile(Lookup().eval(), inputs, backend="reference", verify=True).close()
+
+
 UNSOUND: dict[str, tuple[str, float, str]] = {
     "a negative variance": ("bn1.running_var", -1.0, "bn1.running_var holds 1 variances"),
     "statistics out of range": ("bn1.weight", 1e38, "conv1.folded_weight overflows"),

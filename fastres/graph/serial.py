@@ -36,6 +36,7 @@ from fastres.graph.shapes import infer_shapes
 from fastres.options import Sizes
 
 _T = TypeVar("_T")
+_KEPT = "source:"  # before the names of kept constants; modules cannot have a colon in theirs
 _HUGE = 2**48  # more elements than any memory holds
 
 
@@ -62,10 +63,14 @@ class GraphEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The content of graph.json: the graph that runs, and the one it was made from."""
+    """The content of graph.json: the graph that runs, and the one it was made from.
+
+    `kept` names the constants of the source that no state_dict brings: their values are stored.
+    """
 
     graph: GraphEntry
     source: GraphEntry
+    kept: tuple[str, ...] = ()
 
 
 class _Tree(msgspec.Struct, forbid_unknown_fields=True):
@@ -81,7 +86,7 @@ def encode(graph: Graph, source: Graph) -> tuple[bytes, dict[str, torch.Tensor]]
 
     Args:
         graph: lawful, constants on the CPU.
-        source: lawful; only the specs of its constants are kept.
+        source: lawful; of constants on the meta device only the specs are kept.
 
     Returns:
         The JSON, and the tensors it refers to, contiguous and each in a storage of its own.
@@ -89,26 +94,36 @@ def encode(graph: Graph, source: Graph) -> tuple[bytes, dict[str, torch.Tensor]]
     Raises:
         GraphError: the graph holds something that JSON cannot, such as a NaN.
     """
-    document = Document(_entry(graph), _entry(source))
-    try:
-        text = canonical(document, Document)
-    except (msgspec.MsgspecError, TypeError) as error:
-        raise GraphError(f"the graph cannot be written as JSON: {error}") from error
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
+
+    def store(key: str, tensor: torch.Tensor) -> None:
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+
     for name, stored in same_tensors(graph.constants).items():
         if name == stored:
-            tensor = graph.constants[name].detach().contiguous()
-            storage = tensor.untyped_storage().data_ptr()
-            tensors[name] = tensor.clone() if storage in storages else tensor
-            storages.add(storage)
-    return text, tensors
+            store(name, graph.constants[name])
+    kept = [
+        name
+        for name, stored in same_tensors(source.constants).items()
+        if name == stored and not source.constants[name].is_meta
+    ]
+    for name in kept:
+        store(_KEPT + name, source.constants[name])
+    document = Document(_entry(graph), _entry(source), tuple(kept))
+    try:
+        return canonical(document, Document), tensors
+    except (msgspec.MsgspecError, TypeError) as error:
+        raise GraphError(f"the graph cannot be written as JSON: {error}") from error
 
 
 def decode(
     data: bytes, tensors: Mapping[str, torch.Tensor], sizes: Sequence[Sizes]
 ) -> tuple[Graph, Graph]:
-    """Reads both graphs back; the source's constants come to lie on the meta device.
+    """Reads both graphs back; the source's weights come to lie on the meta device.
 
     Args:
         data: JSON as `encode` writes it; nothing is taken on trust.
@@ -122,12 +137,19 @@ def decode(
     document = strict(data, Document)
     for entry in (document.graph, document.source):
         _check_entry(entry)
+    own = {entry.stored: entry for entry in document.source.constants.values()}
+    if sorted(document.kept) != sorted(name for name in own if _KEPT + name in tensors):
+        raise GraphError("the constants kept of the source are not those among the weights")
+    kept = {name: tensors[_KEPT + name] for name in document.kept}
+    stored = {_KEPT + name for name in kept}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in stored}
     metas = {
-        entry.stored: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-        for entry in document.source.constants.values()
+        name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        for name, entry in own.items()
+        if name not in kept
     }
-    graph = _lawful(_graph(document.graph, tensors), sizes, "graph")
-    return graph, _lawful(_graph(document.source, metas), sizes, "source")
+    graph = _lawful(_graph(document.graph, weights), sizes, "graph")
+    return graph, _lawful(_graph(document.source, metas | kept), sizes, "source")
 
 
 def same_tensors(constants: Mapping[str, torch.Tensor]) -> dict[str, str]:

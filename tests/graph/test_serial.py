@@ -281,6 +281,20 @@ class TestRefusals:
         with pytest.raises(GraphError, match="do not hold the same tensors: extra"):
             serial.decode(text, {**tensors, "extra": tensor(1)}, SIZES)
 
+    def test_kept_constants_that_are_not_there(self) -> None:
+        text, tensors = serial.encode(network(), network())
+        assert any(name.startswith("source:") for name in tensors)
+        _, source = serial.decode(text, tensors, SIZES)
+        assert source.equals(network())
+        document = msgspec.json.decode(text)
+        document["kept"].pop()
+        for data, given in (
+            (msgspec.json.encode(document), tensors),
+            (text, {k: t for k, t in tensors.items() if not k.startswith("source:")}),
+        ):
+            with pytest.raises(GraphError, match="constants kept of the source are not those"):
+                serial.decode(data, given, SIZES)
+
     def test_tensor_of_a_dtype_outside_the_ir(self) -> None:
         text, tensors = serial.encode(network(), on_meta(network()))
         odd = tensors["conv.bias"].to(torch.complex64)
