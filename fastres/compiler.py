@@ -11,11 +11,12 @@ from torch.export import ExportedProgram
 
 from fastres.backends.segments import lower
 from fastres.backends.select import check_names, choose
+from fastres.blocks import Version
 from fastres.calib.images import Preprocess
 from fastres.engine import Engine, Lowered, Origin
 from fastres.errors import BuildError, CaptureError, FastresError, InputError
 from fastres.graph.batching import why_not_split
-from fastres.graph.builder import ResNetSpec, Version, build_graph
+from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.capture import capture
 from fastres.graph.export import inputs_of_program
 from fastres.graph.ir import BatchNorm, Graph, Sym, spec_of

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastres.cli.flags import NAMES
 from fastres.errors import BackendUnavailable, BuildError, InputError
@@ -19,7 +19,8 @@ from fastres.errors import BackendUnavailable, BuildError, InputError
 if TYPE_CHECKING:
     from torch import nn
 
-Version = Literal["v1", "v1.5"]
+    from fastres.blocks import Version
+
 _VERSIONS: dict[str, Version] = {"v1": "v1", "v1.5": "v1.5"}
 _IMAGENET = (
     "resnet18",

@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from fastres.kernels.epilogue import ActivationKind, Epilogue
+from fastres.kernels.geometry import Pair
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -64,7 +65,6 @@ class Sym(msgspec.Struct, frozen=True, tag=True):
 
 Dim = int | Sym
 Shape = tuple[Dim, ...]
-Pair = tuple[int, int]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):

@@ -27,16 +27,14 @@ from fastres.graph.ir import (
     Mul,
     Op,
     Pad,
-    Pair,
     Slice,
     Softmax,
 )
 from fastres.graph.symbols import is_fixed
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.geometry import Pair
 
 Reader = Callable[[Call], Emit | Alias | None]
-
-
 PartReader = Callable[[Call, int], Emit | None]
 
 
