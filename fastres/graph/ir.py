@@ -337,6 +337,12 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
 
 
+def identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same memory seen in the same way, as tied weights are."""
+    where = id(tensor) if tensor.is_meta else tensor.data_ptr()  # a meta tensor has no memory
+    return where, tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
 def op_name(op: Op) -> str:
     """The short name that tables and dumps show, such as `conv2d` or `aten.roll.default`."""
     return op.overload if isinstance(op, Aten) else type(op).__name__.lower()
