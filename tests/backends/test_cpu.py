@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastres
-from fastres.backends.cpu import CpuBackend, CpuExecutable
+from fastres.backends.cpu import CpuExecutable
 from fastres.errors import GraphError, UnsupportedError
 from fastres.options import Options
 from fastres.tolerances import errors
 
 PhotoBatch = Callable[[int, int], Tensor]
-BF16 = CpuBackend().precision("bf16") is None
 
 
 class Function(nn.Module):
@@ -94,9 +93,8 @@ def test_every_operation(case: Case) -> None:
     assert errors(got, want).rms < 1e-6, case.name
 
 
+@pytest.mark.usefixtures("bf16")
 def test_bf16_runs_in_bf16_and_info_says_so(photo_batch: PhotoBatch) -> None:
-    if not BF16:
-        pytest.skip("this processor has no bf16 instructions")
     model = fastres.models.settle(fastres.models.resnet18(seed=0), photo_batch(8, 64))
     x = photo_batch(2, 64)
     with fastres.compile(model, x, precision="bf16") as engine:
@@ -107,9 +105,8 @@ def test_bf16_runs_in_bf16_and_info_says_so(photo_batch: PhotoBatch) -> None:
         assert {n.precision for n in engine.info.nodes if n.op == "conv2d"} == {"fp32"}
 
 
+@pytest.mark.usefixtures("bf16")
 def test_bf16_model_keeps_its_dtype(photo_batch: PhotoBatch) -> None:
-    if not BF16:
-        pytest.skip("this processor has no bf16 instructions")
     model = fastres.models.settle(fastres.models.cifar_resnet(20), photo_batch(8, 32)).bfloat16()
     x = photo_batch(2, 32).bfloat16()
     with fastres.compile(model, x) as engine:
