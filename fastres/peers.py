@@ -28,6 +28,7 @@ from fastres.errors import (
     InputError,
     ParityError,
     UnsupportedError,
+    missing,
 )
 from fastres.graph import onnx as onnx_form
 from fastres.graph.capture import capture
@@ -294,9 +295,7 @@ def _import(package: str) -> Any:
     try:
         return openvino() if package == "openvino" else importlib.import_module(package)
     except ImportError as error:
-        raise BackendUnavailable(
-            f"{package} cannot be imported ({error}); pip install {package}"
-        ) from error
+        raise BackendUnavailable(missing(package, error)) from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fastres.backends.base import NodeTime, Refusal
 from fastres.backends.openvino_runtime import PRECISIONS, core, cpu_config, openvino, refusing
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
-from fastres.errors import GraphError
+from fastres.errors import GraphError, missing
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
@@ -36,7 +36,7 @@ class CpuBackend:
         try:
             openvino()
         except ImportError as error:
-            return f"openvino cannot be imported ({error}); pip install openvino"
+            return missing("openvino", error)
         return None
 
     def precision(self, wanted: Precision) -> str | None:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastres.cli.flags import NAMES
-from fastres.errors import BackendUnavailable, BuildError, InputError
+from fastres.errors import BackendUnavailable, BuildError, InputError, missing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -178,9 +178,7 @@ def _optional(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # torchvision beside another build of torch
-        raise BackendUnavailable(
-            f"{package} cannot be imported ({error}); pip install {package}"
-        ) from error
+        raise BackendUnavailable(missing(package, error)) from error
 
 
 def _factory(module: str, attribute: str) -> nn.Module:
