@@ -10,13 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from rich.table import Table
 
 from fastres.errors import InputError
-from fastres.text import render
+from fastres.text import json_text, render
 
 RESAMPLES = 2000
 _PACKAGES = ("fastres", "openvino", "onnxruntime", "triton", "tensorrt")
@@ -109,7 +108,7 @@ class BenchReport:
         return asdict(self)
 
     def to_json(self) -> str:
-        return msgspec.json.format(msgspec.json.encode(self.to_dict()).decode(), indent=2)
+        return json_text(self.to_dict())
 
     def __str__(self) -> str:
         shown = self.measurements[0].latency_ms

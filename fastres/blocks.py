@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Version = Literal["v1", "v1.5"]
+Stem = Literal["imagenet", "cifar"]
 Shortcut = Literal["A", "B", "C"]
 
 

@@ -11,14 +11,15 @@ from torch.export import ExportedProgram
 
 from fastres.backends.segments import lower
 from fastres.backends.select import check_names, choose
+from fastres.blocks import Version
 from fastres.calib.images import Preprocess
 from fastres.engine import Engine, Lowered, Origin
 from fastres.errors import BuildError, CaptureError, FastresError, InputError
 from fastres.graph.batching import why_not_split
-from fastres.graph.builder import ResNetSpec, Version, build_graph
+from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.capture import capture
 from fastres.graph.export import inputs_of_program
-from fastres.graph.ir import BatchNorm, Graph, Sym, spec_of
+from fastres.graph.ir import BatchNorm, Graph, Sym, identity, spec_of
 from fastres.graph.passes.pipeline import optimise
 from fastres.options import (
     ANY_BATCH,
@@ -168,7 +169,7 @@ def _source(model: Model, inputs: Inputs | None) -> _Source:
         where = "fastres.build" if isinstance(model, Graph) else "torch.export.export"
         raise InputError(f"a {type(model).__name__} has its inputs already; give them to {where}")
     if isinstance(model, Graph):
-        return _Source(model, _inputs_of(model), model.constants.keys())
+        return _Source(model, inputs_of(model), model.constants.keys())
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         raise InputError(
             f"model is {type(model).__name__}; expected an nn.Module, an ExportedProgram, or a "
@@ -233,7 +234,7 @@ def _as_input(item: object) -> Input:
     return Input((max(1, item.shape[0]), *item.shape[1:]), dtype=item.dtype)
 
 
-def _inputs_of(graph: Graph) -> tuple[Input, ...]:
+def inputs_of(graph: Graph) -> tuple[Input, ...]:
     """Inputs of a graph that brings its own sizes; a symbolic one may be anything up to 4096."""
     found = []
     for value in graph.inputs:
@@ -267,15 +268,15 @@ def _optimised(source: Graph, error: type[FastresError]) -> Graph:
 
 def _detached(graph: Graph, source: Graph) -> Graph:
     """Copies the constants still shared with the model, which may go on training."""
-    shared = {_identity(tensor) for tensor in source.constants.values()}
-    return _each_constant(graph, lambda t: t.clone() if _identity(t) in shared else t)
+    shared = {identity(tensor) for tensor in source.constants.values()}
+    return _each_constant(graph, lambda t: t.clone() if identity(t) in shared else t)
 
 
 def without_values(graph: Graph, names: Collection[str] | None = None) -> Graph:
     """The same graph with its constants, or those named, on the meta device."""
     constants = graph.constants
-    chosen = {_identity(t) for n, t in constants.items() if names is None or n in names}
-    return _each_constant(graph, lambda t: t.to("meta") if _identity(t) in chosen else t.clone())
+    chosen = {identity(t) for n, t in constants.items() if names is None or n in names}
+    return _each_constant(graph, lambda t: t.to("meta") if identity(t) in chosen else t.clone())
 
 
 def _each_constant(graph: Graph, change: Callable[[torch.Tensor], torch.Tensor]) -> Graph:
@@ -283,16 +284,11 @@ def _each_constant(graph: Graph, change: Callable[[torch.Tensor], torch.Tensor])
     changed: dict[tuple[object, ...], torch.Tensor] = {}
     constants = {}
     for name, tensor in graph.constants.items():
-        key = _identity(tensor)
+        key = identity(tensor)
         if key not in changed:
             changed[key] = change(tensor)
         constants[name] = changed[key]
     return graph.replace(constants=constants)
-
-
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are the same memory seen in the same way."""
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def assemble(

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
 from rich.table import Table
 
 from fastres.backends.base import Refusal
 from fastres.graph.ir import Graph, op_name
-from fastres.text import render
+from fastres.text import json_text, render
 
 MERGED = "merged"  # the runtime folded the node into its neighbour and no longer lists it
 
@@ -58,7 +57,7 @@ class EngineInfo:
         return asdict(self)
 
     def to_json(self) -> str:
-        return msgspec.json.format(msgspec.json.encode(self.to_dict()).decode(), indent=2)
+        return json_text(self.to_dict())
 
     def __str__(self) -> str:
         table = Table(title=f"{len(self.nodes)} nodes on {self.backend} in {self.precision}")

@@ -40,3 +40,8 @@ class ArtifactError(FastresError):
 
 class ParityError(FastresError):
     """A candidate's numbers are outside the tolerance policy."""
+
+
+def missing(package: str, error: Exception) -> str:
+    """What there is to say of a package that cannot be imported."""
+    return f"{package} cannot be imported ({error}); pip install {package}"

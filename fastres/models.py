@@ -9,7 +9,7 @@ Xie et al. 2017 (arXiv:1611.05431), Zagoruyko and Komodakis 2016 (arXiv:1605.071
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from fastres.blocks import (
     Bottleneck,
     PreActBlock,
     Shortcut,
+    Stem,
     Version,
     conv3x3,
     stage,
@@ -28,8 +29,6 @@ from fastres.blocks import (
     PaddedShortcut as PaddedShortcut,
 )
 from fastres.settling import settle as settle
-
-Stem = Literal["imagenet", "cifar"]
 
 
 class Options(TypedDict, total=False):

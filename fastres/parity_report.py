@@ -6,12 +6,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
 import torch
 from rich.table import Table
 
 from fastres.errors import ParityError
-from fastres.text import render
+from fastres.text import json_text, render
 from fastres.tolerances import Distance, allowed
 
 WEAK_SPREAD = 0.05  # below this share, an output says more about the network than the images
@@ -174,8 +173,7 @@ class ParityReport:
         return {"passed": self.passed, **asdict(self)}
 
     def to_json(self) -> str:
-        """Indented JSON; a figure that is not a finite number is null."""
-        return msgspec.json.format(msgspec.json.encode(self.to_dict()).decode(), indent=2)
+        return json_text(self.to_dict())
 
     def __str__(self) -> str:
         verdict = "PASSED" if self.passed else "FAILED"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.backends.cpu import CpuBackend
-from fastres.backends.openvino_runtime import core, openvino
+from fastres.backends.openvino_runtime import core, cpu_config, openvino
 from fastres.benchmarking import Target
 from fastres.errors import (
     BackendUnavailable,
@@ -28,6 +28,7 @@ from fastres.errors import (
     InputError,
     ParityError,
     UnsupportedError,
+    missing,
 )
 from fastres.graph import onnx as onnx_form
 from fastres.graph.capture import capture
@@ -227,15 +228,9 @@ def _in_torch(network: Callable[[Tensor], Any], dtype: torch.dtype, threads: int
 
 def _openvino(model: nn.Module, precision: Precision, threads: int) -> Run:
     ov = _import("openvino")
-    if precision == "bf16" and CpuBackend().precision("bf16") is not None:
-        raise UnsupportedError(
-            "openvino: this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
-        )
-    config = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-    }
+    if (why := CpuBackend().precision(precision)) is not None:
+        raise UnsupportedError(f"openvino: {why}")
+    config = cpu_config(precision, "latency", threads)
 
     def specialise(x: Tensor) -> Run:
         with warnings.catch_warnings(), torch.no_grad():
@@ -300,9 +295,7 @@ def _import(package: str) -> Any:
     try:
         return openvino() if package == "openvino" else importlib.import_module(package)
     except ImportError as error:
-        raise BackendUnavailable(
-            f"{package} cannot be imported ({error}); pip install {package}"
-        ) from error
+        raise BackendUnavailable(missing(package, error)) from error
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
 from rich.table import Table
 
 from fastres.backends.base import NodeTime
 from fastres.graph.cost import Shapes, multiply_adds, traffic
 from fastres.graph.ir import Graph, op_name
-from fastres.text import render
+from fastres.text import json_text, render
 
 _ITEMSIZE = {"fp64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _STAGE = re.compile(r"(?:.*?\.)??(?:layer|stages?[._]?|blocks?[._]?)\d+(?=\.|$)")
@@ -74,7 +73,7 @@ class Profile:
         }
 
     def to_json(self) -> str:
-        return msgspec.json.encode(self.to_dict()).decode()
+        return json_text(self.to_dict())
 
     def __str__(self) -> str:
         groups = _table("group", (*self.groups, self.total))

@@ -6,19 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
 import torch
 from rich.table import Table
 
+from fastres.compiler import inputs_of
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.graph.capture import capture
 from fastres.graph.cost import multiply_adds
-from fastres.graph.ir import Aten, Graph, Node, Sym, op_name
+from fastres.graph.ir import Aten, Graph, Node, op_name
 from fastres.graph.serial import same_tensors
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input, Sizes
-from fastres.text import render
+from fastres.text import json_text, render
 
 _STATISTICS = ("mean", "var")
 
@@ -53,7 +53,7 @@ class Summary:
         return asdict(self)
 
     def to_json(self) -> str:
-        return msgspec.json.encode(self).decode()
+        return json_text(self.to_dict())
 
     def __str__(self) -> str:
         table = Table()
@@ -94,7 +94,8 @@ def summary(
     if given is not None and not isinstance(given, Input):
         given = Input(tuple(given) if isinstance(given, Sequence) else given)
     if isinstance(model, Graph):
-        return _of_graph(model, [given.usual] if given else _usual(model))
+        usual = [entry.usual for entry in inputs_of(model)]
+        return _of_graph(model, [given.usual] if given else usual)
     if isinstance(model, torch.nn.Module):
         image = given or Input((1, 3, 224, 224))
         return _of_graph(capture(model, [image]).graph, [image.usual])
@@ -134,14 +135,3 @@ def _learned(node: Node) -> list[str]:
 
 def _parameters(graph: Graph, names: Iterable[str]) -> int:
     return sum(graph.constants[name].numel() for name in names)
-
-
-def _usual(graph: Graph) -> list[Sizes]:
-    """A batch of one, and 224 for any other size that is left open."""
-    return [
-        tuple(
-            size if not isinstance(size, Sym) else 1 if i == 0 else 224
-            for i, size in enumerate(value.spec.shape)
-        )
-        for value in graph.inputs
-    ]

@@ -1,14 +1,21 @@
-"""Real pictures for every test that compares networks: noise hides errors that photos show."""
+"""What tests of several folders share: real pictures, a settled network, and how it runs.
+
+Pictures, because noise hides errors that photographs show.
+"""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
+
+import fastres
+from fastres import models
+from fastres.backends.cpu import CpuBackend
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -59,3 +66,37 @@ def photo_batch(pictures: tuple[Image.Image, ...]) -> Callable[[int, int], Tenso
         return out
 
     return batch
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small nets are slower on two threads, and many times so where others use the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def bf16() -> None:
+    """Skips the test where the CPU backend cannot run in bf16."""
+    if CpuBackend().precision("bf16") is not None:
+        pytest.skip("this processor has no bf16 instructions")
+
+
+@pytest.fixture(scope="module")
+def images(photo_batch: Callable[[int, int], Tensor]) -> Tensor:
+    return photo_batch(4, 64)
+
+
+@pytest.fixture(scope="module")
+def net(photo_batch: Callable[[int, int], Tensor]) -> nn.Module:
+    """A quarter as wide as ResNet-50, one bottleneck a stage, settled."""
+    model = models.ResNet(models.Bottleneck, (1, 1, 1, 1), planes=16, num_classes=10, seed=0)
+    return models.settle(model, photo_batch(8, 64))
+
+
+@pytest.fixture(scope="module")
+def engine(net: nn.Module, images: Tensor) -> Iterator[fastres.Engine]:
+    with fastres.compile(net, images, backend="cpu") as engine:
+        yield engine

@@ -80,7 +80,10 @@ def test_exported_program_and_module_agree(model: nn.Module, photo_batch: PhotoB
     x = photo_batch(3, 32)
     free = ({0: torch.export.Dim.AUTO},)
     program = torch.export.export(model, (photo_batch(2, 32),), dynamic_shapes=free)
-    with fastres.compile(program) as a, fastres.compile(model, x) as b:
+    with (
+        fastres.compile(program, backend="cpu") as a,
+        fastres.compile(model, x, backend="cpu") as b,
+    ):
         assert torch.equal(a(x), b(x))
         with pytest.raises(InputError, match="expected"):
             a(torch.zeros(1, 3, 33, 32))
@@ -89,7 +92,7 @@ def test_exported_program_and_module_agree(model: nn.Module, photo_batch: PhotoB
 def test_graph_brings_its_own_inputs(model: nn.Module, photo_batch: PhotoBatch) -> None:
     image = fastres.Input((4, 3, 32, 32))
     graph = fastres.build(model.state_dict(), inputs=image)
-    with fastres.compile(graph) as engine, torch.no_grad():
+    with fastres.compile(graph, backend="cpu") as engine, torch.no_grad():
         x = photo_batch(2, 32)
         assert torch.allclose(engine(x), model(x), atol=1e-4)
         engine.update_weights(model.state_dict())  # batch counters and all
@@ -98,7 +101,7 @@ def test_graph_brings_its_own_inputs(model: nn.Module, photo_batch: PhotoBatch) 
 
 
 def test_an_example_needs_no_values(model: nn.Module) -> None:
-    with fastres.compile(model, torch.zeros(2, 3, 32, 32, device="meta")) as engine:
+    with fastres.compile(model, torch.zeros(2, 3, 32, 32, device="meta"), backend="cpu") as engine:
         assert engine.inputs[0].usual == (2, 3, 32, 32)
 
 
@@ -138,7 +141,7 @@ def test_build_needs_the_version_of_a_bottleneck_net() -> None:
 
 def test_verify_on_request(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     image = fastres.Input((2, 3, 32, 32))
-    fastres.compile(model, image, verify=True).close()
+    fastres.compile(model, image, backend="cpu", verify=True).close()
 
     from fastres.backends.cpu import CpuExecutable
 
@@ -147,7 +150,7 @@ def test_verify_on_request(model: nn.Module, monkeypatch: pytest.MonkeyPatch) ->
         CpuExecutable, "run", lambda self, inputs: [y * 1.001 for y in honest(self, inputs)]
     )
     with pytest.raises(ParityError):
-        fastres.compile(model, image, verify=True)
+        fastres.compile(model, image, backend="cpu", verify=True)
 
 
 def test_verify_tries_one_image_and_several_and_both_ends_of_the_range(
@@ -225,7 +228,7 @@ def test_weights_tied_in_the_model_stay_tied() -> None:
 
     x = torch.randn(2, 3, 8, 8)
     model = Twice().eval()
-    with fastres.compile(model, x) as engine, torch.no_grad():
+    with fastres.compile(model, x, backend="cpu") as engine, torch.no_grad():
         assert torch.allclose(engine(x), model(x), atol=1e-5)
         weights = {t.data_ptr() for n, t in engine.graph.constants.items() if t.dim() == 4}
         assert len(weights) == 1
@@ -244,7 +247,7 @@ def test_constants_that_no_state_dict_holds_survive_new_weights() -> None:
 
     x = torch.randn(2, 3, 4, 4)
     model = Shifted().eval()
-    with fastres.compile(model, x) as engine, torch.no_grad():
+    with fastres.compile(model, x, backend="cpu") as engine, torch.no_grad():
         model.conv.weight.mul_(2)
         engine.update_weights(model.state_dict())
         assert torch.allclose(engine(x), model(x), atol=1e-5)

@@ -26,14 +26,14 @@ def model(photo_batch: PhotoBatch) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def engine(model: nn.Module) -> Iterator[fastres.Engine]:
-    with fastres.compile(model, fastres.Input((4, 3, 32, 32))) as engine:
+    with fastres.compile(model, fastres.Input((4, 3, 32, 32)), backend="cpu") as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def ranged(model: nn.Module) -> Iterator[fastres.Engine]:
     shapes = ((1, 3, 24, 24), (2, 3, 32, 32), (8, 3, 48, 40))
-    with fastres.compile(model, fastres.Input(shapes)) as engine:
+    with fastres.compile(model, fastres.Input(shapes), backend="cpu") as engine:
         yield engine
 
 
@@ -152,12 +152,14 @@ def test_ranged_sizes(ranged: fastres.Engine, model: nn.Module, photo_batch: Pho
 def test_large_batches_are_split(model: nn.Module, photo_batch: PhotoBatch) -> None:
     x = photo_batch(7, 32)
     example = fastres.Input((3, 3, 32, 32))
-    with fastres.compile(model, example, max_batch_size=3) as engine:
+    with fastres.compile(model, example, max_batch_size=3, backend="cpu") as engine:
         y = engine(x)
         assert y.shape == (7, 10) and close(y, model, x)
         assert torch.equal(y[:3], engine(x[:3]))
     with (
-        fastres.compile(model, example, max_batch_size=3, oversize="error") as engine,
+        fastres.compile(
+            model, example, max_batch_size=3, oversize="error", backend="cpu"
+        ) as engine,
         pytest.raises(InputError, match="the batch is 7, max_batch_size is 3"),
     ):
         engine(x)
@@ -235,7 +237,7 @@ def test_map_is_lazy_and_passes_errors_on(engine: fastres.Engine) -> None:
 
 def test_throughput_hint(model: nn.Module, photo_batch: PhotoBatch) -> None:
     x = photo_batch(2, 32)
-    with fastres.compile(model, x, hint="throughput") as engine:
+    with fastres.compile(model, x, hint="throughput", backend="cpu") as engine:
         assert all(close(y, model, x) for y in engine.map([x] * 5))
 
 
@@ -260,7 +262,7 @@ def test_profile_times_every_convolution(engine: fastres.Engine, photo_batch: Ph
 def test_update_weights(model: nn.Module, photo_batch: PhotoBatch) -> None:
     x = photo_batch(3, 32)
     other = fastres.models.settle(fastres.models.cifar_resnet(20, seed=1), photo_batch(32, 32))
-    with fastres.compile(model, x) as engine:
+    with fastres.compile(model, x, backend="cpu") as engine:
         before = engine(x)
         engine.update_weights(other.state_dict())
         assert close(engine(x), other, x)
@@ -295,7 +297,7 @@ def test_update_weights_refuses_what_does_not_fit(
     says: str,
 ) -> None:
     x = photo_batch(1, 32)
-    with fastres.compile(model, x) as engine:
+    with fastres.compile(model, x, backend="cpu") as engine:
         before = engine(x)
         with pytest.raises(InputError, match=says):
             engine.update_weights(change(dict(model.state_dict())))
@@ -307,7 +309,7 @@ def test_update_weights_refuses_what_does_not_fit(
 def test_engine_keeps_its_weights_when_the_model_trains_on(photo_batch: PhotoBatch) -> None:
     x = photo_batch(1, 32)
     model = fastres.models.settle(fastres.models.cifar_resnet(20), photo_batch(8, 32))
-    with fastres.compile(model, x) as engine:
+    with fastres.compile(model, x, backend="cpu") as engine:
         before = engine(x)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -318,7 +320,7 @@ def test_engine_keeps_its_weights_when_the_model_trains_on(photo_batch: PhotoBat
 
 def test_closed(model: nn.Module, photo_batch: PhotoBatch) -> None:
     x = photo_batch(1, 32)
-    with fastres.compile(model, x) as engine:
+    with fastres.compile(model, x, backend="cpu") as engine:
         pass
     engine.close()
     for use in (
@@ -343,7 +345,9 @@ def test_repr(engine: fastres.Engine) -> None:
 
 def test_predict(model: nn.Module, pictures: tuple[object, ...]) -> None:
     preprocess = fastres.Preprocess(resize=32, crop=32)
-    with fastres.compile(model, fastres.Input((1, 3, 32, 32)), preprocess=preprocess) as engine:
+    with fastres.compile(
+        model, fastres.Input((1, 3, 32, 32)), preprocess=preprocess, backend="cpu"
+    ) as engine:
         found = engine.predict(pictures, batch_size=2, top_k=3)
         assert len(found) == 3 and all(len(p.classes) == 3 for p in found)
         with torch.no_grad():

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import models
-from fastres.backends.cpu import CpuBackend
 
 PhotoBatch = Callable[[int, int], Tensor]
 
@@ -99,7 +98,7 @@ def test_parity_in_fp32(case: Case, photo_batch: PhotoBatch) -> None:
 BF16_CASES = [c for c in CASES if c.name.startswith(("resnet18", "cifar20", "preact20", "head18"))]
 
 
-@pytest.mark.skipif(CpuBackend().precision("bf16") is not None, reason="no bf16 instructions here")
+@pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
 def test_parity_in_bf16(case: Case, photo_batch: PhotoBatch) -> None:
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import ast
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,7 @@ from fastres.options import Input
 from fastres.oracle import activations, walk
 
 PhotoBatch = Callable[[int, int], Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These nets are too small for two threads, which cost fivefold where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def captured(model: nn.Module, size: int = 32, **options: object) -> Captured:

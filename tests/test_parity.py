@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastres import models
-from fastres.backends.cpu import CpuBackend
 from fastres.compiler import compile
 from fastres.engine import Engine
 from fastres.errors import InputError, ParityError
@@ -22,37 +21,7 @@ from fastres.parity import verify
 from fastres.references import full_precision
 
 PhotoBatch = Callable[[int, int], Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These nets are too small for two threads, which cost fivefold where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def images(photo_batch: PhotoBatch) -> Tensor:
-    return photo_batch(4, 64)
-
-
-@pytest.fixture(scope="module")
-def net(photo_batch: PhotoBatch) -> nn.Module:
-    """A quarter as wide as ResNet-50, one bottleneck a stage, settled."""
-    model = models.ResNet(models.Bottleneck, (1, 1, 1, 1), planes=16, num_classes=10, seed=0)
-    return models.settle(model, photo_batch(8, 64))
-
-
-@pytest.fixture(scope="module")
-def engine(net: nn.Module, images: Tensor) -> Iterator[Engine]:
-    with compile(net, images, backend="cpu") as engine:
-        yield engine
-
-
-def bf16_here() -> bool:
-    return CpuBackend().precision("bf16") is None
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -76,9 +45,11 @@ SOUND = {
 
 
 @pytest.mark.parametrize("case", SOUND.values(), ids=SOUND.keys())
-def test_a_sound_engine_passes(case: Sound, photo_batch: PhotoBatch) -> None:
-    if case.precision == "bf16" and not bf16_here():
-        pytest.skip("this processor has no bf16 instructions")
+def test_a_sound_engine_passes(
+    case: Sound, photo_batch: PhotoBatch, request: pytest.FixtureRequest
+) -> None:
+    if case.precision == "bf16":
+        request.getfixturevalue("bf16")
     x = photo_batch(4, case.size)
     model = models.settle(case.factory(), photo_batch(8, case.size))
     with compile(model, x, backend=case.backend, precision=case.precision) as engine:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,34 +19,7 @@ from fastres.kernels.epilogue import Epilogue
 from fastres.parity import verify
 from fastres.parity_report import ParityReport
 
-PhotoBatch = Callable[[int, int], Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These nets are too small for two threads, which cost fivefold where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def images(photo_batch: PhotoBatch) -> Tensor:
-    return photo_batch(4, 64)
-
-
-@pytest.fixture(scope="module")
-def net(photo_batch: PhotoBatch) -> nn.Module:
-    """A quarter as wide as ResNet-50, one bottleneck a stage, settled."""
-    model = models.ResNet(models.Bottleneck, (1, 1, 1, 1), planes=16, num_classes=10, seed=0)
-    return models.settle(model, photo_batch(8, 64))
-
-
-@pytest.fixture(scope="module")
-def engine(net: nn.Module, images: Tensor) -> Iterator[Engine]:
-    with compile(net, images, backend="cpu") as engine:
-        yield engine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stride_to_the_3x3(block: Any) -> None:

@@ -17,16 +17,14 @@ import numpy as np
 import torch
 
 from fastres.backends.base import NodeTime, Refusal
-from fastres.backends.openvino_runtime import core, openvino, refusing
+from fastres.backends.openvino_runtime import PRECISIONS, core, cpu_config, openvino, refusing
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
-from fastres.errors import GraphError
+from fastres.errors import GraphError, missing
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision, Sizes
-
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 class CpuBackend:
@@ -38,7 +36,7 @@ class CpuBackend:
         try:
             openvino()
         except ImportError as error:
-            return f"openvino cannot be imported ({error}); pip install openvino"
+            return missing("openvino", error)
         return None
 
     def precision(self, wanted: Precision) -> str | None:
@@ -46,7 +44,7 @@ class CpuBackend:
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             return "this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
-        return None if wanted in _HINTS else f"cpu runs fp32 and bf16, not {wanted}"
+        return None if wanted in PRECISIONS else f"cpu runs fp32 and bf16, not {wanted}"
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         reasons = ((node.name, onnx_form.refusal(node)) for node in graph.nodes)
@@ -88,11 +86,7 @@ class CpuExecutable:
     def __init__(self, graph: Graph, options: Options) -> None:
         self._graph = graph
         precision = options.precision or "fp32"
-        self._config = {
-            "INFERENCE_PRECISION_HINT": _HINTS[precision],
-            "PERFORMANCE_HINT": options.hint.upper(),
-            "INFERENCE_NUM_THREADS": options.num_threads,
-        }
+        self._config = cpu_config(precision, options.hint, options.num_threads)
         self._reshaping = threading.Lock()
         self._model = _read(graph)
         self._plans = ShapeCache(self._compile, options.cache_size)

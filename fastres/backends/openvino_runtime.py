@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from fastres.errors import UnsupportedError
+from fastres.options import Hint, Precision
 
+PRECISIONS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}  # ours → OpenVINO's
 _TELEMETRY = "openvino_telemetry"
 
 
@@ -41,6 +43,15 @@ def openvino() -> ModuleType:
 def core() -> Any:
     """The one OpenVINO core of this process."""
     return openvino().Core()
+
+
+def cpu_config(precision: Precision, hint: Hint, threads: int) -> dict[str, Any]:
+    """How a model is to be compiled for the CPU."""
+    return {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+        "PERFORMANCE_HINT": hint.upper(),
+        "INFERENCE_NUM_THREADS": threads,
+    }
 
 
 @contextmanager

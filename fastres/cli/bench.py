@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastres.benchmarking import Target as Timed
 
 
+@flags.takes_request()
 def bench(
     positionals: Annotated[
         list[str] | None,
@@ -45,15 +46,8 @@ def bench(
     percentile: Annotated[
         str, typer.Option(metavar="P,P", help="Latency percentiles.")
     ] = "50,90,95,99",
-    backend: flags.Backend = None,
-    precision: flags.Precision = None,
-    batch_size: flags.BatchSize = None,
-    image_size: flags.ImageSize = None,
-    weights: flags.Weights = None,
-    version: flags.Version = None,
-    device: flags.Device = None,
-    threads: flags.Threads = None,
-    on_unsupported: flags.OnUnsupported = None,
+    *,
+    request: Request,
     as_json: flags.Json = False,
     output: flags.Output = None,
 ) -> None:
@@ -63,22 +57,11 @@ def bench(
     """
     from fastres.benchmarking import benchmark
 
-    common = Request(
-        None,
-        weights,
-        version,
-        backend,
-        None,
-        device,
-        threads,
-        on_unsupported,
-        flags.batch_sizes(batch_size, (1,)),
-        image_size,
-    )
+    common = replace(request.about(None), precision=None)  # each of those asked for in turn
     chosen, percentiles = _peers(peers), _percentiles(percentile)
     targets = _open(positionals or (), common)
     examples = {n: pictures.synthetic(n, targets[0]) for n in common.batch_sizes}
-    precisions = precision.split(",") if precision else [None]
+    precisions = request.precision.split(",") if request.precision else [None]
     lanes: list[Lane] = []
     for target, name in zip(targets, _short_names(targets), strict=True):
         for one in precisions:

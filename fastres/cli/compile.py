@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastres.engine import Engine
 
 
+@flags.takes_request()
 def compile_model(
     model: flags.ModelName = None,
     output: Annotated[
@@ -29,33 +30,15 @@ def compile_model(
             help="Save the engine there: one file if it ends in .fastres, else a folder.",
         ),
     ] = None,
-    backend: flags.Backend = None,
-    precision: flags.Precision = None,
-    batch_size: flags.BatchSize = None,
-    image_size: flags.ImageSize = None,
-    weights: flags.Weights = None,
-    version: flags.Version = None,
-    device: flags.Device = None,
-    threads: flags.Threads = None,
-    on_unsupported: flags.OnUnsupported = None,
+    *,
+    request: Request,
     as_json: flags.Json = False,
 ) -> None:
     """Compile a model into an engine and save it.
 
     Any batch size runs in the engine; it is prepared for the first of --batch-size.
     """
-    request = Request(
-        model,
-        weights,
-        version,
-        backend,
-        precision,
-        device,
-        threads,
-        on_unsupported,
-        flags.batch_sizes(batch_size, (1,)),
-        image_size,
-    )
+    request = request.about(model)
     target = open_model(request)
     started = time.perf_counter()
     engine = to_engine(target, request)

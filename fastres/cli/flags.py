@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
@@ -75,26 +78,69 @@ Output = Annotated[
     typer.Option("--output", "-o", metavar="FILE", help="Write the JSON document there too."),
 ]
 
+Command = Callable[..., None]
+
 
 @dataclass(frozen=True)
 class Request:
-    """What the shared flags ask for; None is what was left unsaid."""
+    """What the shared flags ask for, in the order of the help; None is what was left unsaid.
 
+    `model` and `batch_sizes` are no flags; `about` sets them.
+    """
+
+    backend: Backend = None
+    precision: Precision = None
+    batch_size: BatchSize = None
+    image_size: ImageSize = None
+    weights: Weights = None
+    version: Version = None
+    device: Device = None
+    threads: Threads = None
+    on_unsupported: OnUnsupported = None
     model: str | None = None
-    weights: Path | None = None
-    version: str | None = None
-    backend: str | None = None
-    precision: str | None = None
-    device: str | None = None
-    threads: int | None = None
-    on_unsupported: str | None = None
     batch_sizes: tuple[int, ...] = (1,)
-    image_size: int | None = None
+
+    def about(self, model: str | None, default_batch: int = 1) -> Request:
+        """The same for this model, with its batch sizes read.
+
+        Raises:
+            InputError: see `batch_sizes`.
+        """
+        return replace(
+            self, model=model, batch_sizes=batch_sizes(self.batch_size, (default_batch,))
+        )
 
     def only_for_models(self) -> list[str]:
         """The flags given that change how a model is compiled, so that no saved engine takes."""
         names = ("weights", "version", "backend", "precision", "threads", "on_unsupported")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
+
+
+def takes_request(*, without: str | None = None) -> Callable[[Command], Command]:
+    """Gives a command the shared flags in place of its parameter `request`, made of them."""
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in get_type_hints(Request, include_extras=True).items()
+        if get_origin(kind) is Annotated and name != without
+    ]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            asked = {flag.name: given.pop(flag.name) for flag in flags}
+            command(request=Request(**asked), **given)
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters = [
+            parameter
+            for own in signature.parameters.values()
+            for parameter in (flags if own.name == "request" else [own])
+        ]
+        # where typer looks for a command's flags
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 def batch_sizes(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,19 +12,14 @@ from fastres.cli.output import emit
 from fastres.cli.targets import open_target, precision_ran, to_engine
 
 
+@flags.takes_request(without="batch_size")
 def inspect_engine(
     model: flags.TargetName = None,
     graph: Annotated[
         bool, typer.Option("--graph", help="Print the optimised graph in full, with parameters.")
     ] = False,
-    backend: flags.Backend = None,
-    precision: flags.Precision = None,
-    image_size: flags.ImageSize = None,
-    weights: flags.Weights = None,
-    version: flags.Version = None,
-    device: flags.Device = None,
-    threads: flags.Threads = None,
-    on_unsupported: flags.OnUnsupported = None,
+    *,
+    request: Request,
     as_json: flags.Json = False,
     output: flags.Output = None,
 ) -> None:
@@ -32,17 +27,7 @@ def inspect_engine(
 
     For each node: operation, what was fused into it, backend, precision, and why it fell back.
     """
-    request = Request(
-        model,
-        weights,
-        version,
-        backend,
-        precision,
-        device,
-        threads,
-        on_unsupported,
-        image_size=image_size,
-    )
+    request = request.about(model)
     target = open_target(request)
     engine = to_engine(target, request)
     info = engine.info

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastres.cli.flags import NAMES
-from fastres.errors import BackendUnavailable, BuildError, InputError
+from fastres.errors import BackendUnavailable, BuildError, InputError, missing
 
 if TYPE_CHECKING:
     from torch import nn
 
-Version = Literal["v1", "v1.5"]
+    from fastres.blocks import Version
+
 _VERSIONS: dict[str, Version] = {"v1": "v1", "v1.5": "v1.5"}
 _IMAGENET = (
     "resnet18",
@@ -177,9 +178,7 @@ def _optional(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # torchvision beside another build of torch
-        raise BackendUnavailable(
-            f"{package} cannot be imported ({error}); pip install {package}"
-        ) from error
+        raise BackendUnavailable(missing(package, error)) from error
 
 
 def _factory(module: str, attribute: str) -> nn.Module:

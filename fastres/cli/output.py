@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from fastres import __version__
 from fastres.errors import InputError
+from fastres.text import json_text
 
 
 def emit(
@@ -33,7 +33,7 @@ def emit(
         InputError: the file cannot be written.
     """
     document = {"command": command, "fastres": __version__, **fields}
-    body = msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    body = json_text(document)
     typer.echo(body if as_json else text)
     if output is not None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastres.engine import Engine, Prediction
 
 
+@flags.takes_request()
 def predict(
     positionals: Annotated[
         list[str] | None,
@@ -48,15 +50,8 @@ def predict(
     std: Annotated[
         str | None, typer.Option(metavar="R,G,B", help="Without it: 0.229,0.224,0.225.")
     ] = None,
-    backend: flags.Backend = None,
-    precision: flags.Precision = None,
-    batch_size: flags.BatchSize = None,
-    image_size: flags.ImageSize = None,
-    weights: flags.Weights = None,
-    version: flags.Version = None,
-    device: flags.Device = None,
-    threads: flags.Threads = None,
-    on_unsupported: flags.OnUnsupported = None,
+    *,
+    request: Request,
     as_json: flags.Json = False,
     output: flags.Output = None,
 ) -> None:
@@ -64,20 +59,10 @@ def predict(
 
     They are decoded, resized, cropped and normalised as in training.
     """
-    model, paths = split(positionals or (), weights)
+    model, paths = split(positionals or (), request.weights)
     images = _images(paths)
-    request = Request(
-        model,
-        weights,
-        version,
-        backend,
-        precision,
-        device,
-        threads,
-        on_unsupported,
-        flags.batch_sizes(batch_size, (min(8, len(images)),)),
-        image_size or crop,
-    )
+    request = request.about(model, default_batch=min(8, len(images)))
+    request = replace(request, image_size=request.image_size or crop)
     changed: dict[str, Any] = {
         "resize": resize or (crop and crop * 256 // 224),
         "crop": crop,

@@ -19,7 +19,7 @@ def summary(
     """Show layers: shapes, parameters, multiply-adds."""
     import fastres
 
-    request = Request(model, weights, version, image_size=image_size)
+    request = Request(model=model, image_size=image_size, weights=weights, version=version)
     target = open_target(request)
     with working(f"counting {target.name}"):
         found = fastres.summary(target.model, image_input(target.shape, (1,)))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from fastres.blocks import Version
     from fastres.calib.images import Preprocess
     from fastres.engine import Engine
     from fastres.graph.ir import Graph
@@ -143,7 +144,7 @@ def engine_target(engine: Engine, name: str, image_size: int | None = None) -> T
     return Target(name, engine, shape, engine.graph.inputs[0].spec.torch_dtype)
 
 
-def _named(request: Request, name: str, version: models.Version | None) -> Target:
+def _named(request: Request, name: str, version: Version | None) -> Target:
     import torch
 
     model = models.make(name, version)
@@ -155,7 +156,7 @@ def _named(request: Request, name: str, version: models.Version | None) -> Targe
     return Target(name, model, (3, size, size), dtype, untrained)
 
 
-def _built(request: Request, weights: Path, version: models.Version | None) -> Target:
+def _built(request: Request, weights: Path, version: Version | None) -> Target:
     import fastres
     from fastres.options import Input
 

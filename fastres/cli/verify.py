@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _TO_SETTLE = 4  # pictures at least: BatchNorm needs several values per channel
 
 
+@flags.takes_request()
 def verify(
     positionals: Annotated[
         list[str] | None,
@@ -45,15 +46,8 @@ def verify(
     rtol: Annotated[
         float | None, typer.Option(min=0, help="Relative tolerance in place of the policy.")
     ] = None,
-    backend: flags.Backend = None,
-    precision: flags.Precision = None,
-    batch_size: flags.BatchSize = None,
-    image_size: flags.ImageSize = None,
-    weights: flags.Weights = None,
-    version: flags.Version = None,
-    device: flags.Device = None,
-    threads: flags.Threads = None,
-    on_unsupported: flags.OnUnsupported = None,
+    *,
+    request: Request,
     as_json: flags.Json = False,
     output: flags.Output = None,
 ) -> None:
@@ -66,26 +60,15 @@ def verify(
 
     import fastres
 
-    model, rest = split(positionals or (), weights)
+    model, rest = split(positionals or (), request.weights)
     if len(rest) > 1:
         raise InputError(f"one engine at a time, got {', '.join(rest)}")
-    request = Request(
-        model,
-        weights,
-        version,
-        backend,
-        precision,
-        device,
-        threads,
-        on_unsupported,
-        flags.batch_sizes(batch_size, (4,)),
-        image_size,
-    )
+    request = request.about(model, default_batch=4)
     engine_path = rest[0] if rest else None
     _check_flags(request, engine_path)
     target = open_model(request)
     data = _data(target, images, max(request.batch_sizes))
-    origin = _weights(target, data, weights, engine_path)
+    origin = _weights(target, data, request.weights, engine_path)
     engine = to_engine(_candidate(engine_path, request) or target, request)
     with working(f"verifying {target.name}"):
         report = fastres.verify(
@@ -151,4 +134,4 @@ def _settle(model: object, data: torch.Tensor, target: Target) -> None:
 
 
 def _candidate(path: str | None, request: Request) -> Target | None:
-    return None if path is None else open_target(Request(path, device=request.device))
+    return None if path is None else open_target(Request(model=path, device=request.device))

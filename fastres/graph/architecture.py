@@ -14,12 +14,10 @@ from typing import Literal, get_args
 
 import torch
 
+from fastres.blocks import Stem, Version
 from fastres.errors import BuildError
 from fastres.options import is_number
 from fastres.weights import is_finite, oddity
-
-Version = Literal["v1", "v1.5"]
-Stem = Literal["imagenet", "cifar"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from fastres.errors import BuildError, GraphError
 from fastres.graph import laws
 from fastres.graph.architecture import Architecture, infer, usable
 from fastres.graph.architecture import ResNetSpec as ResNetSpec
-from fastres.graph.architecture import Version as Version
 from fastres.graph.ir import (
     DTYPE_NAMES,
     Activation,

@@ -9,7 +9,8 @@ import torch
 import torch.fx
 
 from fastres.errors import CaptureError
-from fastres.graph.ir import Op, Pair
+from fastres.graph.ir import Op
+from fastres.kernels.geometry import Pair
 
 
 class Emit(NamedTuple):

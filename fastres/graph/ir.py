@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from fastres.kernels.epilogue import ActivationKind, Epilogue
+from fastres.kernels.geometry import Pair
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -64,7 +65,6 @@ class Sym(msgspec.Struct, frozen=True, tag=True):
 
 Dim = int | Sym
 Shape = tuple[Dim, ...]
-Pair = tuple[int, int]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -335,6 +335,12 @@ class Graph:
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+
+
+def identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same memory seen in the same way, as tied weights are."""
+    where = id(tensor) if tensor.is_meta else tensor.data_ptr()  # a meta tensor has no memory
+    return where, tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def op_name(op: Op) -> str:

@@ -27,16 +27,14 @@ from fastres.graph.ir import (
     Mul,
     Op,
     Pad,
-    Pair,
     Slice,
     Softmax,
 )
 from fastres.graph.symbols import is_fixed
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.geometry import Pair
 
 Reader = Callable[[Call], Emit | Alias | None]
-
-
 PartReader = Callable[[Call, int], Emit | None]
 
 
@@ -115,31 +113,23 @@ def _binary(op: Op) -> Reader:
     return reader
 
 
+def _window(call: Call) -> tuple[Pair, Pair, Pair]:
+    """Kernel, stride and padding of a pool; the stride is the kernel where none is said."""
+    kernel = call.pair("kernel_size")
+    return kernel, call.pair("stride") if call.args["stride"] else kernel, call.pair("padding")
+
+
 def _max_pool(call: Call) -> Emit | None:
     if call.rank("self") != 4:
         return None
-    stride = call.pair("stride") if call.args["stride"] else call.pair("kernel_size")
-    op = MaxPool(
-        call.pair("kernel_size"),
-        stride,
-        call.pair("padding"),
-        call.pair("dilation"),
-        call.args["ceil_mode"],
-    )
+    op = MaxPool(*_window(call), call.pair("dilation"), call.args["ceil_mode"])
     return Emit(op, (call.value("self"),))
 
 
 def _avg_pool(call: Call) -> Emit | None:
     if call.args["divisor_override"] is not None or call.rank("self") != 4:
         return None
-    stride = call.pair("stride") if call.args["stride"] else call.pair("kernel_size")
-    op = AvgPool(
-        call.pair("kernel_size"),
-        stride,
-        call.pair("padding"),
-        call.args["ceil_mode"],
-        call.args["count_include_pad"],
-    )
+    op = AvgPool(*_window(call), call.args["ceil_mode"], call.args["count_include_pad"])
     return Emit(op, (call.value("self"),))
 
 

@@ -30,6 +30,7 @@ from fastres.graph.ir import (
     Sym,
     TensorSpec,
     Value,
+    identity,
     spec_of,
 )
 from fastres.graph.shapes import infer_shapes
@@ -153,13 +154,11 @@ def decode(
 
 
 def same_tensors(constants: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """For each constant, the first name of the same tensor: the same memory, seen the same way."""
+    """For each constant, the first name of the same tensor; see `identity`."""
     first: dict[tuple[object, ...], str] = {}
     names: dict[str, str] = {}
     for name, tensor in constants.items():
-        where = id(tensor) if tensor.is_meta else tensor.data_ptr()
-        key = (where, tensor.dtype, tuple(tensor.shape), tensor.stride())
-        names[name] = first.setdefault(key, name)
+        names[name] = first.setdefault(identity(tensor), name)
     return names
 
 

@@ -33,11 +33,10 @@ from fastres.graph.ir import (
     Softmax,
     Sym,
 )
+from fastres.options import Sizes
 
-Ints = tuple[int, ...]
 
-
-def infer_shapes(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[str, Ints]:
+def infer_shapes(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[str, Sizes]:
     """The concrete shape of every input and node for inputs of the given shapes.
 
     Raises:
@@ -62,7 +61,7 @@ def infer_shapes(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[st
     return shapes  # type: ignore[return-value]  # integers in, integers out
 
 
-def bind(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[str, Ints]:
+def bind(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[str, Sizes]:
     """Checks concrete input shapes against the graph's and returns them by name."""
     if len(input_shapes) != len(graph.inputs):
         raise GraphError(f"{len(input_shapes)} inputs given, the graph has {len(graph.inputs)}")
@@ -133,18 +132,18 @@ def _positive(shape: Shape) -> Shape:
     return shape
 
 
-def _check_bias(channels: int, params: Mapping[str, Ints]) -> None:
+def _check_bias(channels: int, params: Mapping[str, Sizes]) -> None:
     if params.get("bias", (channels,)) != (channels,):
         raise GraphError(f"bias {list(params['bias'])} needs one value per channel, {channels}")
 
 
 @singledispatch
-def _rule(op: Op, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _rule(op: Op, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     raise GraphError(f"no shape rule for {op}")
 
 
 @_rule.register
-def _(op: Conv2d, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: Conv2d, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     n, c, h, w = inputs[0]
     k, c_group, r, s = params["weight"]
     if c != c_group * op.groups:
@@ -161,7 +160,7 @@ def _(op: Conv2d, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
 
 
 @_rule.register(BatchNorm)
-def _(op: BatchNorm, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: BatchNorm, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     if any(shape != (inputs[0][1],) for shape in params.values()):
         raise GraphError(f"parameters {dict(params)} need one value per channel")
     return inputs[0]
@@ -169,13 +168,13 @@ def _(op: BatchNorm, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Sha
 
 @_rule.register(Activation)
 @_rule.register(Softmax)
-def _(op: Activation | Softmax, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: Activation | Softmax, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     return inputs[0]
 
 
 @_rule.register(Add)
 @_rule.register(Mul)
-def _(op: Add | Mul, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: Add | Mul, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     a, b = inputs
     rank = max(len(a), len(b))
     ones: Shape = (1,) * rank
@@ -189,7 +188,7 @@ def _(op: Add | Mul, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Sha
 
 @_rule.register(MaxPool)
 @_rule.register(AvgPool)
-def _(op: MaxPool | AvgPool, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: MaxPool | AvgPool, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     n, c, h, w = inputs[0]
     dilation = op.dilation if isinstance(op, MaxPool) else (1, 1)
     sizes = [
@@ -200,13 +199,13 @@ def _(op: MaxPool | AvgPool, inputs: Sequence[Shape], params: Mapping[str, Ints]
 
 
 @_rule.register
-def _(op: GlobalAvgPool, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: GlobalAvgPool, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     n, c, _, _ = inputs[0]
     return (n, c, 1, 1) if op.keepdim else (n, c)
 
 
 @_rule.register
-def _(op: Linear, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: Linear, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     k, c = params["weight"]
     if inputs[0][-1] != c:
         raise GraphError(f"weight {list(params['weight'])} needs {c} features")
@@ -215,7 +214,7 @@ def _(op: Linear, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
 
 
 @_rule.register
-def _(op: Flatten, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: Flatten, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     head, tail = inputs[0][: op.start_dim], inputs[0][op.start_dim :]
     if any(isinstance(size, Sym) for size in tail):
         if all(size == 1 for size in tail[1:]):
@@ -225,7 +224,7 @@ def _(op: Flatten, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape
 
 
 @_rule.register
-def _(op: Concat, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: Concat, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     before, total, after = inputs[0][: op.dim], inputs[0][op.dim], inputs[0][op.dim + 1 :]
     for shape in inputs[1:]:
         if (shape[: op.dim], shape[op.dim + 1 :]) != (before, after):
@@ -241,13 +240,13 @@ def _(op: Concat, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
 
 
 @_rule.register
-def _(op: Pad, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: Pad, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     sizes = zip(inputs[0], op.before, op.after, strict=True)
     return tuple(_plus(size, before + after) for size, before, after in sizes)
 
 
 @_rule.register
-def _(op: Slice, inputs: Sequence[Shape], params: Mapping[str, Ints]) -> Shape:
+def _(op: Slice, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     out: list[Dim] = []
     for size, start, stop, step in zip(inputs[0], op.starts, op.stops, op.steps, strict=True):
         if isinstance(size, Sym):

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastres
-from fastres.backends.cpu import CpuBackend, CpuExecutable
+from fastres.backends.cpu import CpuExecutable
 from fastres.errors import GraphError, UnsupportedError
 from fastres.options import Options
 from fastres.tolerances import errors
 
 PhotoBatch = Callable[[int, int], Tensor]
-BF16 = CpuBackend().precision("bf16") is None
 
 
 class Function(nn.Module):
@@ -94,25 +93,23 @@ def test_every_operation(case: Case) -> None:
     assert errors(got, want).rms < 1e-6, case.name
 
 
+@pytest.mark.usefixtures("bf16")
 def test_bf16_runs_in_bf16_and_info_says_so(photo_batch: PhotoBatch) -> None:
-    if not BF16:
-        pytest.skip("this processor has no bf16 instructions")
     model = fastres.models.settle(fastres.models.resnet18(seed=0), photo_batch(8, 64))
     x = photo_batch(2, 64)
-    with fastres.compile(model, x, precision="bf16") as engine:
+    with fastres.compile(model, x, precision="bf16", backend="cpu") as engine:
         ran = [node.precision for node in engine.info.nodes if node.op == "conv2d"]
         assert set(ran) == {"bf16"} and len(ran) == 20
         assert engine(x).dtype == torch.float32
-    with fastres.compile(model, x) as engine:
+    with fastres.compile(model, x, backend="cpu") as engine:
         assert {n.precision for n in engine.info.nodes if n.op == "conv2d"} == {"fp32"}
 
 
+@pytest.mark.usefixtures("bf16")
 def test_bf16_model_keeps_its_dtype(photo_batch: PhotoBatch) -> None:
-    if not BF16:
-        pytest.skip("this processor has no bf16 instructions")
     model = fastres.models.settle(fastres.models.cifar_resnet(20), photo_batch(8, 32)).bfloat16()
     x = photo_batch(2, 32).bfloat16()
-    with fastres.compile(model, x) as engine:
+    with fastres.compile(model, x, backend="cpu") as engine:
         assert engine.options.precision == "bf16"
         y = engine(x)
         assert y.dtype == torch.bfloat16
@@ -122,14 +119,14 @@ def test_bf16_model_keeps_its_dtype(photo_batch: PhotoBatch) -> None:
 def test_float64_model_runs_in_fp32_and_returns_float64(photo_batch: PhotoBatch) -> None:
     model = fastres.models.settle(fastres.models.cifar_resnet(20), photo_batch(8, 32)).double()
     x = photo_batch(2, 32).double()
-    with fastres.compile(model, x) as engine, torch.no_grad():
+    with fastres.compile(model, x, backend="cpu") as engine, torch.no_grad():
         y = engine(x)
         assert y.dtype == torch.float64 and torch.allclose(y, model(x), atol=1e-4)
 
 
 def test_plans_are_bounded_and_shapes_come_back(photo_batch: PhotoBatch) -> None:
     model = fastres.models.cifar_resnet(20).eval()
-    with fastres.compile(model, fastres.Input((1, 3, 32, 32))) as engine:
+    with fastres.compile(model, fastres.Input((1, 3, 32, 32)), backend="cpu") as engine:
         executable = engine._lowered.executable
         assert isinstance(executable, CpuExecutable)
         x = photo_batch(12, 32)
@@ -144,7 +141,7 @@ def test_infinite_inputs_mean_what_they_mean_in_pytorch() -> None:
     x = torch.randn(2, 3, 8, 8)
     x[1, 0, 2, 2] = float("inf")
     x[0, 1, 3, 3] = float("-inf")
-    with fastres.compile(model, x) as engine, torch.no_grad():
+    with fastres.compile(model, x, backend="cpu") as engine, torch.no_grad():
         want = model(x)
         assert torch.equal(torch.isinf(engine(x)), torch.isinf(want))
         assert torch.allclose(engine(x), want, equal_nan=True, atol=1e-5)

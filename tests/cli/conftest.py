@@ -95,7 +95,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     """An engine with those weights, saved by the command itself."""
     path = tmp_path_factory.mktemp("engine") / "small.fastres"
-    arguments = ["compile", SMALL, "--weights", str(trained), "-o", str(path)]
+    arguments = ["compile", SMALL, "--weights", str(trained), "-o", str(path), "--backend", "cpu"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return path

@@ -12,7 +12,7 @@ from fastres.errors import BackendUnavailable
 
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
-BRIEF = ("--duration", "0.02")
+BRIEF = ("--duration", "0.02", "--device", "cpu")  # a device, unlike a backend, fits an engine too
 
 
 def test_ours_and_peers_take_turns(run_json: RunJson, small: str) -> None:

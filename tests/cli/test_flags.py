@@ -1,8 +1,11 @@
 """What the shared flags mean, without running a command."""
 
+import inspect
+from dataclasses import fields
+
 import pytest
 
-from fastres.cli.flags import Request, batch_sizes, numbers
+from fastres.cli.flags import Json, Request, batch_sizes, numbers, takes_request
 from fastres.errors import InputError
 
 
@@ -31,3 +34,18 @@ def test_a_request_names_the_flags_that_no_saved_engine_takes() -> None:
     assert Request(model="e.fastres", device="cpu", image_size=32).only_for_models() == []
     request = Request(precision="bf16", on_unsupported="fallback", threads=2)
     assert request.only_for_models() == ["--precision", "--threads", "--on-unsupported"]
+
+
+def test_a_command_has_the_shared_flags_where_its_request_stands() -> None:
+    seen = []
+
+    @takes_request(without="batch_size")
+    def command(first: str = "", *, request: Request, as_json: Json = False) -> None:
+        seen.append((first, request, as_json))
+
+    shared = [field.name for field in fields(Request)]
+    shared = [n for n in shared if n not in ("batch_size", "model", "batch_sizes")]
+    parameters = inspect.signature(command).parameters
+    assert list(parameters) == ["first", *shared, "as_json"]
+    command(**{name: p.default for name, p in parameters.items()} | {"threads": 2})
+    assert seen == [("", Request(threads=2), False)]

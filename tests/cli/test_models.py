@@ -30,7 +30,7 @@ def strides(model: nn.Module) -> tuple[int, int]:
         ("torchvision:resnet50", None, (1, 2)),
     ],
 )
-def test_versions(name: str, version: models.Version | None, expected: tuple[int, int]) -> None:
+def test_versions(name: str, version: ours.Version | None, expected: tuple[int, int]) -> None:
     model = models.make(name, version)
     assert strides(model) == expected and not model.training
 

@@ -9,6 +9,7 @@ import torch
 
 from fastres.backends.base import NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
+from fastres.errors import missing
 from fastres.graph.ir import Graph
 from fastres.options import DTYPE_OF, Options, Precision
 
@@ -28,7 +29,7 @@ class TritonBackend:
         try:
             import triton  # noqa: F401
         except ImportError as error:
-            return f"triton cannot be imported ({error}); pip install triton"
+            return missing("triton", error)
         if _interpreting():
             return None
         if not torch.cuda.is_available():

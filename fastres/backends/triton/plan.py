@@ -9,9 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from fastres.kernels.epilogue import ActivationKind
-
-Pair = tuple[int, int]
-Sizes = tuple[int, ...]
+from fastres.kernels.geometry import Pair
+from fastres.options import Sizes
 
 
 class Place(msgspec.Struct, frozen=True):
