@@ -267,9 +267,13 @@ def _optimised(source: Graph, error: type[FastresError]) -> Graph:
 
 
 def _detached(graph: Graph, source: Graph) -> Graph:
-    """Copies the constants still shared with the model, which may go on training."""
-    shared = {identity(tensor) for tensor in source.constants.values()}
-    return _each_constant(graph, lambda t: t.clone() if identity(t) in shared else t)
+    """Copies the constants still in the model's memory, which may go on training."""
+    shared = {t.untyped_storage().data_ptr() for t in source.constants.values() if not t.is_meta}
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in shared else tensor
+
+    return _each_constant(graph, own)
 
 
 def without_values(graph: Graph, names: Collection[str] | None = None) -> Graph:

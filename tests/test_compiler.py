@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,29 @@ def test_a_program_brings_its_inputs(model: nn.Module) -> None:
     program = torch.export.export(model, (x,))
     with pytest.raises(InputError, match="ExportedProgram has its inputs already.*torch.export"):
         fastres.compile(program, x)
+
+
+def test_an_engine_keeps_nothing_in_the_models_memory(tmp_path: Path) -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.rand(1, 3, 2, 2))
+            self.register_buffer("which", torch.tensor([2, 0, 1, 1])[:3])
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x.index_select(1, self.which) * self.gain[:, :, :1, :1]
+            return y
+
+    model, x = Gained().eval().double(), torch.randn(2, 3, 8, 8).double()
+    with fastres.compile(model, x, backend="reference") as engine:
+        want = engine(x)
+        with torch.no_grad():
+            model.gain.zero_()
+            model.which.zero_()
+        assert torch.equal(engine(x), want)
+        engine.save(tmp_path / "engine")
+    with fastres.load(tmp_path / "engine") as loaded:
+        assert torch.equal(loaded(x), want)
 
 
 def test_weights_tied_in_the_model_stay_tied() -> None:

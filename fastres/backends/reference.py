@@ -60,7 +60,8 @@ class ReferenceExecutable:
 
     Args:
         graph: lawful.
-        dtype: in which every node computes; float64 for an oracle.
+        dtype: in which every node computes; float64 for an oracle. Where it is not the graph's own,
+            it also takes the place of the floating dtypes that ATen calls name.
         device: where the constants lie and the inputs come from.
     """
 
@@ -69,6 +70,7 @@ class ReferenceExecutable:
     ) -> None:
         self._graph = graph
         self._dtype = dtype
+        self._instead = dtype if dtype != graph.floating_dtype else None
         self._constants = {
             name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
             for name, tensor in graph.constants.items()
@@ -113,7 +115,7 @@ class ReferenceExecutable:
         }
         for node in self._graph.nodes:
             start = time.perf_counter()
-            values[node.name] = evaluate(node, values, constants, self._dtype)
+            values[node.name] = evaluate(node, values, constants, self._instead)
             if times is not None:
                 spent = 1e3 * (time.perf_counter() - start)
                 times.append(NodeTime(node.name, spent, "pytorch"))
@@ -142,7 +144,7 @@ def evaluate(
     constants: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """One node's value from the values it reads; `dtype` replaces what an ATen call names."""
+    """One node's value from the values it reads; `dtype` is for `fastres.graph.aten.call`."""
     inputs = [values[n] if n in values else constants[n] for n in node.inputs]
     params = {slot: constants[name] for slot, name in node.params.items()}
     if isinstance(node.op, Aten):

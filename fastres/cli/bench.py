@@ -57,16 +57,16 @@ def bench(
     """
     from fastres.benchmarking import benchmark
 
-    common = replace(request.about(None), precision=None)  # each of those asked for in turn
+    asked = request.about(None)
     chosen, percentiles = _peers(peers), _percentiles(percentile)
-    targets = _open(positionals or (), common)
-    examples = {n: pictures.synthetic(n, targets[0]) for n in common.batch_sizes}
+    targets = _open(positionals or (), asked)
+    examples = {n: pictures.synthetic(n, targets[0]) for n in asked.batch_sizes}
     precisions = request.precision.split(",") if request.precision else [None]
     lanes: list[Lane] = []
     for target, name in zip(targets, _short_names(targets), strict=True):
         for one in precisions:
             tag = f"{name} " * (len(targets) > 1) + f"{one} " * (len(precisions) > 1)
-            lanes.append(_lane(tag, target, replace(common, precision=one), chosen, examples))
+            lanes.append(_lane(tag, target, replace(asked, precision=one), chosen, examples))
     left_out = {name: why for lane in lanes for name, why in lane.left_out.items()}
     for name, why in left_out.items():
         note(f"{name} is left out: {why}")

@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten, laws
 from fastres.graph.calls import Alias, Call, Emit
-from fastres.graph.export import check_finite, export, output_tree
+from fastres.graph.export import check_finite, export, functional, output_tree
 from fastres.graph.ir import (
     DTYPE_NAMES,
     Aten,
@@ -68,7 +68,7 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: Sequence[Input]) -
     try:
         return _Reader(program).read()
     except _NeedsFunctional:
-        return _Reader(program.run_decompositions({})).read()
+        return _Reader(functional(program)).read()
 
 
 class _NeedsFunctional(Exception):

@@ -56,6 +56,14 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
     return program
 
 
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """The same program without in-place operations, as PyTorch's functionalisation rewrites it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in `export`
+        changed: ExportedProgram = program.run_decompositions({})
+        return changed
+
+
 def _nested(model: torch.nn.Module, free: tuple[dict[int, Any], ...]) -> tuple[Any, ...]:
     """`free` in the form torch.export wants: what a forward's *args takes is one nested tuple."""
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]

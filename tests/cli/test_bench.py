@@ -42,6 +42,11 @@ def test_a_saved_engine_beside_its_model(run: Run, small: str, engine: Path) -> 
     assert "timed without a check" in result.stderr
 
 
+def test_a_saved_engine_has_its_precision(run: Run, engine: Path) -> None:
+    result = run("bench", engine, *BRIEF, "--precision", "fp32,bf16", status=2)
+    assert "is a saved engine" in result.stderr and "--precision cannot be given" in result.stderr
+
+
 def test_a_peer_that_is_missing_is_left_out_and_named(
     run_json: RunJson, run: Run, small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.backends.reference import ReferenceExecutable
 from fastres.graph.capture import capture
 from fastres.graph.ir import Add
 from fastres.options import Input
@@ -163,7 +164,6 @@ IN_PLACE = [
     change_of_the_input,
     change_of_the_inputs_view,
     other_dtype,
-    other_precision,
     other_layout,
     shape_of_an_alias,
     unsqueezed,
@@ -182,6 +182,13 @@ class TestInPlace:
         graph = capture(model, [SMALL]).graph
         for n in (1, 2, 5):
             agree(model, graph, [draw(n, 3, 8, 8)])
+
+    def test_a_result_rounded_to_its_targets_dtype(self, model_of: ModelOf) -> None:
+        x = draw(2, 3, 8, 8)
+        model = model_of(other_precision)
+        graph = capture(model, [SMALL]).graph
+        (got,) = ReferenceExecutable(graph, torch.float32).run([x])
+        assert got.dtype == torch.float16 and torch.equal(got, model(x))
 
     def test_the_first_reading_suffices_for_the_usual_network(self, model_of: ModelOf) -> None:
         """Functionalisation costs seconds: relu_ and add_ on whole tensors must do without."""
