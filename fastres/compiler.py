@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch.export import ExportedProgram
 
 from fastres.backends.segments import lower
 from fastres.backends.select import check_names, choose
@@ -17,12 +16,9 @@ from fastres.engine import Engine, Lowered, Origin
 from fastres.errors import BuildError, CaptureError, FastresError, InputError
 from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, build_graph
-from fastres.graph.capture import capture
-from fastres.graph.export import inputs_of_program
-from fastres.graph.ir import BatchNorm, Graph, Sym, identity, spec_of
+from fastres.graph.ir import BatchNorm, Graph, identity, spec_of
 from fastres.graph.passes.pipeline import optimise
 from fastres.options import (
-    ANY_BATCH,
     PRECISION_OF,
     Hint,
     Input,
@@ -31,14 +27,10 @@ from fastres.options import (
     Oversize,
     PathLike,
     Precision,
-    Sizes,
     as_device,
-    usual_sizes,
 )
+from fastres.source import Inputs, Model, examples, source_of
 from fastres.weights import is_finite, oddity, read_weights
-
-Model = torch.nn.Module | ExportedProgram | Graph
-Inputs = torch.Tensor | Input | Sequence[torch.Tensor | Input]
 
 
 def compile(
@@ -100,7 +92,7 @@ def compile(
         raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
     if not isinstance(verify, bool):
         raise InputError(f"verify is {verify!r}; give True or False")
-    source = _source(model, inputs)
+    source = source_of(model, inputs)
     if source.largest_batch is not None:
         limit = min(source.largest_batch, options.max_batch_size or source.largest_batch)
         options = replace(options, max_batch_size=limit)
@@ -115,7 +107,7 @@ def compile(
         from fastres.parity import verify as check
 
         reference = model if isinstance(model, torch.nn.Module) else source.graph
-        check(reference, engine, _examples(source)).raise_if_failed()
+        check(reference, engine, examples(source)).raise_if_failed()
     return engine
 
 
@@ -151,99 +143,6 @@ def build(
             ".pt or .pth file"
         )
     return build_graph(table, spec, inputs)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A model as a graph, with what its engine must know besides."""
-
-    graph: Graph
-    inputs: tuple[Input, ...]
-    weights: Collection[str]  # constants that a state_dict holds; the others keep their values
-    ignored_weights: tuple[str, ...] = ()
-    largest_batch: int | None = None  # None: any
-
-
-def _source(model: Model, inputs: Inputs | None) -> _Source:
-    if isinstance(model, Graph | ExportedProgram) and inputs is not None:
-        where = "fastres.build" if isinstance(model, Graph) else "torch.export.export"
-        raise InputError(f"a {type(model).__name__} has its inputs already; give them to {where}")
-    if isinstance(model, Graph):
-        return _Source(model, inputs_of(model), model.constants.keys())
-    if not isinstance(model, torch.nn.Module | ExportedProgram):
-        raise InputError(
-            f"model is {type(model).__name__}; expected an nn.Module, an ExportedProgram, or a "
-            "Graph from fastres.build"
-        )
-    program = model if isinstance(model, ExportedProgram) else None
-    given = _as_inputs(inputs) if program is None else inputs_of_program(program)
-    captured = capture(model, given)
-    graph = captured.graph
-    weights = captured.program.state_dict.keys()
-    ignored = tuple(k for k in weights if k not in graph.constants)
-    if program is not None:
-        largest = min(i.largest[0] for i in given)
-        return _Source(graph, given, weights, ignored, None if largest == ANY_BATCH else largest)
-    named = zip(given, graph.inputs, strict=True)
-    typed = tuple(replace(i, dtype=v.spec.torch_dtype, name=v.name) for i, v in named)
-    return _Source(graph, typed, weights, ignored)
-
-
-def _examples(source: _Source) -> list[tuple[torch.Tensor, ...]]:
-    """Random inputs: a batch of one, another batch, and both ends of what H and W range over."""
-    batch = source.graph.inputs[0].spec.shape[0]
-    few, several = (1, 3) if isinstance(batch, Sym) else (batch, batch)
-    several = min(several, source.largest_batch or several)
-    shapes = {
-        tuple((few, *i.usual[1:]) for i in source.inputs),
-        tuple((several, *i.smallest[1:]) for i in source.inputs),
-        tuple((few, *i.largest[1:]) for i in source.inputs),
-    }
-    dtypes = [v.spec.torch_dtype for v in source.graph.inputs]
-    return [
-        tuple(_random(shape, dtype) for shape, dtype in zip(example, dtypes, strict=True))
-        for example in sorted(shapes)
-    ]
-
-
-def _random(shape: Sizes, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers around 0, bytes of any value, or 0 and 1 where they may be indices."""
-    random = torch.Generator().manual_seed(0)
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=random).to(dtype)
-    return torch.randint(0, 256 if dtype == torch.uint8 else 2, shape, generator=random).to(dtype)
-
-
-def _as_inputs(inputs: Inputs | None) -> tuple[Input, ...]:
-    if inputs is None:
-        return (Input((1, 3, 224, 224)),)
-    several: Iterable[object] = [inputs]
-    if isinstance(inputs, Iterable) and not isinstance(inputs, torch.Tensor):
-        several = inputs
-    return tuple(_as_input(item) for item in several)
-
-
-def _as_input(item: object) -> Input:
-    if isinstance(item, Input):
-        return item
-    if odd := oddity(item):
-        raise InputError(f"inputs holds {odd}; give dense tensors as examples, or fastres.Input")
-    assert isinstance(item, torch.Tensor)
-    if item.dim() == 0:
-        raise InputError("the example is a scalar; give one of rank 2 or more, batch first")
-    return Input((max(1, item.shape[0]), *item.shape[1:]), dtype=item.dtype)
-
-
-def inputs_of(graph: Graph) -> tuple[Input, ...]:
-    """Inputs of a graph that brings its own sizes; a symbolic one may be anything up to 4096."""
-    found = []
-    for value in graph.inputs:
-        shape = value.spec.shape
-        low = tuple(1 if isinstance(d, Sym) else d for d in shape)
-        high = tuple(4096 if isinstance(d, Sym) else d for d in shape)
-        sizes = (low, usual_sizes(low, high), high)
-        found.append(Input(sizes, dtype=value.spec.torch_dtype, name=value.name))
-    return tuple(found)
 
 
 def _optimised(source: Graph, error: type[FastresError]) -> Graph:

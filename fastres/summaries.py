@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fastres.compiler import inputs_of
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.graph.capture import capture
@@ -18,6 +17,7 @@ from fastres.graph.ir import Aten, Graph, Node, op_name
 from fastres.graph.serial import same_tensors
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input, Sizes
+from fastres.source import inputs_of
 from fastres.text import json_text, render
 
 _STATISTICS = ("mean", "var")

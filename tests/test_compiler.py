@@ -170,6 +170,12 @@ def test_verify_tries_one_image_and_several_and_both_ends_of_the_range(
     assert set(tried) == {(1, 3, 32, 32), (3, 3, 24, 28), (1, 3, 40, 36)}
 
 
+def test_verify_where_nobody_said_how_large_pictures_get(model: nn.Module) -> None:
+    sizes = ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+    program = torch.export.export(model, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=sizes)
+    fastres.compile(program, backend="cpu", verify=True).close()
+
+
 def test_verify_of_bytes_and_of_indices() -> None:
     class Lookup(nn.Module):
         def __init__(self) -> None:

@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.benchmarking",
         "fastres.peers",
         "fastres.compiler",
+        "fastres.source",
     ),
     ("fastres.cli",),
 )

@@ -1,0 +1,127 @@
+"""What is to be compiled: a model of any kind as a graph, with the inputs that its engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.export import ExportedProgram
+
+from fastres.errors import InputError
+from fastres.graph.capture import capture
+from fastres.graph.export import inputs_of_program
+from fastres.graph.ir import Graph, Sym
+from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
+from fastres.weights import oddity
+
+Model = torch.nn.Module | ExportedProgram | Graph
+Inputs = torch.Tensor | Input | Sequence[torch.Tensor | Input]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as a graph, with what its engine must know besides.
+
+    Args:
+        weights: the constants that a state_dict holds; the others keep their values.
+        ignored_weights: state_dict entries that the graph does not read.
+        largest_batch: None is any.
+        chosen: whether the caller gave the ranges of H and W: then the model runs at both ends.
+    """
+
+    graph: Graph
+    inputs: tuple[Input, ...]
+    weights: Collection[str]
+    ignored_weights: tuple[str, ...] = ()
+    largest_batch: int | None = None
+    chosen: bool = False
+
+
+def source_of(model: Model, inputs: Inputs | None) -> Source:
+    """Captures a model, or takes the graph that it is; see `fastres.compile`.
+
+    Raises:
+        InputError: no model, or inputs that are none or do not go with it.
+        CaptureError: the model cannot be captured.
+    """
+    if isinstance(model, Graph | ExportedProgram) and inputs is not None:
+        where = "fastres.build" if isinstance(model, Graph) else "torch.export.export"
+        raise InputError(f"a {type(model).__name__} has its inputs already; give them to {where}")
+    if isinstance(model, Graph):
+        return Source(model, inputs_of(model), model.constants.keys())
+    if not isinstance(model, torch.nn.Module | ExportedProgram):
+        raise InputError(
+            f"model is {type(model).__name__}; expected an nn.Module, an ExportedProgram, or a "
+            "Graph from fastres.build"
+        )
+    program = model if isinstance(model, ExportedProgram) else None
+    given = _given(inputs) if program is None else inputs_of_program(program)
+    captured = capture(model, given)
+    graph = captured.graph
+    weights = captured.program.state_dict.keys()
+    ignored = tuple(k for k in weights if k not in graph.constants)
+    if program is not None:
+        largest = min(i.largest[0] for i in given)
+        return Source(graph, given, weights, ignored, None if largest == ANY_BATCH else largest)
+    named = zip(given, graph.inputs, strict=True)
+    typed = tuple(replace(i, dtype=v.spec.torch_dtype, name=v.name) for i, v in named)
+    return Source(graph, typed, weights, ignored, chosen=True)
+
+
+def examples(source: Source) -> list[tuple[torch.Tensor, ...]]:
+    """Random inputs: a batch of one, another batch, and both ends of what H and W range over."""
+    batch = source.graph.inputs[0].spec.shape[0]
+    few, several = (1, 3) if isinstance(batch, Sym) else (batch, batch)
+    several = min(several, source.largest_batch or several)
+    ends = source.chosen
+    shapes = {
+        tuple((few, *i.usual[1:]) for i in source.inputs),
+        tuple((several, *(i.smallest if ends else i.usual)[1:]) for i in source.inputs),
+        tuple((few, *(i.largest if ends else i.usual)[1:]) for i in source.inputs),
+    }
+    dtypes = [v.spec.torch_dtype for v in source.graph.inputs]
+    return [
+        tuple(_random(shape, dtype) for shape, dtype in zip(example, dtypes, strict=True))
+        for example in sorted(shapes)
+    ]
+
+
+def _random(shape: Sizes, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers around 0, bytes of any value, or 0 and 1 where they may be indices."""
+    random = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=random).to(dtype)
+    return torch.randint(0, 256 if dtype == torch.uint8 else 2, shape, generator=random).to(dtype)
+
+
+def _given(inputs: Inputs | None) -> tuple[Input, ...]:
+    if inputs is None:
+        return (Input((1, 3, 224, 224)),)
+    several: Iterable[object] = [inputs]
+    if isinstance(inputs, Iterable) and not isinstance(inputs, torch.Tensor):
+        several = inputs
+    return tuple(_as_input(item) for item in several)
+
+
+def _as_input(item: object) -> Input:
+    if isinstance(item, Input):
+        return item
+    if odd := oddity(item):
+        raise InputError(f"inputs holds {odd}; give dense tensors as examples, or fastres.Input")
+    assert isinstance(item, torch.Tensor)
+    if item.dim() == 0:
+        raise InputError("the example is a scalar; give one of rank 2 or more, batch first")
+    return Input((max(1, item.shape[0]), *item.shape[1:]), dtype=item.dtype)
+
+
+def inputs_of(graph: Graph) -> tuple[Input, ...]:
+    """Inputs of a graph that brings its own sizes; a symbolic one may be anything up to 4096."""
+    found = []
+    for value in graph.inputs:
+        shape = value.spec.shape
+        low = tuple(1 if isinstance(d, Sym) else d for d in shape)
+        high = tuple(4096 if isinstance(d, Sym) else d for d in shape)
+        sizes = (low, usual_sizes(low, high), high)
+        found.append(Input(sizes, dtype=value.spec.torch_dtype, name=value.name))
+    return tuple(found)
