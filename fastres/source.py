@@ -62,7 +62,8 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
     weights = captured.program.state_dict.keys()
     ignored = tuple(k for k in weights if k not in graph.constants)
     if program is not None:
-        largest = min(i.largest[0] for i in given)
+        limits = [i.largest[0] for i in given if i.smallest[0] < i.largest[0]]
+        largest = min(limits, default=ANY_BATCH)
         return Source(graph, given, weights, ignored, None if largest == ANY_BATCH else largest)
     named = zip(given, graph.inputs, strict=True)
     typed = tuple(replace(i, dtype=v.spec.torch_dtype, name=v.name) for i, v in named)

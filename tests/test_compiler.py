@@ -174,6 +174,11 @@ def test_verify_where_nobody_said_how_large_pictures_get(model: nn.Module) -> No
     sizes = ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
     program = torch.export.export(model, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=sizes)
     fastres.compile(program, backend="cpu", verify=True).close()
+    fixed = torch.export.export(model, (torch.zeros(2, 3, 32, 32),))
+    with fastres.compile(fixed, backend="cpu", verify=True) as engine:
+        assert engine.options.max_batch_size is None
+        with pytest.raises(InputError, match=r"expected \[2, 3, 32, 32\], got \[3, 3, 32, 32\]"):
+            engine(torch.zeros(3, 3, 32, 32))
 
 
 def test_verify_of_bytes_and_of_indices() -> None:
