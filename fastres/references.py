@@ -19,6 +19,7 @@ from fastres import oracle
 from fastres.backends.reference import ReferenceExecutable
 from fastres.errors import InputError
 from fastres.graph.capture import Captured, capture
+from fastres.graph.export import TORCH_STATE
 from fastres.graph.ir import Graph
 from fastres.options import Input
 
@@ -151,16 +152,18 @@ class _Instead(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def full_precision() -> Iterator[None]:
     """Inside, PyTorch's fp32 is fp32: no TF32, no bf16 products, no autocast.
 
-    These are global switches of PyTorch, set back on leaving. `torch.export` fails inside: it asks
-    for cuDNN's TF32 setting by its old name, which PyTorch refuses once the new ones are in use.
+    These are global switches of PyTorch: one thread at a time has them, and sets them back on
+    leaving. `torch.export` fails inside: it asks for cuDNN's TF32 setting by its old name, which
+    PyTorch refuses once the new ones are in use.
     """
-    switches = [getattr(getattr(torch.backends, backend), op) for backend, op in _SWITCHES]
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for switch, setting in zip(switches, before, strict=True):
-            switch.fp32_precision = setting
+    with TORCH_STATE:
+        switches = [getattr(getattr(torch.backends, backend), op) for backend, op in _SWITCHES]
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                yield
+        finally:
+            for switch, setting in zip(switches, before, strict=True):
+                switch.fp32_precision = setting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,18 @@ def test_an_engine_keeps_nothing_in_the_models_memory(tmp_path: Path) -> None:
         engine.save(tmp_path / "engine")
     with fastres.load(tmp_path / "engine") as loaded:
         assert torch.equal(loaded(x), want)
+
+
+def test_several_threads_compile_and_verify(photo_batch: PhotoBatch) -> None:
+    x = photo_batch(2, 32)
+
+    def check(seed: int) -> bool:
+        net = fastres.models.cifar_resnet(8, seed=seed).eval()
+        with fastres.compile(net, x, backend="cpu") as engine:
+            return fastres.verify(net, engine, [x], layerwise=True).passed
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(check, range(8)))
 
 
 def test_weights_tied_in_the_model_stay_tied() -> None:

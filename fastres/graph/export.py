@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from fastres.graph.ir import DTYPE_NAMES
 from fastres.graph.symbols import expression, is_fixed
 from fastres.options import ANY_BATCH, Input, usual_sizes
 from fastres.weights import is_finite
+
+# Tracing and the switches of numerics are global in PyTorch: one thread at a time.
+TORCH_STATE = threading.RLock()
 
 
 def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
@@ -41,7 +45,7 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
     )
     free = tuple({i: Dim.AUTO for i in (0, *spec.ranged)} for spec in inputs)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), noting_every_branch():
+        with TORCH_STATE, warnings.catch_warnings(), torch.no_grad(), noting_every_branch():
             warnings.simplefilter("ignore")  # the exporter's notes on its own internals
             program = torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
     except Exception as error:  # torch.export raises whatever the traced code and torch raise
@@ -58,7 +62,7 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
 
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The same program without in-place operations, as PyTorch's functionalisation rewrites it."""
-    with warnings.catch_warnings():
+    with TORCH_STATE, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in `export`
         changed: ExportedProgram = program.run_decompositions({})
         return changed
