@@ -28,8 +28,12 @@ class ShapeCache(Generic[T]):
         self._entries: OrderedDict[Shapes, T] = OrderedDict()
         self._lock = threading.Lock()  # of the table, held for moments
         self._making = threading.Lock()
+        self._last: tuple[Shapes, T] | None = None  # for the usual case, without the lock
 
     def get(self, shapes: Shapes) -> T:
+        last = self._last
+        if last is not None and last[0] == shapes:
+            return last[1]
         entry = self._find(shapes)
         if entry is None:
             with self._making:
@@ -37,6 +41,7 @@ class ShapeCache(Generic[T]):
                 if entry is None:
                     entry = self._make(shapes)
                     self._keep(shapes, entry)
+        self._last = shapes, entry
         return entry
 
     def _find(self, shapes: Shapes) -> T | None:
@@ -59,6 +64,7 @@ class ShapeCache(Generic[T]):
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._last = None
 
     def __len__(self) -> int:
         return len(self._entries)
