@@ -103,7 +103,7 @@ def decode(image: ImageLike) -> Image.Image:
             dtype.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _rgb(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
@@ -117,11 +117,24 @@ def decode(image: ImageLike) -> Image.Image:
         )
     try:
         with Image.open(image) as picture:
-            return picture.convert("RGB")
+            return _rgb(picture)
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {os.fspath(image)}") from error
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{os.fspath(image)} cannot be read as an image: {error}") from error
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """8 bits a channel. Pillow's own conversion cuts whatever is above 255 to white."""
+    if picture.mode.startswith("I;16"):
+        values = np.asarray(picture).astype(np.uint32)
+        picture = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        raise ValueError(
+            f"the image has mode {picture.mode!r}, numbers of 32 bits with a range of their own; "
+            "scale them to 8 or 16 bits first"
+        )
+    return picture.convert("RGB")
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:

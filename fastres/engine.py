@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -81,6 +82,7 @@ class Engine:
     preprocess: Preprocess | None = None
     passed_over: tuple[str, ...] = ()
     _closed: bool = field(default=False, init=False)
+    _process: int = field(default_factory=os.getpid, init=False)
 
     def __post_init__(self) -> None:
         self._tree = pytree.treespec_loads(self.graph.output_tree)
@@ -260,10 +262,9 @@ class Engine:
         artifact.save(self, path)
 
     def close(self) -> None:
-        """Frees the executable; the engine cannot be called afterwards. Closing twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._lowered.executable.close()
+        """Lets go of the executable: calls under way come to their end, and others are refused."""
+        self._closed = True
+        self._lowered = replace(self._lowered, executable=cast(Executable, None))
 
     def __enter__(self) -> Engine:
         return self
@@ -290,16 +291,27 @@ class Engine:
         )
 
     def _open(self) -> Lowered:
+        lowered = self._lowered  # before the question: another thread may close the engine now
         if self._closed:
             raise FastresError("this engine was closed; compile or load it again")
-        return self._lowered
+        if os.getpid() != self._process:  # threads of the runtimes do not survive a fork
+            raise FastresError(
+                "this engine was made before the process was forked, and would hang here; load or "
+                "compile it in this process, or start processes with the method 'spawn'"
+            )
+        return lowered
 
     def _empty(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         shapes = infer_shapes(graph, [tuple(x.shape) for x in inputs])
         if all(0 in shapes[name] for name in graph.outputs):
             return [torch.empty(shapes[name], device=self.device) for name in graph.outputs]
         # an output without the batch has values all the same, such as the mean of nothing
-        return ReferenceExecutable(graph, torch.float32, self.device).run(inputs)
+        try:
+            return ReferenceExecutable(graph, torch.float32, self.device).run(inputs)
+        except (RuntimeError, IndexError) as error:
+            raise InputError(
+                f"the batch is empty, and the model has no result for it: {error}"
+            ) from error
 
     def _check(self, inputs: Sequence[torch.Tensor]) -> int:
         """Checks every input and returns the batch size."""
@@ -321,7 +333,7 @@ class Engine:
                         f"{value.name}: expected {value.spec} with the {dim.symbol} of the inputs "
                         f"before it, {sizes[dim.symbol]}; got {list(given.shape)}"
                     )
-        size = int(inputs[0].shape[0])
+        size = max(int(given.shape[0]) for given in inputs)
         limit = self.options.max_batch_size
         if limit is not None and size > limit and self.options.oversize == "error":
             raise InputError(

@@ -93,7 +93,6 @@ def verify(
         if bisection is None:
             notes += ("no node is past its bound on the worst batch alone: nothing to bisect",)
     if layers is not None:
-        layers.close()
         notes += ("the layers ran in an executable of their own, all values being outputs",)
     return ParityReport(
         reference=check.reference.name,

@@ -75,10 +75,6 @@ class LayerCheck:
             for node in self._graph.nodes
         )
 
-    def close(self) -> None:
-        if self._executable is not None:
-            self._executable.close()
-
 
 def find_first(
     engine: Engine, reference: Reference, policy: Policy, inputs: Batch, output: int
@@ -163,7 +159,6 @@ class _Cuts:
         self.lowerings += 1
         executable = lower(self._engine, laws.check(graph, "cutting"), inputs)
         found = executable.run(on_device(self._engine, inputs))[0]
-        executable.close()
         node = self._engine.graph[name]
         origin = node.origins[-1]
         want, base = (

@@ -19,7 +19,7 @@ from fastres import oracle
 from fastres.backends.reference import ReferenceExecutable
 from fastres.errors import InputError
 from fastres.graph.capture import Captured, capture
-from fastres.graph.export import TORCH_STATE
+from fastres.graph.export import TORCH_STATE, no_autocast
 from fastres.graph.ir import Graph
 from fastres.options import Input
 
@@ -80,7 +80,9 @@ class ModelReference:
     def run(self, inputs: Tensors, dtype: torch.dtype) -> Any:
         if dtype not in self._copies:
             self._copies[dtype] = copy.deepcopy(self._model).to(dtype).eval()
-        cast = [x.to(self._device, dtype if x.is_floating_point() else None) for x in inputs]
+        cast = [  # copied: the model may change its inputs in place
+            x.to(self._device, dtype if x.is_floating_point() else None, copy=True) for x in inputs
+        ]
         with full_precision(), nullcontext() if dtype == self.dtype else _Instead(dtype):
             return self._copies[dtype](*cast)
 
@@ -162,7 +164,7 @@ def full_precision() -> Iterator[None]:
         try:
             for switch in switches:
                 switch.fp32_precision = "ieee"
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            with no_autocast():
                 yield
         finally:
             for switch, setting in zip(switches, before, strict=True):

@@ -19,4 +19,21 @@ def render(renderable: RenderableType, width: int = 120) -> str:
 
 def json_text(value: Any) -> str:
     """Indented JSON; a number that is NaN or infinite is null."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    try:
+        data = msgspec.json.encode(value)
+    except UnicodeEncodeError:  # the name of a file, which need not be text
+        data = msgspec.json.encode(_printable(msgspec.to_builtins(value)))
+    return msgspec.json.format(data, indent=2).decode()
+
+
+def printable(text: str) -> str:
+    """The text, with escapes in place of what could not be printed or would steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable(k): _printable(v) for k, v in value.items()}
+    return [_printable(v) for v in value] if isinstance(value, list | tuple) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +179,54 @@ def test_an_empty_batch_gives_what_pytorch_gives() -> None:
         got = engine(torch.empty(0, 3, 8, 8), torch.empty(0, 3, 8, 8))
     assert got[0].shape == (0, 3, 8, 8)
     assert got[1].shape == (3, 8, 8) and got[1].isnan().all()
+
+
+def test_an_empty_batch_for_which_there_is_no_result() -> None:
+    class First(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[0] * 2
+
+    x = torch.rand(2, 3, 8, 8)
+    with fastres.compile(First().eval(), x, backend="reference") as engine:
+        assert torch.equal(engine(x), 2 * x[0])
+        with pytest.raises(InputError, match="the batch is empty, and the model has no result"):
+            engine(x[:0])
+
+
+def test_the_limit_holds_for_every_input() -> None:
+    class Apart(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, y * 3
+
+    inputs = [torch.ones(2, 3), torch.ones(2, 3)]
+    with (
+        fastres.compile(
+            Apart().eval(), inputs, backend="reference", max_batch_size=3, oversize="error"
+        ) as engine,
+        pytest.raises(InputError, match="the batch is 9, max_batch_size is 3"),
+    ):
+        engine(torch.ones(2, 3), torch.ones(9, 3))
+
+
+def test_closing_lets_calls_under_way_end(model: nn.Module, photo_batch: PhotoBatch) -> None:
+    x = photo_batch(40, 32)
+    engine = fastres.compile(model, x[:1], backend="reference", max_batch_size=1)
+    want = engine(x)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(engine, x)
+        while not call.running():
+            time.sleep(0.001)
+        time.sleep(0.02)
+        engine.close()
+        assert torch.equal(call.result(), want)
+    with pytest.raises(FastresError, match="closed"):
+        engine(x)
+
+
+def test_a_forked_process_is_told(engine: fastres.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(FastresError, match="before the process was forked"):
+        engine(torch.zeros(1, 3, 32, 32))
 
 
 def test_inputs_that_must_be_of_one_size() -> None:

@@ -33,7 +33,7 @@ class Refusal:
 
 
 class Executable(Protocol):
-    """A lowered graph. Any number of threads may call it."""
+    """A lowered graph. Any number of threads may call it; what it holds goes when it does."""
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Runs on inputs that fit the graph and returns freshly allocated outputs in its order."""
@@ -43,9 +43,6 @@ class Executable(Protocol):
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         """The time of each node in one run."""
-
-    def close(self) -> None:
-        """Frees what it holds; it is not called afterwards."""
 
 
 class Backend(Protocol):

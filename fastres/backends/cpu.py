@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.errors import GraphError, missing
 from fastres.graph import onnx as onnx_form
-from fastres.graph.ir import Graph
+from fastres.graph.ir import Graph, MaxPool, Node, Pad
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision, Sizes
 
+_LARGEST = torch.finfo(torch.float32).max
 _ROW = 8192  # numbers
 
 
@@ -48,7 +49,11 @@ class CpuBackend:
         return None if wanted in PRECISIONS else f"cpu runs fp32 and bf16, not {wanted}"
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
-        reasons = ((node.name, onnx_form.refusal(node)) for node in graph.nodes)
+        users = graph.users()
+        reasons = (
+            (node.name, onnx_form.refusal(node) or _lost(graph, node, users))
+            for node in graph.nodes
+        )
         return tuple(Refusal(name, reason) for name, reason in reasons if reason is not None)
 
     def lower(self, graph: Graph, options: Options, shapes: Shapes) -> CpuExecutable:
@@ -58,6 +63,17 @@ class CpuBackend:
 
     def device(self, options: Options) -> torch.device:
         return torch.device("cpu")
+
+
+def _lost(graph: Graph, node: Node, users: Mapping[str, list[Node]]) -> str | None:
+    """Why a Pad is refused: NaN and infinities that it brings in would be lost further on."""
+    if not isinstance(node.op, Pad) or abs(node.op.value) <= _LARGEST:
+        return None
+    readers = users.get(node.name, [])
+    if node.op.value == -math.inf and readers and node.name not in graph.outputs:
+        if all(isinstance(reader.op, MaxPool) for reader in readers):
+            return None  # never the largest
+    return f"it pads with {node.op.value}, and OpenVINO's ReLU and max pool lose NaN and infinities"
 
 
 def _read(graph: Graph) -> Any:
@@ -115,9 +131,6 @@ class CpuExecutable:
         shapes = tuple(tuple(a.shape) for a in arrays)
         return self._compile(shapes, counters=True).profile(arrays)
 
-    def close(self) -> None:
-        self._plans.clear()
-
     def _compile(self, shapes: Shapes, counters: bool = False) -> _Plan:
         names = [value.name for value in self._graph.inputs]
         config = {**self._config, "PERF_COUNT": counters}
@@ -158,7 +171,10 @@ class _Plan:
         tensor_of = openvino().Tensor
         for i, tensor in enumerate(inputs):
             request.set_input_tensor(i, tensor_of(tensor.numpy(), shared_memory=True))
-        large = {i: torch.empty(self._output_shapes[i]) for i in self._large}
+        large = {  # whatever the caller's defaults are
+            i: torch.empty(self._output_shapes[i], dtype=torch.float32, device="cpu")
+            for i in self._large
+        }
         for i, tensor in large.items():
             request.set_output_tensor(i, tensor_of(tensor.numpy(), shared_memory=True))
         request.start_async()

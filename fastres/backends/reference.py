@@ -9,6 +9,7 @@ import torch
 
 from fastres.backends.base import NodeTime, Refusal
 from fastres.graph import aten
+from fastres.graph.export import no_autocast
 from fastres.graph.ir import (
     Activation,
     Add,
@@ -60,8 +61,8 @@ class ReferenceExecutable:
 
     Args:
         graph: lawful.
-        dtype: in which every node computes; float64 for an oracle. Where it is not the graph's own,
-            it also takes the place of the floating dtypes that ATen calls name.
+        dtype: in which every node computes; float64 for an oracle. Unless all weights have it, it
+            also takes the place of the floating dtypes that ATen calls name.
         device: where the constants lie and the inputs come from.
     """
 
@@ -70,7 +71,8 @@ class ReferenceExecutable:
     ) -> None:
         self._graph = graph
         self._dtype = dtype
-        self._instead = dtype if dtype != graph.floating_dtype else None
+        named = {t.dtype for t in graph.constants.values() if t.is_floating_point()}
+        self._instead = None if (named or {graph.floating_dtype}) == {dtype} else dtype
         self._constants = {
             name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
             for name, tensor in graph.constants.items()
@@ -98,24 +100,21 @@ class ReferenceExecutable:
         self._walk(inputs, keep=self._graph.outputs, times=times)
         return times
 
-    def close(self) -> None:
-        self._constants = {}
-
     @torch.no_grad()
+    @no_autocast()
     def _walk(
         self,
         inputs: Sequence[torch.Tensor],
         keep: Sequence[str] | None,
         times: list[NodeTime] | None = None,
     ) -> dict[str, torch.Tensor]:
-        constants = self._constants  # a call under way outlives close()
         values = {
             value.name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
             for value, tensor in zip(self._graph.inputs, inputs, strict=True)
         }
         for node in self._graph.nodes:
             start = time.perf_counter()
-            values[node.name] = evaluate(node, values, constants, self._instead)
+            values[node.name] = evaluate(node, values, self._constants, self._instead)
             if times is not None:
                 spent = 1e3 * (time.perf_counter() - start)
                 times.append(NodeTime(node.name, spent, "pytorch"))

@@ -136,9 +136,5 @@ class SegmentedExecutable:
             values.update(zip(part.outputs, executable.run(given), strict=True))
         return times
 
-    def close(self) -> None:
-        for _, executable in self._steps:
-            executable.close()
-
     def _values(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {v.name: t for v, t in zip(self._graph.inputs, inputs, strict=True)}

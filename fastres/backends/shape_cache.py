@@ -61,10 +61,5 @@ class ShapeCache(Generic[T]):
         with self._lock:
             return next(reversed(self._entries.values()))
 
-    def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-            self._last = None
-
     def __len__(self) -> int:
         return len(self._entries)

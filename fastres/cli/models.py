@@ -191,7 +191,7 @@ def _factory(module: str, attribute: str) -> nn.Module:
             made = found if isinstance(found, nn.Module) else found()
         except InputError:
             raise
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise InputError(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} gave {type(made).__name__}; expected an nn.Module")

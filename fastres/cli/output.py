@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastres import __version__
 from fastres.errors import InputError
-from fastres.text import json_text
+from fastres.text import json_text, printable
 
 
 def emit(
@@ -34,7 +34,7 @@ def emit(
     """
     document = {"command": command, "fastres": __version__, **fields}
     body = json_text(document)
-    typer.echo(body if as_json else text)
+    typer.echo(body if as_json else printable(text))
     if output is not None:
         try:
             output.write_text(body + "\n", encoding="utf-8")
@@ -44,12 +44,12 @@ def emit(
 
 def note(text: str) -> None:
     """Something the user must know, on stderr so that it cannot spoil a report."""
-    _say(Text.assemble(("note: ", "yellow"), text))
+    _say(Text.assemble(("note: ", "yellow"), printable(text)))
 
 
 def complain(text: str) -> None:
     """An error, in one message on stderr."""
-    _say(Text.assemble(("error: ", "bold red"), text))
+    _say(Text.assemble(("error: ", "bold red"), printable(text)))
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def _check_spec(spec: ResNetSpec) -> None:
         found = getattr(spec, name)
         if not isinstance(found, str | None) or found not in (None, *known):
             raise BuildError(f"{name} is {found!r}; known are {', '.join(map(repr, known))}")
-    if not isinstance(spec.dilate, tuple | list):
+    if not isinstance(spec.dilate, tuple | list) or {type(d) for d in spec.dilate} - {bool}:
         raise BuildError(f"dilate is {spec.dilate!r}; give True or False for each stage")
     if not (is_number(spec.bn_eps) and spec.bn_eps >= 0):
         raise BuildError(f"bn_eps is {spec.bn_eps!r}; it must be a number of at least 0")

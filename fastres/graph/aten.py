@@ -75,6 +75,35 @@ def call(
     return result
 
 
+def reads_batch(op: Aten) -> bool:
+    """Whether the call computes with the size of a first dimension, or works along one.
+
+    A plain first dimension is left out where it begins a list, as in x.view(x.size(0), -1).
+    """
+    names = [argument.name for argument in resolve(op.overload)._schema.arguments]
+    named = dict(zip(names, msgspec.json.decode(op.args), strict=False))
+    named |= msgspec.json.decode(op.kwargs)
+    rank = len(op.result.shape)
+
+    def computes(arg: Any) -> bool:
+        if isinstance(arg, list):
+            rest = arg[1:] if arg and _is_plain_batch(arg[0]) else arg
+            return any(computes(a) for a in rest)
+        return isinstance(arg, dict) and "size" in arg and arg["size"][1] == 0
+
+    def along(arg: Any) -> bool:
+        dims = arg if isinstance(arg, list) else [arg]
+        return any(isinstance(d, int) and d in (0, -rank) for d in dims)
+
+    return any(
+        (name in ("dim", "dims") and along(arg)) or computes(arg) for name, arg in named.items()
+    )
+
+
+def _is_plain_batch(arg: Any) -> bool:
+    return isinstance(arg, dict) and "size" in arg and arg["size"][1:] == [0, 0, 1]
+
+
 def encode(
     overload: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: TensorSpec
 ) -> Aten:

@@ -90,6 +90,8 @@ class _Assembler:
         self.nodes: list[Node] = []
         self.input = x
         self.shapes: dict[str, Shape] = {x.name: x.spec.shape}
+        # per kind of layer: the parameters that its first one may have, and those it has
+        self.first_of: dict[str, tuple[dict[str, str], set[str]]] = {}
 
     def assemble(self) -> Graph:
         x = self.stem(self.input.name)
@@ -166,7 +168,7 @@ class _Assembler:
             if self.tensor(f"{entry}.weight").dim() != 2:
                 raise BuildError(f"{entry} in head={self.net.head} is no Linear layer")
             last = entry
-            params = {"weight": f"{entry}.weight", **self.optional(bias=f"{entry}.bias")}
+            params = {"weight": f"{entry}.weight", **self.optional(entry, bias=f"{entry}.bias")}
             x = self.emit(entry, Linear(), x, params=params)
         return x
 
@@ -193,14 +195,24 @@ class _Assembler:
         kernel = (weight.shape[2], weight.shape[3])
         padding = (dilation * (kernel[0] // 2), dilation * (kernel[1] // 2))
         op = Conv2d((stride, stride), padding, (dilation, dilation), groups)
-        params = {"weight": f"{conv}.weight", **self.optional(bias=f"{conv}.bias")}
+        params = {"weight": f"{conv}.weight", **self.optional("convolution", bias=f"{conv}.bias")}
         x = self.emit(conv, op, x, params=params)
-        params = self.optional(weight=f"{norm}.weight", bias=f"{norm}.bias")
+        params = self.optional("norm", weight=f"{norm}.weight", bias=f"{norm}.bias")
         params |= {"mean": f"{norm}.running_mean", "var": f"{norm}.running_var"}
         return self.emit(norm, BatchNorm(self.net.bn_eps), x, params=params)
 
-    def optional(self, **slots: str) -> dict[str, str]:
-        return {slot: name for slot, name in slots.items() if name in self.weights}
+    def optional(self, kind: str, **slots: str) -> dict[str, str]:
+        """The parameters that are there: all layers of a kind have the same ones, or some got lost.
+
+        Raises:
+            BuildError: another layer of this kind has what this one has not, or the reverse.
+        """
+        found = {slot: name for slot, name in slots.items() if name in self.weights}
+        theirs, had = self.first_of.setdefault(kind, (slots, set(found)))
+        for slot in had ^ found.keys():
+            there, missing = (theirs, slots) if slot in had else (slots, theirs)
+            raise BuildError(f"{missing[slot]} is missing, though {there[slot]} is there")
+        return found
 
     def emit(self, name: str, op: Op, *inputs: str, params: dict[str, str] | None = None) -> str:
         params = params or {}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
 
 from fastres.errors import CaptureError
 from fastres.graph.ir import DTYPE_NAMES
@@ -20,6 +22,13 @@ from fastres.weights import is_finite
 
 # Tracing and the switches of numerics are global in PyTorch: one thread at a time.
 TORCH_STATE = threading.RLock()
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Inside, a caller's autocast changes nothing."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
@@ -45,9 +54,10 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
     )
     free = tuple({i: Dim.AUTO for i in (0, *spec.ranged)} for spec in inputs)
     try:
-        with TORCH_STATE, warnings.catch_warnings(), torch.no_grad(), noting_every_branch():
+        with TORCH_STATE, warnings.catch_warnings(), torch.no_grad(), no_autocast():
             warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-            program = torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
+            with noting_every_branch():
+                program = torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
     except Exception as error:  # torch.export raises whatever the traced code and torch raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CaptureError(
@@ -105,12 +115,26 @@ def inputs_of_program(program: ExportedProgram) -> tuple[Input, ...]:
     """What a program exported elsewhere says that it takes: its sizes and their ranges.
 
     Raises:
-        CaptureError: it does not take every batch size from 2 up to its largest.
+        CaptureError: it does not take every batch size from 2 up to its largest, decides by its
+            sizes, or takes something else than tensors by place.
     """
+    from fastres.graph.guards import within_guards  # 0.3 s: sympy
+
+    if program.call_spec.in_spec is not None and program.call_spec.in_spec.children()[1].num_leaves:
+        raise CaptureError(
+            "the program was exported with keyword arguments, which have no order; export it with "
+            "positional ones"
+        )
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     found = []
-    for name in map(str, program.graph_signature.user_inputs):
-        value = nodes[name].meta["val"]
+    for spec in program.graph_signature.input_specs:
+        if spec.kind != InputKind.USER_INPUT:
+            continue
+        if not isinstance(spec.arg, TensorArgument):
+            raise CaptureError(f"the argument {spec.arg} is no tensor; only tensors are fed")
+        name, value = spec.arg.name, nodes[spec.arg.name].meta["val"]
+        if value.dim() < 2:
+            raise CaptureError(f"{name} is {list(value.shape)}; an input has a batch of something")
         ranges = [_range_of(program, size) for size in value.shape]
         if not is_fixed(value.shape[0]) and ranges[0].start > 2:  # 2 says no more than "not 1"
             raise CaptureError(
@@ -120,7 +144,7 @@ def inputs_of_program(program: ExportedProgram) -> tuple[Input, ...]:
         low, high = tuple(r.start for r in ranges), tuple(r.stop - 1 for r in ranges)
         usual = usual_sizes(low, high)
         found.append(Input((low, usual, high), dtype=value.dtype, name=name))
-    return tuple(found)
+    return within_guards(program, found)
 
 
 def _range_of(program: ExportedProgram, size: Any) -> range:
@@ -149,8 +173,23 @@ def check_finite(program: ExportedProgram) -> None:
 
 
 def output_tree(program: ExportedProgram) -> str:
-    """JSON of the pytree that the model returns; torch.fx's dicts and lists were plain ones."""
-    text = pytree.treespec_dumps(program.call_spec.out_spec)
-    for kind in ("dict", "list"):
-        text = text.replace(f"torch.fx.immutable_collections.immutable_{kind}", f"builtins.{kind}")
+    """JSON of the pytree that the model returns; torch.fx's dicts and lists were plain ones.
+
+    Raises:
+        CaptureError: it holds a container that cannot be written down and made again.
+    """
+    spec = program.call_spec.out_spec
+    try:
+        text = pytree.treespec_dumps(spec)
+        for kind in ("dict", "list"):
+            text = text.replace(
+                f"torch.fx.immutable_collections.immutable_{kind}", f"builtins.{kind}"
+            )
+        pytree.tree_unflatten([0] * spec.num_leaves, pytree.treespec_loads(text))
+    except Exception as error:  # torch raises many kinds
+        shown = " ".join(str(spec).split())
+        raise CaptureError(
+            f"the model returns {shown}, which cannot be written down: {error}. Return tensors in "
+            "tuples, lists, and dicts with names as keys"
+        ) from error
     return text

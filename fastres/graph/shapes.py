@@ -65,11 +65,11 @@ def bind(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[str, Sizes
     """Checks concrete input shapes against the graph's and returns them by name."""
     if len(input_shapes) != len(graph.inputs):
         raise GraphError(f"{len(input_shapes)} inputs given, the graph has {len(graph.inputs)}")
-    symbols: dict[str, int] = {}
+    symbols: dict[Sym, int] = {}
     for value, given in zip(graph.inputs, input_shapes, strict=True):
         fits = len(given) == len(value.spec.shape)
         for dim, size in zip(value.spec.shape, given, strict=False):
-            want = symbols.setdefault(dim.symbol, size) if isinstance(dim, Sym) else dim
+            want = symbols.setdefault(dim, size) if isinstance(dim, Sym) else dim
             fits = fits and want == size
         if not fits:
             raise GraphError(f"input {value.name} has shape {list(given)}, expected {value.spec}")

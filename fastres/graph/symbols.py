@@ -80,6 +80,6 @@ class Symbols:
             return None
         if expr.is_Add:
             return syms[0].plus(sum(ints))
-        if type(expr).__name__ == "FloorDiv" and isinstance(parts[0], Sym):
+        if type(expr).__name__ == "FloorDiv" and isinstance(parts[0], Sym) and ints[0] > 0:
             return syms[0].floordiv(ints[0])
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,6 +146,46 @@ def test_infinite_inputs_mean_what_they_mean_in_pytorch() -> None:
         want = model(x)
         assert torch.equal(torch.isinf(engine(x)), torch.isinf(want))
         assert torch.allclose(engine(x), want, equal_nan=True, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e39])
+def test_padding_that_openvino_would_lose_runs_in_pytorch(value: float) -> None:
+    model = Function(lambda m, x: F.relu(F.pad(m.conv2(x), (1, 1, 1, 1), value=value))).eval()
+    model.conv2 = nn.Conv2d(6, 2, 1).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(UnsupportedError, match="it pads with"):
+        fastres.compile(model, x, backend="cpu")
+    if value != 1e39:  # PyTorch refuses that one
+        with (
+            fastres.compile(model, x, backend="cpu", on_unsupported="fallback") as engine,
+            torch.no_grad(),
+        ):
+            assert torch.allclose(engine(x), model(x), equal_nan=True, atol=1e-5)
+
+
+def test_padding_that_is_never_the_largest() -> None:
+    model = Function(
+        lambda m, x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 3, 2)
+    ).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with fastres.compile(model, x, backend="cpu") as engine, torch.no_grad():
+        assert torch.allclose(engine(x), model(x), atol=1e-5)
+
+
+def test_the_callers_defaults_change_nothing() -> None:
+    model = nn.Conv2d(3, 32, 3, padding=1).eval()
+    x = torch.randn(4, 3, 64, 64)
+    with fastres.compile(model, x, backend="cpu") as engine:
+        want = engine(x)
+        with torch.device("meta"):
+            assert torch.equal(engine(x), want)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(engine(x), want)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(engine(x), want)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def test_a_shape_that_openvino_sees_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

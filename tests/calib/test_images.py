@@ -104,3 +104,17 @@ def _empty(tmp_path: Path) -> Path:
 def test_bad_settings(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         Preprocess(**settings)
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    grey = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    found = np.asarray(decode(tmp_path / "deep.png"))
+    assert np.array_equal(found, np.repeat((grey // 257).astype(np.uint8)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_with_a_range_of_their_own_are_refused(dtype: type, tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "odd.tiff")
+    with pytest.raises(ValueError, match="scale them to 8 or 16 bits first"):
+        decode(tmp_path / "odd.tiff")

@@ -66,6 +66,7 @@ def test_untrained_weights_are_the_same_at_every_call_and_leave_the_generator_al
         ("fastres.models:_Model", "no factory"),
         ("builtins:dict", "gave dict; expected an nn.Module"),
         ("fastres.models:cifar_resnet", "raised TypeError"),
+        ("sys:exit", "raised SystemExit"),
         (":net", "raised ValueError"),
     ],
 )

@@ -1,5 +1,7 @@
 """fastres predict: classes of real photographs, names for them, and what it refuses."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,3 +88,14 @@ def test_predict_refuses(
     }
     result = run("predict", *(meant.get(a, a) for a in arguments), status=2)
     assert result.stdout == "" and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_name_that_is_no_text(
+    run: Run, run_json: RunJson, engine: Path, photos_folder: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff\x1b[31m.jpg")
+    shutil.copy(photos_folder / "coffee.jpg", odd)
+    assert "\\udcff\\x1b[31m.jpg" in run("predict", engine, odd).stdout
+    (row,) = run_json("predict", engine, odd)["predictions"]
+    assert row["image"].endswith("\\udcff\\x1b[31m.jpg")
+    assert "\x1b" not in run("predict", engine, f"{odd}.png", status=2).stderr

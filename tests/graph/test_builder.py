@@ -423,3 +423,11 @@ def test_the_shortcut_takes_the_second_place() -> None:
     adds = [node.inputs for node in graph if isinstance(node.op, Add)]
     assert adds[0] == ("layer1.0.bn2", "relu")
     assert adds[1] == ("layer2.0.bn2", "layer2.0.downsample.1")
+
+
+@pytest.mark.parametrize("lost", ["layer2.0.bn1.bias", "bn1.bias", "layer3.0.bn2.weight"])
+def test_a_parameter_that_got_lost(lost: str) -> None:
+    weights = dict(models.cifar_resnet(8).state_dict())
+    del weights[lost]
+    with pytest.raises(BuildError, match="is missing, though"):
+        build_graph(weights, ResNetSpec(), None)

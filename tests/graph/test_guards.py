@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,18 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], Input, str]] = {
         lambda m, x: x * 2 if x[:, :, ::2].shape[2] > 15 else x * 3,
         RANGED,
         "= 31 it",
+    ),
+    "one number of values": (
+        lambda m, x: x * 2 if x.numel() == 192 * 700 else x * 3,
+        FIXED,
+        r"\.shape\[0\] = 700 it",
+    ),
+    "a square": (lambda m, x: x * 2 if x.shape[0] ** 2 == 600**2 else x * 3, FIXED, "= 600 it"),
+    "huge batches": (lambda m, x: x * 2 if x.shape[0] > 100_000 else x * 3, FIXED, "= 100001 it"),
+    "one sum of sides": (
+        lambda m, x: x * 2 if x.shape[2] + x.shape[3] == 333 else x * 3,
+        WIDE,
+        "; for .* and .* it does",
     ),
     "squeeze": (lambda m, x: x.mean((2, 3), keepdim=True).squeeze(), FIXED, "drop the batch"),
     "squeeze of the batch": (lambda m, x: (x * 2).squeeze(0), FIXED, "drop the batch"),
@@ -110,3 +123,51 @@ def test_a_program_brings_the_ranges_it_was_exported_for(model_of: ModelOf) -> N
 def test_a_program_for_large_batches_alone_is_refused(model_of: ModelOf) -> None:
     with pytest.raises(CaptureError, match="takes batches of at least 3 in"):
         inputs_of_program(programs(model_of, Dim("n", min=3, max=64)))
+
+
+def test_a_program_is_held_to_its_guards(model_of: ModelOf, tmp_path: Path) -> None:
+    batch = (({0: Dim.AUTO},),)
+    model = model_of(lambda m, x: x * 2 if x.shape[0] == 5 else x * 3)
+    program = torch.export.export(model, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=batch)
+    with pytest.raises(CaptureError, match="= 5 it does something else"):
+        inputs_of_program(program)
+    torch.export.save(program, tmp_path / "program.pt2")
+    with pytest.raises(CaptureError, match="one that comes from a file does not show how"):
+        inputs_of_program(torch.export.load(tmp_path / "program.pt2"))
+
+
+def test_a_program_whose_operators_want_more_than_a_pixel(model_of: ModelOf) -> None:
+    sizes = (({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},),)
+    model = model_of(lambda m, x: m.conv(x), conv=nn.Conv2d(3, 4, 3, stride=4, padding=1))
+    program = torch.export.export(model, (torch.zeros(2, 3, 32, 36),), dynamic_shapes=sizes)
+    (found,) = inputs_of_program(program)
+    assert found.smallest[2] in (2, 5) and found.smallest[3] in (2, 5)  # 5 where 4 gives one pixel
+
+
+PROGRAMS: dict[str, tuple[Callable[[ModelOf], torch.export.ExportedProgram], str]] = {
+    "keywords": (
+        lambda model_of: torch.export.export(Keywords(), (), {"b": ONES, "a": ONES}),
+        "keyword arguments, which have no order",
+    ),
+    "a number": (
+        lambda model_of: torch.export.export(model_of(lambda m, x, k: x * k), (ONES, 3.0)),
+        "is no tensor; only tensors are fed",
+    ),
+    "a scalar tensor": (
+        lambda model_of: torch.export.export(model_of(lambda m, x: x * 2), (torch.tensor(1.0),)),
+        "an input has a batch of something",
+    ),
+}
+ONES = torch.ones(2, 3, 4, 4)
+
+
+class Keywords(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a - 2 * b
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_that_do_not_take_tensors_by_place(name: str, model_of: ModelOf) -> None:
+    make, message = PROGRAMS[name]
+    with pytest.raises(CaptureError, match=message):
+        inputs_of_program(make(model_of))

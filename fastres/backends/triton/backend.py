@@ -98,6 +98,3 @@ class TritonExecutable:
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         return self._runners.get(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
-
-    def close(self) -> None:
-        self._runners.clear()
