@@ -26,7 +26,7 @@ import fastres
 from fastres.bench_report import BenchReport
 from fastres.benchmarking import Target
 from fastres.calib.images import find_images
-from fastres.errors import UnsupportedError
+from fastres.errors import BuildError, FastresError, UnsupportedError
 from fastres.parity_report import ParityReport
 from fastres.weights import read_weights
 
@@ -77,6 +77,9 @@ def main() -> int:
         timed = fastres.benchmark(targets, {len(batch): batch}, duration_s=args.duration)
     console.print(_table(versions, reports, timed, len(batch)))
     console.print(f"measured on {timed.machine}")
+    console.print("img/s is the mean over all calls, the ratio a median of paired rounds")
+    for line in timed.unsteady:
+        console.print(line)
     for name in engines:
         if name.startswith("v1.5 ") and name.replace("v1.5", "v1") in engines:
             against = timed.against(name.replace("v1.5", "v1")).of(name, len(batch))
@@ -112,8 +115,13 @@ def _model(version: str, weights: Path | None, photos: torch.Tensor) -> nn.Modul
         model = fastres.models.resnet50(version=version, seed=0)
         return fastres.models.settle(model, photos)
     table = read_weights(weights)
+    if "fc.weight" not in table:
+        raise BuildError(f"{weights} has no fc.weight: these are not the weights of a ResNet-50")
     model = fastres.models.resnet50(version=version, num_classes=len(table["fc.weight"]))
-    model.load_state_dict(table)
+    try:
+        model.load_state_dict(table)
+    except RuntimeError as error:
+        raise BuildError(f"{weights} does not fit ResNet-50: {error}") from error
     return model.eval()
 
 
@@ -167,4 +175,7 @@ def _classes(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (FastresError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -18,6 +18,7 @@ from fastres.errors import InputError
 from fastres.text import json_text, render
 
 RESAMPLES = 2000
+UNSTEADY = 3.0  # mean over fastest call
 _PACKAGES = ("fastres", "openvino", "onnxruntime", "triton", "tensorrt")
 
 
@@ -54,6 +55,11 @@ class Measurement:
     samples: int
     round_ms: tuple[float, ...]
     speedup: Ratio
+
+    @property
+    def mean_ms(self) -> float:
+        """Of one call."""
+        return 1e3 * self.batch_size / self.throughput
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,17 @@ class BenchReport:
         )
         return replace(self, baseline=baseline, measurements=rated)
 
+    @property
+    def unsteady(self) -> tuple[str, ...]:
+        """What was slowed down at times by something else, so that its figures mean little."""
+        return tuple(
+            f"unsteady: {m.target} at batch {m.batch_size} took {m.mean_ms:.2f} ms on average and "
+            f"{m.min_ms:.2f} ms at best; something else was running, or its threads got in each "
+            "other's way"
+            for m in self.measurements
+            if m.mean_ms > UNSTEADY * m.min_ms
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -133,7 +150,7 @@ class BenchReport:
                 str(m.samples),
                 rate,
             )
-        return f"{self.machine}\n{render(table, width=160)}"
+        return "\n".join([str(self.machine), render(table, width=160), *self.unsteady])
 
 
 def machine() -> Machine:

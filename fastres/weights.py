@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,14 @@ def read_weights(path: PathLike) -> dict[str, torch.Tensor]:
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch and safetensors raise many kinds
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BuildError(
-            f"{file} cannot be read as weights: {first}. A file made by torch.save(model) must be "
-            "made anew with torch.save(model.state_dict()): nothing else in it is ever run"
-        ) from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice is to trust the file
+            reason = (
+                "it is damaged, or holds more than tensors, and nothing else in it is ever run. A "
+                "file made by torch.save(model) must be made anew with "
+                "torch.save(model.state_dict())"
+            )
+        raise BuildError(f"{file} cannot be read as weights: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

@@ -41,6 +41,17 @@ def recorder(name: str, log: list[str]) -> Callable[[Tensor], None]:
 
 
 class TestBenchmark:
+    def test_a_target_that_was_held_up_is_named(self) -> None:
+        calls = iter(range(1_000_000))
+
+        def stalling(x: Tensor) -> None:
+            time.sleep(0.05 if next(calls) % 3 == 0 else 0.001)
+
+        targets = {"steady": sleeper(0.002), "stalling": stalling}
+        report = benchmark(targets, {1: torch.zeros(1)}, duration_s=0.3)
+        (said,) = report.unsteady
+        assert said.startswith("unsteady: stalling at batch 1 took") and said in str(report)
+
     def test_planted_speeds(self) -> None:
         targets = {"slow": sleeper(0.012), "fast": sleeper(0.003)}
         report = benchmark(targets, {1: torch.zeros(1), 2: torch.zeros(2)}, duration_s=0.3)

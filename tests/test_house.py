@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.source",
     ),
     ("fastres.cli",),
+    ("fastres.__main__",),
 )
 ONLY_IN = {  # package → the modules that may import it
     "triton": ("fastres.kernels", "fastres.backends.triton"),

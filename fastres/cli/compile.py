@@ -12,7 +12,7 @@ import typer
 from fastres.cli import flags
 from fastres.cli.flags import Request
 from fastres.cli.output import emit, working
-from fastres.cli.targets import open_model, precision_ran, to_engine
+from fastres.cli.targets import open_model, precision_ran, to_engine, warn_if_untrained
 
 if TYPE_CHECKING:
     from fastres.engine import Engine
@@ -46,6 +46,7 @@ def compile_model(
     if output is not None:
         with working(f"saving {output}"):
             engine.save(output)
+    warn_if_untrained(target)
     facts = _facts(engine, target.name, seconds, output)
     emit("compile", _table(facts), facts, as_json=as_json)
 

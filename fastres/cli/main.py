@@ -112,3 +112,7 @@ def root(
 def main() -> None:
     """Runs the command line."""
     app(prog_name="fastres")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,14 +32,15 @@ class Target:
     Args:
         name: what the user called it.
         shape: (C, H, W) of an image.
-        untrained: the weights are random: fit for timing, not for looking at results.
+        untrained: the weights are random: fit for timing, not for looking at results. None where
+            nobody knows, as of a saved engine.
     """
 
     name: str
     model: nn.Module | Graph | Engine
     shape: Shape
     dtype: torch.dtype
-    untrained: bool = False
+    untrained: bool | None = False
 
 
 def split(positionals: Sequence[str], weights: Path | None) -> tuple[str | None, list[str]]:
@@ -141,7 +142,7 @@ def engine_target(engine: Engine, name: str, image_size: int | None = None) -> T
     """The target that an engine is."""
     channels, height, width = engine.inputs[0].usual[1:]
     shape = (channels, image_size or height, image_size or width)
-    return Target(name, engine, shape, engine.graph.inputs[0].spec.torch_dtype)
+    return Target(name, engine, shape, engine.graph.inputs[0].spec.torch_dtype, untrained=None)
 
 
 def _named(request: Request, name: str, version: Version | None) -> Target:

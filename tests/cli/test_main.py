@@ -160,3 +160,10 @@ def test_a_reader_that_goes_away_is_no_error(command: list[str]) -> None:
         process.stdout.close()
         complaint = process.stderr.read()
     assert (process.returncode, complaint) == (141, b"")
+
+
+@pytest.mark.parametrize("module", ["fastres", "fastres.cli.main"])
+def test_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("fastres ")

@@ -22,6 +22,7 @@ def test_a_saved_engine_names_classes(
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"kind {i}\n" for i in range(10)))
     document = run_json("predict", engine, photos_folder, "--top-k", "3", "--labels", labels)
+    assert document["untrained"] is None  # a saved engine does not tell
     rows = document["predictions"]
     names = ("astronaut", "chelsea", "coffee")
     assert [Path(row["image"]).stem for row in rows] == sorted(names)
