@@ -17,12 +17,14 @@ from fastres.graph.ir import DTYPE_NAMES
 from fastres.options import PathLike
 
 _PICKLED = (".pth", ".pt", ".bin")
+_PARALLEL = "module."  # what torch.nn.DataParallel puts before every name
 
 
 def read_weights(path: PathLike) -> dict[str, torch.Tensor]:
     """A state_dict from a .safetensors file, or a .pth / .pt one read with weights_only=True.
 
-    A checkpoint that keeps its weights under `state_dict` or `model` is looked into.
+    A checkpoint that keeps its weights under `state_dict` or `model` is looked into; the "module."
+    that DataParallel puts before every name is taken off.
 
     Raises:
         BuildError: no such file, not readable, not a table of tensors.
@@ -59,7 +61,8 @@ def read_weights(path: PathLike) -> dict[str, torch.Tensor]:
         raise BuildError(
             f"{file} holds entries that are no named tensors: {', '.join(map(str, wrong[:5]))}"
         )
-    return dict(found)
+    parallel = all(name.startswith(_PARALLEL) for name in found)
+    return {name.removeprefix(_PARALLEL) if parallel else name: t for name, t in found.items()}
 
 
 def oddity(value: object) -> str:

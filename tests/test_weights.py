@@ -199,3 +199,12 @@ def test_oddities() -> None:
         }
     assert [oddity(value) for value in odd.values()] == list(odd)
     assert not oddity(torch.zeros(2, 3).t()) and not oddity(nn.Parameter(torch.zeros(2).bfloat16()))
+
+
+def test_names_as_data_parallel_saves_them(tmp_path: Path) -> None:
+    weights = {"conv1.weight": torch.ones(2), "fc.bias": torch.zeros(3)}
+    torch.save({f"module.{name}": t for name, t in weights.items()}, tmp_path / "net.pth")
+    assert list(read_weights(tmp_path / "net.pth")) == list(weights)
+    mixed = {"module.conv1.weight": torch.ones(2), "fc.bias": torch.zeros(3)}
+    torch.save(mixed, tmp_path / "mixed.pth")
+    assert list(read_weights(tmp_path / "mixed.pth")) == list(mixed)

@@ -51,7 +51,8 @@ def noting_every_branch() -> AbstractContextManager[Any]:
 
 def check_guards(program: ExportedProgram, inputs: Sequence[Input]) -> None:
     """Raises CaptureError if a guard of the program fails for a size within `inputs`."""
-    failure = _first_failure(program, inputs, smallest_batch=1)
+    given = [_with_batches(entry, (1, 1, ANY_BATCH)) for entry in inputs]  # an engine takes any
+    failure = _first_failure(program, given)
     if failure is not None:
         raise failure.as_error()
 
@@ -65,21 +66,30 @@ def within_guards(program: ExportedProgram, inputs: Sequence[Input]) -> tuple[In
         CaptureError: a guard fails for a batch, or for pictures that are not small; or it cannot be
             seen, because the program comes from a file.
     """
-    given = list(inputs)
+    # such a program takes for granted that no batch is of one, and is taken at its word there
+    given = [_with_batches(entry, (2, 2, max(2, entry.largest[0]))) for entry in inputs]
     noted = getattr(program, "_guards_code", None) or []
     if noted and not _guards(program):
         raise CaptureError(
             f"the program decides by the sizes of its inputs, {noted[0]}, and one that comes from "
             "a file does not show how. Compile it before it is saved, or export it with fixed sizes"
         )
-    # such a program takes for granted that no batch is of one, and is taken at its word there
-    while (failure := _first_failure(program, given, smallest_batch=2)) is not None:
+    while (failure := _first_failure(program, given)) is not None:
         small = [size for size, n in failure.at.items() if size.dim > 0 and n < _SMALL]
         if not small:
             raise failure.as_error()
         for size in small:
             given[size.input] = _above(given[size.input], size.dim, failure.at[size])
-    return tuple(given)
+    return tuple(
+        _with_batches(entry, (was.smallest[0], was.usual[0], was.largest[0]))
+        for entry, was in zip(given, inputs, strict=True)
+    )
+
+
+def _with_batches(entry: Input, batches: tuple[int, int, int]) -> Input:
+    shapes = zip(batches, (entry.smallest, entry.usual, entry.largest), strict=True)
+    low, usual, high = ((batch, *shape[1:]) for batch, shape in shapes)
+    return replace(entry, shape=(low, usual, high))
 
 
 def _above(entry: Input, dim: int, size: int) -> Input:
@@ -104,9 +114,10 @@ class _Size:
 
         Batches beyond the end as well, since any is taken: near numbers, and powers of 2.
         """
-        end = self.high if self.dim else 1 << 31
+        any_batch = not self.dim and self.high == ANY_BATCH
+        end = 1 << 31 if any_batch else self.high
         near = [n + d for n in named for d in (-1, 0, 1) if self.low <= n + d <= end]
-        powers = [1 << n for n in range(16, 32)] if not self.dim else []
+        powers = [1 << n for n in range(16, 32)] if any_batch else []
         inside = np.arange(self.low, self.high + 1)
         if len(inside) > limit:
             spread = inside[:: math.ceil(2 * len(inside) / limit)]
@@ -147,19 +158,14 @@ def _guards(program: ExportedProgram) -> dict[Any, str]:
     }
 
 
-def _first_failure(
-    program: ExportedProgram, inputs: Sequence[Input], smallest_batch: int
-) -> _Failure | None:
+def _first_failure(program: ExportedProgram, inputs: Sequence[Input]) -> _Failure | None:
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     free: dict[Any, _Size] = {}
     for place, name in enumerate(program.graph_signature.user_inputs):
         for dim, size in enumerate(nodes[str(name)].meta["val"].shape):
             if not is_fixed(size):
-                spec, text = inputs[place], f"{name}.shape[{dim}]"
-                ends = (
-                    (spec.smallest[dim], spec.largest[dim]) if dim else (smallest_batch, ANY_BATCH)
-                )
-                free[expression(size)] = _Size(text, place, dim, *ends)
+                ends = inputs[place].smallest[dim], inputs[place].largest[dim]
+                free[expression(size)] = _Size(f"{name}.shape[{dim}]", place, dim, *ends)
     for guard, where in _guards(program).items():
         at = _counterexample(guard, free)
         if at is not None:

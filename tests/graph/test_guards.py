@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+import fastres
 from fastres.errors import CaptureError
 from fastres.graph.capture import capture
 from fastres.graph.export import inputs_of_program
@@ -134,6 +135,17 @@ def test_a_program_is_held_to_its_guards(model_of: ModelOf, tmp_path: Path) -> N
     torch.export.save(program, tmp_path / "program.pt2")
     with pytest.raises(CaptureError, match="one that comes from a file does not show how"):
         inputs_of_program(torch.export.load(tmp_path / "program.pt2"))
+
+
+def test_a_program_with_a_largest_batch(model_of: ModelOf) -> None:
+    batch = (({0: Dim.AUTO},),)
+    model = model_of(lambda m, x: x * 2 if x.shape[0] > 64 else x * 3)
+    program = torch.export.export(model, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=batch)
+    (found,) = inputs_of_program(program)
+    assert found.smallest[0] <= found.usual[0] <= 2 and found.largest == (64, 3, 8, 8)
+    x = torch.rand(150, 3, 8, 8)
+    with fastres.compile(program, backend="reference") as engine:
+        assert torch.equal(engine(x), x * 3)  # in parts
 
 
 def test_a_program_whose_operators_want_more_than_a_pixel(model_of: ModelOf) -> None:
