@@ -167,19 +167,23 @@ def _optimised(source: Graph, error: type[FastresError]) -> Graph:
 
 def _detached(graph: Graph, source: Graph) -> Graph:
     """Copies the constants still in the model's memory, which may go on training."""
-    shared = {t.untyped_storage().data_ptr() for t in source.constants.values() if not t.is_meta}
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in shared else tensor
-
-    return _each_constant(graph, own)
+    shared = {_memory(tensor) for tensor in source.constants.values()}
+    return _each_constant(graph, lambda t: t.clone() if _memory(t) in shared else t)
 
 
 def without_values(graph: Graph, names: Collection[str] | None = None) -> Graph:
-    """The same graph with its constants, or those named, on the meta device."""
+    """The same graph with its constants, or those named, on the meta device.
+
+    With them goes what lies in their memory, such as a buffer that is a view of a weight: new
+    weights would change it in the model, so an engine must not keep its values.
+    """
     constants = graph.constants
-    chosen = {identity(t) for n, t in constants.items() if names is None or n in names}
-    return _each_constant(graph, lambda t: t.to("meta") if identity(t) in chosen else t.clone())
+    gone = {_memory(t) for n, t in constants.items() if names is None or n in names}
+    return _each_constant(graph, lambda t: t.to("meta") if _memory(t) in gone else t.clone())
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    return identity(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
 def _each_constant(graph: Graph, change: Callable[[torch.Tensor], torch.Tensor]) -> Graph:

@@ -250,6 +250,27 @@ def test_an_engine_keeps_nothing_in_the_models_memory(tmp_path: Path) -> None:
         assert torch.equal(loaded(x), want)
 
 
+def test_a_buffer_that_is_a_view_of_a_weight_is_not_kept_for_new_weights() -> None:
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+            view = self.conv.weight.detach()[:, 0, 1:2, 1:2]
+            self.register_buffer("view", view, persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x) * self.view
+            return y
+
+    model, x = Viewing().eval(), torch.randn(1, 3, 8, 8)
+    with fastres.compile(model, x, backend="reference") as engine, torch.no_grad():
+        want = engine(x)
+        torch.testing.assert_close(want, model(x))
+        with pytest.raises(InputError, match="the weight view is missing; nothing was changed"):
+            engine.update_weights(model.state_dict())
+        assert torch.equal(engine(x), want)
+
+
 def test_several_threads_compile_and_verify(photo_batch: PhotoBatch) -> None:
     x = photo_batch(2, 32)
 
