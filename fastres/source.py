@@ -82,15 +82,15 @@ def examples(source: Source) -> list[tuple[torch.Tensor, ...]]:
         tuple((few, *(i.largest if ends else i.usual)[1:]) for i in source.inputs),
     }
     dtypes = [v.spec.torch_dtype for v in source.graph.inputs]
+    random = torch.Generator().manual_seed(0)
     return [
-        tuple(_random(shape, dtype) for shape, dtype in zip(example, dtypes, strict=True))
+        tuple(_random(shape, dtype, random) for shape, dtype in zip(example, dtypes, strict=True))
         for example in sorted(shapes)
     ]
 
 
-def _random(shape: Sizes, dtype: torch.dtype) -> torch.Tensor:
+def _random(shape: Sizes, dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
     """Numbers around 0, bytes of any value, or 0 and 1 where they may be indices."""
-    random = torch.Generator().manual_seed(0)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=random).to(dtype)
     return torch.randint(0, 256 if dtype == torch.uint8 else 2, shape, generator=random).to(dtype)

@@ -17,6 +17,7 @@ import fastres.parity
 from fastres.engine import Engine
 from fastres.errors import BuildError, CaptureError, InputError, ParityError
 from fastres.parity_report import ParityReport
+from fastres.source import examples, source_of
 
 PhotoBatch = Callable[[int, int], Tensor]
 
@@ -180,6 +181,17 @@ def test_verify_where_nobody_said_how_large_pictures_get(model: nn.Module) -> No
         assert engine.options.max_batch_size is None
         with pytest.raises(InputError, match=r"expected \[2, 3, 32, 32\], got \[3, 3, 32, 32\]"):
             engine(torch.zeros(3, 3, 32, 32))
+
+
+def test_verify_feeds_inputs_that_differ() -> None:
+    image = fastres.Input((1, 3, 4, 4))
+    source = source_of(Minus().eval(), [image, image])
+    assert all(not torch.equal(x, y) for x, y in examples(source))
+
+
+class Minus(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x - y
 
 
 def test_verify_of_bytes_and_of_indices() -> None:
