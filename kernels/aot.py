@@ -1,15 +1,14 @@
 """Compiles launches for any GPU without having one, and reads what the machine code uses.
 
-`python -m fastres.kernels.aot --sm 90` prints a table over every kernel family. Tensors of the
-cases live on the meta device: a launch is built exactly as at run time, and never run.
+A launch is built exactly as at run time, on tensors of the meta device, and never run.
+`python -m fastres.kernels.aot_table --sm 90` prints a table over every kernel family.
 """
 
-import argparse
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +16,14 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.cost import Target
-from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
-from fastres.kernels.linear import global_avg_pool_launch
-from fastres.kernels.pool import max_pool_launch
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _REGISTERS = re.compile(r"\bREG:(\d+)")
-_MATRIX = re.compile(r"U?T?C?[HIQ]G?MMA\b")
+MATRIX = re.compile(r"U?T?C?[HIQ]G?MMA\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.M)
 
 
@@ -56,19 +51,6 @@ class KernelFacts:
         """Instructions whose dotted name holds all the parts: count("LDG", "128")."""
         wanted = set(parts)
         return sum(n for name, n in self.instructions.items() if wanted <= set(name.split(".")))
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One launch worth compiling.
-
-    Args:
-        name: layer, batch and dtype, as in "layer1.0.conv2-b256-fp16".
-        launch: the call, on meta tensors.
-    """
-
-    name: str
-    launch: Launch
 
 
 def compile_launch(launch: Launch, sm: int) -> KernelFacts:
@@ -111,8 +93,12 @@ def _source(launch: Launch) -> ASTSource:
             continue
         value = launch.arguments[name]
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
+            signature[name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif value is None or value == 1:
             signature[name] = "constexpr"
             constants[name] = value
@@ -137,128 +123,3 @@ def _local_bytes(instructions: Mapping[str, int], kind: str) -> int:
         for name, count in instructions.items()
         if name.split(".")[0] == kind
     )
-
-
-# ---------------------------------------------------------------- cases: ResNet's own shapes
-
-
-@dataclass(frozen=True)
-class _Layer:
-    name: str
-    size: int  # input height and width
-    c: int
-    k: int
-    taps: int = 1
-    stride: int = 1
-    groups: int = 1
-    residual: bool = False
-    activation: ActivationKind | None = "relu"
-
-
-_STEM = _Layer("conv1", 224, 3, 64, taps=7, stride=2)
-_CONV_3X3 = _Layer("layer1.0.conv2", 56, 64, 64, taps=3)
-_CONV_1X1 = _Layer("layer4.1.conv3", 7, 512, 2048, residual=True)
-_CLASSIFIER = _Layer("fc", 1, 2048, 1000, activation=None)
-_LAYERS = (
-    _STEM,
-    _CONV_3X3,
-    _Layer("layer1.0.conv3", 56, 64, 256, residual=True),
-    _Layer("layer2.0.conv2", 56, 128, 128, taps=3, stride=2),
-    _Layer("layer2.0.downsample.0", 56, 256, 512, stride=2, activation=None),
-    _Layer("layer3.1.conv1", 14, 1024, 256),
-    _Layer("layer4.1.conv2", 7, 512, 512, taps=3),
-    _CONV_1X1,
-    _Layer("resnext.layer1.0.conv2", 56, 128, 128, taps=3, groups=32),
-    _CLASSIFIER,
-)
-
-
-def conv2d_cases(sm: int) -> Iterator[CompileCase]:
-    """ResNet-50's kinds of convolution, ResNeXt's and the classifier, at batch 256 and 1."""
-    target = Target.typical(sm)
-    for layer in _LAYERS:
-        yield _conv2d_case(layer, 256, torch.float16, target)
-    for layer in (_CONV_3X3, _CONV_1X1):
-        yield _conv2d_case(layer, 256, torch.bfloat16, target)
-    for layer in (_CONV_3X3, _CONV_1X1, _CLASSIFIER):
-        yield _conv2d_case(layer, 1, torch.float16, target)
-    for allow_tf32 in (False, True):
-        yield _conv2d_case(_CONV_3X3, 256, torch.float32, target, allow_tf32)
-
-
-def pool_cases() -> Iterator[CompileCase]:
-    """ResNet's only max pool."""
-    shape = PoolShape(256, 112, 112, 64, (3, 3), (2, 2), (1, 1))
-    for dtype in (torch.float16, torch.bfloat16):
-        x, y = _meta(256, 112, 112, 64, dtype=dtype), _meta(256, 56, 56, 64, dtype=dtype)
-        yield CompileCase(f"maxpool-b256-{_TYPES[dtype]}", max_pool_launch(x, y, shape=shape))
-
-
-def linear_cases() -> Iterator[CompileCase]:
-    """ResNet-50's global average pool; its classifier is among `conv2d_cases`."""
-    x, y = _meta(256, 7, 7, 2048, dtype=torch.float16), _meta(256, 2048, dtype=torch.float16)
-    yield CompileCase("avgpool-b256-fp16", global_avg_pool_launch(x, y))
-
-
-def all_cases(sm: int) -> Iterator[CompileCase]:
-    """Every family's cases for one target."""
-    yield from conv2d_cases(sm)
-    yield from pool_cases()
-    yield from linear_cases()
-
-
-def _conv2d_case(
-    layer: _Layer, batch: int, dtype: torch.dtype, target: Target, allow_tf32: bool = False
-) -> CompileCase:
-    stride, padding = (layer.stride, layer.stride), (layer.taps // 2, layer.taps // 2)
-    shape = ConvShape(
-        n=batch,
-        h=layer.size,
-        w=layer.size,
-        c=layer.c,
-        k=layer.k,
-        r=layer.taps,
-        s=layer.taps,
-        stride=stride,
-        padding=padding,
-        groups=layer.groups,
-    )
-    y_sizes = (batch, shape.p, shape.q, layer.k)
-    launch = conv2d_launch(
-        _meta(batch, layer.size, layer.size, layer.c, dtype=dtype),
-        _meta(layer.k, layer.taps, layer.taps, layer.c // layer.groups, dtype=dtype),
-        _meta(layer.k, dtype=torch.float32),
-        _meta(*y_sizes, dtype=dtype) if layer.residual else None,
-        _meta(*y_sizes, dtype=dtype),
-        shape=shape,
-        activation=layer.activation,
-        allow_tf32=allow_tf32,
-        target=target,
-    )
-    kind = "tf32" if allow_tf32 else _TYPES[dtype]
-    return CompileCase(f"{layer.name}-b{batch}-{kind}", launch)
-
-
-def _meta(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(sizes, dtype=dtype, device="meta")
-
-
-def main() -> None:
-    """Prints the table for one target."""
-    parser = argparse.ArgumentParser(prog="python -m fastres.kernels.aot", description=__doc__)
-    parser.add_argument("--sm", type=int, default=90, help="compute capability times ten")
-    sm = parser.parse_args().sm
-    print(f"{'case':34} {'tile':16} regs spill  shared fits matrix instructions")
-    for case in all_cases(sm):
-        facts = compile_launch(case.launch, sm)
-        blocks = [str(n) for name, n in case.launch.constants.items() if name.startswith("BLOCK")]
-        tile = f"{'x'.join(blocks)} w{case.launch.num_warps} s{case.launch.num_stages}"
-        matrix = {name: n for name, n in facts.instructions.items() if _MATRIX.match(name)}
-        print(
-            f"{case.name:34} {tile:16} {facts.registers:4} {facts.spill_stores:5} "
-            f"{facts.shared_bytes:7} {'yes' if fits(facts, sm) else 'NO':4} {matrix}"
-        )
-
-
-if __name__ == "__main__":
-    main()

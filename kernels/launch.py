@@ -4,16 +4,18 @@ Launchers build a `Launch` and run it; `fastres.kernels.aot` compiles the same o
 so what is checked at compile time is what runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.cost import Target
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+Argument: TypeAlias = Any  # torch.Tensor | TensorDescriptor (untyped) | int | float | None
 
 
 @dataclass(frozen=True)
@@ -23,27 +25,34 @@ class Launch:
     Args:
         kernel: the `@triton.jit` function.
         programs: size of the one-dimensional grid.
-        arguments: run-time arguments by name; None for an absent tensor.
+        arguments: run-time arguments by name; None for an absent tensor, a TensorDescriptor for
+            one that is read or written box by box through the copy engine (sm_90 and newer).
         constants: `tl.constexpr` arguments by name.
         num_warps: warps of 32 threads in a block.
         num_stages: depth of the software pipeline.
+        dependent: whether it may start before the kernel in front of it has ended (programmatic
+            dependent launch, sm_90 and newer). Only for kernels that wait for that themselves.
     """
 
     kernel: Any
     programs: int
-    arguments: Mapping[str, torch.Tensor | int | None]
+    arguments: Mapping[str, Argument]
     constants: Mapping[str, int | bool | str | None]
     num_warps: int
     num_stages: int
+    dependent: bool = False
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Triton's compile options, all named: its defaults differ between versions."""
-        return {
+        options: dict[str, int | bool] = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
+        if self.dependent:
+            options["launch_pdl"] = True
+        return options
 
     def run(self) -> None:
         """Launches on the current stream of the first tensor's device.
@@ -51,7 +60,7 @@ class Launch:
         Raises:
             RuntimeError: tensors on the CPU while Triton's interpreter is off.
         """
-        first = next(a for a in self.arguments.values() if isinstance(a, torch.Tensor))
+        first = next(self.tensors())
         if first.device.type != "cuda" and not is_interpreted(self.kernel):
             raise RuntimeError(
                 f"{self.kernel.__name__} got tensors on {first.device}: Triton kernels run on CUDA "
@@ -60,6 +69,14 @@ class Launch:
             )
         with torch.cuda.device_of(first):
             self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors among the arguments, those behind descriptors included."""
+        for argument in self.arguments.values():
+            if isinstance(argument, torch.Tensor):
+                yield argument
+            elif isinstance(argument, TensorDescriptor):
+                yield argument.base
 
 
 def is_interpreted(kernel: Any) -> bool:

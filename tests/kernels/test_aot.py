@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastres.kernels import aot
-from fastres.kernels.aot import KernelFacts, all_cases, compile_launch, fits
+from fastres.kernels import aot_table
+from fastres.kernels.aot import KernelFacts, compile_launch, fits
+from fastres.kernels.aot_table import all_cases
 from fastres.kernels.tiles import ConvTile
 
 pytestmark = pytest.mark.compile
@@ -74,9 +75,9 @@ def test_facts_count_by_parts_of_a_name():
 
 def test_table(monkeypatch, capsys):
     cases = [case for case in all_cases(90) if case.name == "maxpool-b256-fp16"]
-    monkeypatch.setattr(aot, "all_cases", lambda sm: iter(cases))
+    monkeypatch.setattr(aot_table, "all_cases", lambda sm: iter(cases))
     monkeypatch.setattr(sys, "argv", ["aot", "--sm", "90"])
-    aot.main()
+    aot_table.main()
     assert "maxpool-b256-fp16" in capsys.readouterr().out
 
 
