@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastres.backends.base import NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.errors import missing
-from fastres.graph.ir import Graph
+from fastres.graph.ir import Graph, Sym
 from fastres.options import DTYPE_OF, Options, Precision
+
+if TYPE_CHECKING:
+    from fastres.backends.triton.run import PlanRunner
 
 _OLDEST = 80
 
@@ -70,7 +74,7 @@ class TritonExecutable:
     def __init__(self, graph: Graph, options: Options, device: torch.device) -> None:
         from fastres.backends.triton.lower import make_plan
         from fastres.backends.triton.pack import pack
-        from fastres.backends.triton.run import PlanRunner
+        from fastres.backends.triton.run import PlanRunner, record_cuda_graph
         from fastres.kernels.cost import Target
         from fastres.kernels.launch import target_of
 
@@ -80,21 +84,42 @@ class TritonExecutable:
         # The interpreter runs one block after the other, like a GPU with a single SM.
         target = target_of(device) if device.type == "cuda" else Target(90, 1)
 
+        record = record_cuda_graph if device.type == "cuda" else None
+
         def make(shapes: Shapes) -> PlanRunner:
             plan = make_plan(graph, shapes, self._precision, target)
-            return PlanRunner(plan, constants, device)
+            return PlanRunner(plan, constants, device, record)
 
         self._runners = ShapeCache(make, options.cache_size)
+        self._batched = all(
+            spec.shape[:1] == (Sym("N"),)
+            for spec in (*(v.spec for v in graph.inputs), *map(graph.spec, graph.outputs))
+        )
 
     def prepare(self, shapes: Shapes) -> None:
         """Plans for these input shapes now."""
-        self._runners.get(shapes)
+        self._runner(shapes)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return self._runners.get(tuple(tuple(x.shape) for x in inputs)).run(inputs)
+        return self._runner(tuple(tuple(x.shape) for x in inputs)).run(inputs)
 
     def precisions(self) -> dict[str, str]:
         return dict.fromkeys((node.name for node in self._graph.nodes), self._precision)
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
-        return self._runners.get(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
+        return self._runner(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
+
+    def _runner(self, shapes: Shapes) -> PlanRunner:
+        if self._batched:
+            n = bucket(shapes[0][0])
+            shapes = tuple((n, *shape[1:]) for shape in shapes)
+        return self._runners.get(shapes)
+
+
+def bucket(batch: int) -> int:
+    """The batch that a plan is made for: at most an eighth more, so that plans stay few.
+
+    Up to 16 each size has its own; above, there are eight in every doubling.
+    """
+    step = max(1, 1 << max(0, (batch - 1).bit_length() - 4))
+    return -(-batch // step) * step
