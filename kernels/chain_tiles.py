@@ -15,6 +15,7 @@ from fastres.kernels.tiles import GemmShape
 
 WIDTHS = (64, 128)  # of the 3x3; wider ones wait for arithmetic, and would fill shared memory
 DEPTH = 64  # channels in one step of the 3x3, and the granularity of every channel count
+_BARRIERS = 256  # bytes: eight a stage and loop, and what Triton keeps beside them
 _THREADS_PER_SM = 2048
 _TILE_OVERHEAD = 1.5e-6  # seconds to fill the pipelines and to drain the last stores of one tile
 
@@ -166,7 +167,8 @@ class ChainTile:
         kept = (shape.mid + shape.projected + 2 * self.chunk) * self.pixels
         chunks = kept + self.chunk_stages * chunk * self.chunk
         staged_next = shape.next_mid * self.pixels
-        return itemsize * max(conv2, chunks, staged_next) + 512
+        biases = 4 * self.chunk_stages * self.chunk
+        return itemsize * max(conv2, chunks, staged_next) + biases + _BARRIERS
 
     def accumulators(self, shape: ChainShape) -> int:
         """fp32 registers a thread holds for results: the 3x3's, or a chunk's and a_next's."""
