@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
@@ -18,6 +18,7 @@ import torch
 
 from fastres.backends.base import NodeTime
 from fastres.backends.triton.bind import bind
+from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.errors import OutOfMemory
 from fastres.graph.ir import DTYPES
@@ -46,9 +47,7 @@ class Context:
         record: turns the launches into one call that repeats them; None launches them one by one.
     """
 
-    def __init__(
-        self, plan: Plan, constants: Mapping[str, torch.Tensor], arena: torch.Tensor
-    ) -> None:
+    def __init__(self, plan: Plan, constants: Packed, arena: torch.Tensor) -> None:
         self.arena = arena
         self.tensors = views(plan, arena)
         target = target_of(arena.device)
@@ -79,7 +78,7 @@ class PlanRunner:
     def __init__(
         self,
         plan: Plan,
-        constants: Mapping[str, torch.Tensor],
+        constants: Packed,
         device: torch.device,
         record: Record | None = None,
     ) -> None:
@@ -155,7 +154,7 @@ class PlanRunner:
             return torch.empty(size, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
             shapes = ", ".join(str(list(shape)) for shape in self.plan.input_shapes)
-            weights = sum(t.nbytes for t in self._constants.values())
+            weights = self._constants.nbytes
             raise OutOfMemory(
                 f"there is no room on {self._device} for the {size / 2**20:.0f} MiB that values "
                 f"between kernels take for inputs {shapes}, besides {weights / 2**20:.0f} MiB of "
