@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastres.backends.base import Refusal
 from fastres.backends.triton.arena import Lifetime, place
@@ -19,6 +19,7 @@ from fastres.backends.triton.plan import (
     Shortcut,
 )
 from fastres.backends.triton.regions import ShortcutA, shortcuts
+from fastres.errors import ArtifactError
 from fastres.graph.ir import (
     DTYPE_NAMES,
     Conv2d,
@@ -32,7 +33,7 @@ from fastres.graph.ir import (
 from fastres.graph.shapes import infer_shapes
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
-from fastres.kernels.tiles import ConvTile, choose_conv_tile
+from fastres.kernels.tiles import ConvTile, choose_conv_tile, is_valid
 from fastres.options import DTYPE_OF, Precision, Sizes
 
 
@@ -60,20 +61,43 @@ def _refusal(node: Node, graph: Graph) -> str | None:
 
 
 def make_plan(
-    graph: Graph, input_shapes: tuple[Sizes, ...], precision: Precision, target: Target
+    graph: Graph,
+    input_shapes: tuple[Sizes, ...],
+    precision: Precision,
+    target: Target,
+    recorded: Plan | None = None,
 ) -> Plan:
-    """Plans a graph whose nodes are all taken, for fixed input shapes."""
-    return _Planner(graph, input_shapes, precision, target).plan()
+    """Plans a graph whose nodes are all taken, for fixed input shapes.
+
+    Args:
+        recorded: a plan of the same graph from a file, whose choices are taken over.
+
+    Raises:
+        ArtifactError: the recorded plan is not one of this graph's.
+    """
+    if recorded is None:
+        return _Planner(graph, input_shapes, precision, target, {}).plan()
+    tiles = {s.node: s.tile for s in recorded.steps if isinstance(s, LaunchConv2d | LaunchLinear)}
+    plan = _Planner(graph, input_shapes, precision, target, tiles).plan()
+    if plan != recorded:
+        raise ArtifactError("a stored plan does not follow from the graph: copy the engine anew")
+    return plan
 
 
 class _Planner:
     def __init__(
-        self, graph: Graph, input_shapes: tuple[Sizes, ...], precision: Precision, target: Target
+        self,
+        graph: Graph,
+        input_shapes: tuple[Sizes, ...],
+        precision: Precision,
+        target: Target,
+        tiles: Mapping[str, ConvTile],
     ) -> None:
         self.graph = graph
         self.input_shapes = input_shapes
         self.precision = precision
         self.target = target
+        self.tiles = tiles  # by node, where they are chosen already
         self.dtype = DTYPE_OF[precision]
         self.shapes = infer_shapes(graph, input_shapes)
         self.shortcuts = shortcuts(graph)
@@ -149,19 +173,23 @@ class _Planner:
             groups=op.groups,
             shortcut=shortcut,
             activation=op.epilogue.activation,
-            tile=self._tile(shape),
+            tile=self._tile(node, shape),
         )
 
     def _linear(self, node: Node, op: Linear, source: str) -> LaunchLinear:
         weight, bias = node.params["weight"], node.params.get("bias")
         k, c = self.graph.constants[weight].shape
-        tile = self._tile(ConvShape(self.shapes[node.name][0], 1, 1, c, k, 1, 1))
+        tile = self._tile(node, ConvShape(self.shapes[node.name][0], 1, 1, c, k, 1, 1))
         return LaunchLinear(node.name, source, node.name, weight, bias, op.activation, tile)
 
-    def _tile(self, shape: ConvShape) -> ConvTile:
-        return choose_conv_tile(
-            shape.gemm, self.dtype.itemsize, self.target, tensor_cores=self.precision != "fp32"
-        )
+    def _tile(self, node: Node, shape: ConvShape) -> ConvTile:
+        size, tensor_cores = self.dtype.itemsize, self.precision != "fp32"
+        if node.name not in self.tiles:
+            return choose_conv_tile(shape.gemm, size, self.target, tensor_cores=tensor_cores)
+        tile = self.tiles[node.name]
+        if not is_valid(tile, size, tensor_cores, self.target):
+            raise ArtifactError(f"a stored plan has the tile {tile} for {node.name}, which is none")
+        return tile
 
     def _packed(self, name: str) -> Sizes:
         """The shape as it lies in memory: NHWC for maps."""

@@ -1,0 +1,302 @@
+"""Boxes of pixels for the descriptor kernels: which tiles are valid, and which to take.
+
+The copy engine (TMA) brings a box of pixels [tn, th, tw, channels] at a time, fills with zeros what
+lies outside the tensor and drops what is stored there, so a box may stick out anywhere; what it does
+beyond the picture is waste. As in `tiles`, the choice is a pure function of sizes and target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+from fastres.kernels.cost import Target
+from fastres.kernels.geometry import ConvShape, Pair
+
+_LATENCY = 0.8e-6  # seconds from asking for a box to having it; a guess, as the two below
+_TILE_OVERHEAD = 1.5e-6  # seconds to fill the pipeline and to drain the epilogue of one tile
+_SECOND_KERNEL = 2.0e-6  # seconds that the kernel which sums the parts of a split adds by itself
+_REGISTERS = 65_536  # of one SM, 32 bits each
+_RESERVED = 1024  # bytes of shared memory the driver takes from each block
+_BLOCK_LIMIT = 256  # the copy engine's limit on each side of a box
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A second product summed into the same accumulator: the 1x1 convolution of another tensor.
+
+    Args:
+        channels: its input channels.
+        stride: of the pixels it reads; its output has the size of the first product's.
+    """
+
+    channels: int
+    stride: Pair = (1, 1)
+
+
+@dataclass(frozen=True)
+class BoxTile:
+    """How one tile of the transposed product acc[channels, pixels] is cut.
+
+    Args:
+        tn, th, tw: images, rows and columns of a box of output pixels.
+        block_n: output channels a tile.
+        block_k: input channels a step of the K-loop; a step lies within one filter tap.
+        num_warps: warps of 32 threads.
+        num_stages: depth of the software pipeline.
+        split_k: parts the depth is cut into, each a tile of its own, summed by a second kernel.
+        programs_per_sm: programs launched for each SM; together they walk over all tiles.
+    """
+
+    tn: int
+    th: int
+    tw: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    programs_per_sm: int = 1
+
+    def __post_init__(self) -> None:
+        sides = (self.tn, self.th, self.tw, self.block_n, self.block_k)
+        if any(not 1 <= side <= _BLOCK_LIMIT or side & (side - 1) for side in sides):
+            raise ValueError(
+                f"the box is {sides[:3]} with blocks of {sides[3:]} channels, expected powers of "
+                f"two of at most {_BLOCK_LIMIT}"
+            )
+        if min(self.pixels, self.block_n, self.block_k) < 16:
+            raise ValueError(
+                f"{self.pixels} pixels, {self.block_n} and {self.block_k} channels a tile, "
+                "expected at least 16 of each"
+            )
+        if self.num_warps not in (4, 8):
+            raise ValueError(f"num_warps is {self.num_warps}, expected 4 or 8")
+        if min(self.num_stages, self.split_k, self.programs_per_sm) < 1:
+            raise ValueError(
+                f"num_stages is {self.num_stages}, split_k {self.split_k}, programs_per_sm "
+                f"{self.programs_per_sm}; expected each to be at least 1"
+            )
+
+    def __str__(self) -> str:
+        box = f"({self.tn},{self.th},{self.tw})x{self.block_n}x{self.block_k}"
+        split = f" split {self.split_k}" if self.split_k > 1 else ""
+        return f"{box} w{self.num_warps} s{self.num_stages}{split} p{self.programs_per_sm}"
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of a box."""
+        return self.tn * self.th * self.tw
+
+    def stage_bytes(self, itemsize: int) -> int:
+        """Bytes of both operands in one step of the K-loop."""
+        return (self.pixels + self.block_n) * self.block_k * itemsize
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Upper bound of the shared memory: the operands of every stage, or the staged result."""
+        result = self.pixels * self.block_n * (4 if self.split_k > 1 else itemsize)
+        # a residual is staged beside the result; barriers take 8 bytes a stage and operand
+        return max(self.num_stages * self.stage_bytes(itemsize), 2 * result) + 256
+
+    def accumulators(self) -> int:
+        """fp32 registers a thread holds for the result."""
+        return self.pixels * self.block_n // (32 * self.num_warps)
+
+    def boxes(self, walk: ConvShape) -> tuple[int, int, int]:
+        """Boxes along images, rows and columns of the output, with `walk` from `walk_shape`."""
+        return _cdiv(walk.n, self.tn), _cdiv(walk.p, self.th), _cdiv(walk.q, self.tw)
+
+    def tiles(self, walk: ConvShape) -> int:
+        """Boxes times blocks of channels times parts of the depth."""
+        n, p, q = self.boxes(walk)
+        return n * p * q * _cdiv(walk.k, self.block_n) * self.split_k
+
+    def programs(self, walk: ConvShape, target: Target) -> int:
+        """Programs launched: they walk over the tiles."""
+        return min(self.tiles(walk), target.sm_count * self.programs_per_sm)
+
+
+def walk_shape(shape: ConvShape, projection: Projection | None = None) -> ConvShape:
+    """The convolution as the kernel walks over it.
+
+    A 1x1 convolution without padding reads one pixel for each output: a stride becomes strides of
+    the view, and where every pixel is read, all of them are one row. Others stay as they are.
+    """
+    if (shape.r, shape.s, shape.padding) != (1, 1, (0, 0)):
+        return shape
+    every = shape.stride == (1, 1) and (projection is None or projection.stride == (1, 1))
+    sizes = (1, 1, shape.n * shape.p * shape.q) if every else (shape.n, shape.p, shape.q)
+    return ConvShape(*sizes, shape.c, shape.k, 1, 1)
+
+
+def tile_refusal(
+    tile: BoxTile,
+    shape: ConvShape,
+    itemsize: int,
+    target: Target,
+    projection: Projection | None = None,
+) -> str | None:
+    """Why the tile cannot run this convolution as it is meant to; None when it can."""
+    for channels in _channels(shape, projection):
+        if channels % tile.block_k:
+            return f"a step of {tile.block_k} channels does not divide {channels}"
+    for steps in _steps(tile, shape, projection):
+        if steps % tile.split_k:
+            return f"split_k {tile.split_k} does not divide {steps} steps of the K-loop"
+    if tile.shared_bytes(itemsize) > target.shared_bytes:
+        return (
+            f"it needs {tile.shared_bytes(itemsize)} bytes of shared memory, sm_{target.sm} has "
+            f"{target.shared_bytes}"
+        )
+    if tile.accumulators() > 128:
+        return f"{tile.accumulators()} accumulators a thread, more than 128 leave no registers"
+    if 90 <= target.sm < 120 and tile.block_n < 64:
+        return f"block_n is {tile.block_n}: below 64 rows the matrix instruction is an older one"
+    return None
+
+
+# ---------------------------------------------------------------- the choice
+
+
+_BLOCKS = (  # pixels, block_n, num_warps
+    (256, 128, 8),
+    (128, 256, 8),
+    (128, 128, 8),
+    (128, 128, 4),
+    (256, 64, 8),
+    (256, 64, 4),
+    (64, 256, 8),
+    (128, 64, 4),
+    (64, 128, 4),
+    (64, 64, 4),
+    (32, 128, 4),
+    (32, 64, 4),
+    (16, 64, 4),
+)
+_STAGES = (4, 3, 6, 2)
+_SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
+
+
+def box_candidates(
+    shape: ConvShape, itemsize: int, target: Target, projection: Projection | None = None
+) -> list[BoxTile]:
+    """The valid tiles, for each number of pixels the box of least waste.
+
+    Raises:
+        ValueError: channels which no step of the K-loop divides.
+    """
+    block_k = _depth(_channels(shape, projection), itemsize)
+    walk = walk_shape(shape, projection)
+    tiles = (
+        BoxTile(*_best_box(pixels, walk), block_n, block_k, num_warps, num_stages, split_k)
+        for pixels, block_n, num_warps in _BLOCKS
+        for num_stages in _STAGES
+        for split_k in _SPLITS
+    )
+    return [
+        replace(tile, programs_per_sm=_resident(tile, itemsize, target))
+        for tile in tiles
+        if tile_refusal(tile, shape, itemsize, target, projection) is None
+    ]
+
+
+def choose_box_tile(
+    shape: ConvShape, itemsize: int, target: Target, projection: Projection | None = None
+) -> BoxTile:
+    """The candidate of least `box_seconds`; ties go to the earlier one.
+
+    Raises:
+        ValueError: channels which no step of the K-loop divides.
+    """
+    return min(
+        box_candidates(shape, itemsize, target, projection),
+        key=lambda tile: box_seconds(tile, shape, itemsize, target, projection),
+    )
+
+
+def box_seconds(
+    tile: BoxTile,
+    shape: ConvShape,
+    itemsize: int,
+    target: Target,
+    projection: Projection | None = None,
+    *,
+    residual: bool = False,
+) -> float:
+    """Estimated time: max(device memory, tiles of the busiest SM) + draining + summing the parts.
+
+    A tile takes the longest of its arithmetic, its traffic from L2 to shared memory (waste
+    included), and the latency of its steps, as many of which overlap as there are stages. It ranks
+    tiles, and this form of a convolution against others; it predicts no times.
+
+    Args:
+        residual: whether a residual is read.
+    """
+    walk = walk_shape(shape, projection)
+    steps = sum(_steps(tile, shape, projection))
+    part = steps // tile.split_k
+    tiles = _cdiv(tile.tiles(walk), target.sm_count)  # of the busiest SM
+    resident = min(tile.programs_per_sm, max(1, tiles))
+
+    # a matrix instruction of fewer than 64 pixels takes as long as one of 64
+    products = 2 * max(64, tile.pixels) * tile.block_n * tile.block_k * part
+    arithmetic = products / (target.fp16_flops * 2 / itemsize)
+    loads = part * tile.stage_bytes(itemsize) / target.l2_bytes
+    latency = part * _LATENCY / (tile.num_stages * resident)
+    drains = _cdiv(tiles, resident) * _TILE_OVERHEAD
+
+    m = shape.n * shape.p * shape.q
+    x = walk.n * walk.h * walk.w * shape.c + (m * projection.channels if projection else 0)
+    operands = x + shape.k * steps * tile.block_k + m * shape.k * (2 if residual else 1)
+    memory = operands * itemsize / target.dram_bytes
+    seconds = max(memory, tiles * max(arithmetic, loads, latency)) + drains
+    if tile.split_k > 1:  # written once and read once, through L2
+        parts = 2 * tile.split_k * m * shape.k * 4
+        seconds += _SECOND_KERNEL + parts / (target.l2_bytes * target.sm_count)
+    return seconds
+
+
+def _channels(shape: ConvShape, projection: Projection | None) -> list[int]:
+    return [shape.c] if projection is None else [shape.c, projection.channels]
+
+
+def _steps(tile: BoxTile, shape: ConvShape, projection: Projection | None) -> list[int]:
+    """Steps of the K-loop over each operand, all parts together."""
+    taps = (shape.r * shape.s, 1)
+    channels = _channels(shape, projection)
+    return [tap * c // tile.block_k for tap, c in zip(taps, channels, strict=False)]
+
+
+def _depth(channels: list[int], itemsize: int) -> int:
+    """The depth block: the most of 128 bytes, the copy engine's widest row, that divides all."""
+    for block in (64, 32, 16):
+        if block * itemsize <= 128 and all(c % block == 0 for c in channels):
+            return block
+    raise ValueError(f"{channels} input channels, expected multiples of 16")
+
+
+@cache
+def _best_box(pixels: int, walk: ConvShape) -> tuple[int, int, int]:
+    """The box of least waste; then of least input, then nearest to a row."""
+    sides = [1 << i for i in range(pixels.bit_length())]
+    boxes = [
+        (pixels // (th * tw), th, tw) for th in sides for tw in sides if th * tw <= pixels
+    ]
+
+    def waste(box: tuple[int, int, int]) -> tuple[int, ...]:
+        tn, th, tw = box
+        boxes = _cdiv(walk.n, tn) * _cdiv(walk.p, th) * _cdiv(walk.q, tw)
+        return boxes, tn * (th + walk.r - 1) * (tw + walk.s - 1), tn, th
+
+    return min(boxes, key=waste)
+
+
+def _resident(tile: BoxTile, itemsize: int, target: Target) -> int:
+    """Programs an SM can hold at once, by shared memory and registers; at most four."""
+    shared = target.shared_bytes // (tile.shared_bytes(itemsize) + _RESERVED)
+    registers = _REGISTERS // (32 * tile.num_warps * (tile.accumulators() + 56))
+    return max(1, min(4, shared, registers))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
