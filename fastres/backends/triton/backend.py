@@ -109,8 +109,9 @@ class TritonExecutable:
     ) -> None:
         from fastres.backends.triton.lower import make_plan
         from fastres.backends.triton.pack import Packed
-        from fastres.backends.triton.run import PlanRunner, record_cuda_graph
+        from fastres.backends.triton.run import PlanRunner
         from fastres.backends.triton.stored import recorded
+        from fastres.backends.triton.timing import record_cuda_graph
         from fastres.kernels.cost import Target
         from fastres.kernels.launch import target_of
 

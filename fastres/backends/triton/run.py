@@ -7,8 +7,6 @@ so that a call costs its inputs' copies, one replay and its outputs' copies.
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,24 +18,12 @@ from fastres.backends.base import NodeTime
 from fastres.backends.triton.bind import bind
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
+from fastres.backends.triton.timing import milliseconds
 from fastres.errors import OutOfMemory
 from fastres.graph.ir import DTYPES
 from fastres.kernels.launch import Launch, target_of
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-_recording = threading.Lock()
-
-
-def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
-    """Runs the work once, so that its kernels are compiled, then records it; returns the replay."""
-    with _recording:  # one capture at a time; other threads may go on launching
-        work()
-        torch.cuda.current_stream().synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            work()
-    replay: Callable[[], None] = graph.replay
-    return replay
 
 
 class Context:
@@ -103,20 +89,29 @@ class PlanRunner:
             return self._outputs(context, inputs[0].shape[0])
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
-        """Time of each step, launched by itself, after one run to warm up."""
+        """Time, work and traffic of each step, each timed by itself after one run to warm up."""
         self.run(inputs)
         times = []
         with self.context() as context:
             for step, launches in context.bound:
-                self._synchronize()
-                start = time.perf_counter()
-                if isinstance(step, LoadInput):
-                    self._load_one(step, inputs, context)
-                for launch in launches:
-                    launch.run()
-                self._synchronize()
-                spent = 1e3 * (time.perf_counter() - start)
-                times.append(NodeTime(step.node, spent, type(step).__name__))
+
+                def work(step: AnyStep = step, launches: tuple[Launch, ...] = launches) -> None:
+                    if isinstance(step, LoadInput):
+                        self._load_one(step, inputs, context)
+                    for launch in launches:
+                        launch.run()
+
+                costs = [launch.cost for launch in launches if launch.cost is not None]
+                total = sum(costs[1:], costs[0]) if costs else None
+                times.append(
+                    NodeTime(
+                        step.node,
+                        milliseconds(work, self._device),
+                        type(step).__name__,
+                        None if total is None else total.flops,
+                        None if total is None else total.bytes,
+                    )
+                )
         return times
 
     @contextmanager
@@ -161,10 +156,6 @@ class PlanRunner:
                 "weights: use smaller batches (max_batch_size runs larger ones in parts), a "
                 "16-bit precision, or free memory on the device"
             ) from error
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def views(plan: Plan, arena: torch.Tensor) -> dict[str, torch.Tensor]:
