@@ -35,17 +35,17 @@ def binary_of(launch: Launch, sm: int) -> KernelBinary:
     """Compiles a launch for sm_`sm`; needs no GPU.
 
     Raises:
-        ValueError: descriptors below sm_90, which has no copy engine to take them.
+        ValueError: descriptors or a dependent launch below sm_90, which has neither.
     """
-    if sm < 90 and any(isinstance(v, TensorDescriptor) for v in launch.arguments.values()):
+    source = source_of(launch)
+    descriptors = [name for name, kind in source.signature.items() if kind.startswith(DESCRIPTOR)]
+    if sm < 90 and (descriptors or launch.dependent):
         raise ValueError(
-            f"{launch.kernel.__name__} takes tensor descriptors, which need sm_90 or newer; "
-            f"the target is sm_{sm}"
+            f"{launch.kernel.__name__} has descriptors {descriptors} and dependent launch "
+            f"{launch.dependent}, which need sm_90 or newer; the target is sm_{sm}"
         )
     kernel = compile_kernel(launch, sm)
     facts, cubin = kernel.metadata, kernel.asm["cubin"]
-    source = source_of(launch)
-    descriptors = [name for name, kind in source.signature.items() if kind.startswith(DESCRIPTOR)]
     boxes = dict(zip(descriptors, map(_box_layout, facts.tensordesc_meta or ()), strict=True))
     header = KernelHeader(
         kernel=facts.name,

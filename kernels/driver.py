@@ -31,7 +31,7 @@ def cuda_driver() -> Any:
         DriverUnavailable: saying what is missing.
     """
     try:
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # type: ignore[import-untyped]
     except ImportError as error:
         raise DriverUnavailable(
             f"cuda.bindings cannot be imported ({error}); pip install 'fastres[driver]'"
@@ -224,12 +224,11 @@ def _parameter_array(arguments: Sequence[bytes]) -> tuple[Any, Any]:
     A tensor map must lie at a multiple of 64, the others at one of 8.
     """
     memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES * (len(arguments) + 1))
-    start = -ctypes.addressof(memory) % TENSOR_MAP_BYTES
+    address = -(-ctypes.addressof(memory) // TENSOR_MAP_BYTES) * TENSOR_MAP_BYTES
     pointers = (ctypes.c_void_p * len(arguments))()
     for index, argument in enumerate(arguments):
-        offset = start + index * TENSOR_MAP_BYTES
-        memory[offset : offset + len(argument)] = argument
-        pointers[index] = ctypes.addressof(memory) + offset
+        pointers[index] = address + index * TENSOR_MAP_BYTES
+        ctypes.memmove(pointers[index], argument, len(argument))
     return pointers, memory
 
 
