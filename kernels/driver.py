@@ -227,8 +227,9 @@ def _parameter_array(arguments: Sequence[bytes]) -> tuple[Any, Any]:
     address = -(-ctypes.addressof(memory) // TENSOR_MAP_BYTES) * TENSOR_MAP_BYTES
     pointers = (ctypes.c_void_p * len(arguments))()
     for index, argument in enumerate(arguments):
-        pointers[index] = address + index * TENSOR_MAP_BYTES
-        ctypes.memmove(pointers[index], argument, len(argument))
+        slot = address + index * TENSOR_MAP_BYTES
+        ctypes.memmove(slot, argument, len(argument))
+        pointers[index] = slot
     return pointers, memory
 
 

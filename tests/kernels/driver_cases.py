@@ -100,6 +100,9 @@ CASES = (
     Case("box-copy-bf16-nan", lambda device: box_copy(device, dtype=torch.bfloat16, padding="nan")),
     Case("box-copy-dependent", lambda device: box_copy(device, dependent=True)),
 )
+if hasattr(TensorDescriptor, "round_f32_to_tf32"):  # not in Triton 3.6
+    rounded = {"dtype": torch.float32, "round_f32_to_tf32": True}
+    CASES += (Case("box-copy-tf32", lambda device: box_copy(device, **rounded)),)
 
 
 def _random(device: str, *sizes: int, dtype=torch.float16) -> torch.Tensor:
