@@ -58,7 +58,7 @@ def log() -> list[str]:
 
 def clusters(binary: KernelBinary, arguments: list[bytes]) -> list[str]:
     """The launch of a kernel in clusters of 16, as if it had been compiled for them."""
-    changed = msgspec.structs.replace(binary.header, num_ctas=16, cooperative=True)
+    changed = msgspec.structs.replace(binary.header, num_ctas=16, dependent=True, cooperative=True)
     function = DriverModule(KernelBinary(changed, binary.cubin)).function()
     launch(changed, function, arguments, 3, STREAM)
     launch(changed, function, arguments, 0, STREAM)
