@@ -4,6 +4,7 @@
     manifest.sha256      SHA-256 of the manifest
     graph.json           the graph that runs and the graph it was made from (graph/serial.py)
     weights.safetensors  the constants of the graph that runs
+    compiled_*           what a backend compiled and may take back when the engine is loaded
 
 The files lie in a folder, or in one zip if the path ends in `.fastres` (container.py). Digests
 are checked before anything but the manifest is parsed, and saving the same engine twice gives the
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -57,9 +59,10 @@ from fastres.tolerances import FLOOR
 if TYPE_CHECKING:
     from fastres.engine import Engine
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no compiled parts
 GRAPH = "graph.json"
 WEIGHTS = "weights.safetensors"
+_COMPILED = re.compile(r"compiled_[a-z0-9_]+\.[a-z0-9]+")
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,8 +83,11 @@ class InputEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str | None
 
 
-class OptionsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`Options`, with the backend that was chosen; the device is chosen anew when loading."""
+class OptionsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`Options`, with the backend that was chosen; the device is chosen anew when loading.
+
+    `target` says what the engine was built for; it is not asked for again.
+    """
 
     backend: str
     precision: Precision
@@ -91,6 +97,8 @@ class OptionsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_unsupported: OnUnsupported
     threads: int | None
     cache_size: int
+    target: str | None = None
+    cuda_graph: bool | None = None
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -116,7 +124,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Contents:
-    """What an engine is made of, apart from anything compiled; see `Engine`."""
+    """What an engine is made of; see `Engine`, and `Executable.compiled`."""
 
     graph: Graph
     source: Graph
@@ -124,6 +132,7 @@ class Contents:
     inputs: tuple[Input, ...]
     preprocess: Preprocess | None = None
     ignored_weights: tuple[str, ...] = ()
+    compiled: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def save(engine: Engine, path: PathLike) -> None:
@@ -143,20 +152,27 @@ def save(engine: Engine, path: PathLike) -> None:
         engine.inputs,
         engine.preprocess,
         engine.ignored_weights,
+        engine.compiled_parts(),
     )
     write(contents, path)
 
 
 def load(
-    path: PathLike, *, device: str | torch.device | None = None, trust_engine: bool = False
+    path: PathLike,
+    *,
+    device: str | torch.device | None = None,
+    target: str | None = None,
+    trust_engine: bool = False,
 ) -> Engine:
     """Loads a saved engine; the model's code and torch.export are not needed.
 
     Args:
         path: folder or file.
         device: None takes the backend's own.
-        trust_engine: whether compiled parts may run. An artifact of schema 1 holds none: the
-            backend compiles its graph on this machine, whatever is said here.
+        target: look at an engine that was built for this architecture, such as "sm_90", on a
+            machine without it: it can be inspected and saved, not called.
+        trust_engine: whether compiled parts may run. No artifact holds machine code so far: plans
+            are checked against the graph, and compiled on this machine.
 
     Raises:
         ArtifactError: the artifact is damaged, incomplete, or newer than this version.
@@ -171,9 +187,10 @@ def load(
     return assemble(
         contents.graph,
         Origin(contents.source, contents.ignored_weights),
-        replace(contents.options, device=wanted),
+        replace(contents.options, device=wanted, target=target),
         contents.inputs,
         contents.preprocess,
+        contents.compiled,
     )
 
 
@@ -188,7 +205,7 @@ def write(contents: Contents, path: PathLike) -> None:
         graph, tensors = serial.encode(contents.graph, contents.source)
         # what could not be loaded again is not saved
         serial.decode(graph, tensors, _sizes(contents.inputs))
-        files = {GRAPH: graph, WEIGHTS: safetensors.torch.save(tensors)}
+        files = {GRAPH: graph, WEIGHTS: safetensors.torch.save(tensors), **contents.compiled}
         manifest = serial.canonical(_manifest(contents, files), Manifest)
     except (GraphError, msgspec.MsgspecError, TypeError) as error:
         raise defect(where, f"this engine cannot be saved: {error}") from error
@@ -217,7 +234,10 @@ def read(path: PathLike) -> Contents:
         raise defect(container.path, f"its content contradicts itself: {error}") from error
     if source.inputs != graph.inputs:
         raise defect(container.path, "the graph and its source have different inputs")
-    return Contents(graph, source, options, inputs, manifest.preprocess, manifest.ignored_weights)
+    compiled = {name: data for name, data in files.items() if _COMPILED.fullmatch(name)}
+    return Contents(
+        graph, source, options, inputs, manifest.preprocess, manifest.ignored_weights, compiled
+    )
 
 
 def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
@@ -245,6 +265,8 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
             on_unsupported=options.on_unsupported,
             threads=options.threads,
             cache_size=options.cache_size,
+            target=options.target,
+            cuda_graph=options.cuda_graph,
         ),
         inputs=tuple(
             InputEntry(
@@ -295,10 +317,11 @@ def _read_manifest(container: Container) -> Manifest:
         manifest = serial.strict(text, Manifest)
     except GraphError as error:
         raise defect(container.path, f"{MANIFEST} cannot be read: {error}") from error
-    if set(manifest.files) != {GRAPH, WEIGHTS}:
+    if {name for name in manifest.files if not _COMPILED.fullmatch(name)} != {GRAPH, WEIGHTS}:
         raise defect(
             container.path,
-            f"{MANIFEST} lists {sorted(manifest.files)}; schema 1 has {[GRAPH, WEIGHTS]}",
+            f"{MANIFEST} lists {sorted(manifest.files)}; it should list {[GRAPH, WEIGHTS]} and "
+            "compiled parts",
         )
     present, wanted = set(container.sizes), {MANIFEST, SEAL, *manifest.files}
     if missing := sorted(wanted - present):

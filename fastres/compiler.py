@@ -47,6 +47,8 @@ def compile(
     on_unsupported: OnUnsupported = "error",
     verify: bool = False,
     threads: int | None = None,
+    target: str | None = None,
+    cuda_graph: bool | None = None,
 ) -> Engine:
     """Compiles a trained residual network for inference.
 
@@ -67,6 +69,10 @@ def compile(
             them; "fallback" runs those in PyTorch and says so in `engine.info`.
         verify: cross-check against the model on random input before returning.
         threads: CPU threads; None takes every core this process may use.
+        target: a GPU architecture that need not be here, such as "sm_90" (triton only): every
+            kernel is compiled for it, and the engine can be looked at and saved, but not called;
+            `fastres.load` on such a GPU runs it without choosing again.
+        cuda_graph: whether a GPU's kernels are launched as one CUDA graph; None stands for True.
 
     Returns:
         An `Engine`, called like the model.
@@ -86,7 +92,11 @@ def compile(
         oversize=oversize,
         on_unsupported=on_unsupported,
         threads=threads,
+        target=target,
+        cuda_graph=cuda_graph,
     )
+    if target is not None and verify is True:
+        raise InputError(f"verify needs a {target} GPU to run on: load the engine there and verify")
     check_names(options.backend)
     if not isinstance(preprocess, Preprocess | None):
         raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
@@ -204,8 +214,13 @@ def assemble(
     options: Options,
     inputs: tuple[Input, ...],
     preprocess: Preprocess | None = None,
+    compiled: Mapping[str, bytes] | None = None,
 ) -> Engine:
-    """Chooses a backend for an optimised graph, lowers it, and makes the engine."""
+    """Chooses a backend for an optimised graph, lowers it, and makes the engine.
+
+    Args:
+        compiled: what an executable of the same graph had to spare; see `Executable.compiled`.
+    """
     precision = options.precision or PRECISION_OF[graph.floating_dtype]
     choice = choose(graph, options, precision)
     options = replace(options, precision=precision, device=choice.backend.device(options))
@@ -217,7 +232,7 @@ def assemble(
                 f"{reason}, so a batch above max_batch_size={options.max_batch_size} cannot be run "
                 "in parts: pass oversize='error' to refuse such batches, or no max_batch_size"
             )
-    executable, refused = lower(choice.backend, graph, options, usual)
+    executable, refused = lower(choice.backend, graph, options, usual, compiled)
     return Engine(
         Lowered(graph, executable, refused),
         origin,

@@ -219,6 +219,7 @@ class Engine:
             ran=lowered.executable.precisions(),
             refused=lowered.refused,
             passed_over=self.passed_over,
+            kernels=lowered.executable.kernels(),
         )
 
     def profile(self, *inputs: torch.Tensor) -> Profile:
@@ -260,6 +261,10 @@ class Engine:
 
         self._open()
         artifact.save(self, path)
+
+    def compiled_parts(self) -> dict[str, bytes]:
+        """What was compiled and is worth saving; see `Executable.compiled`."""
+        return self._open().executable.compiled()
 
     def close(self) -> None:
         """Lets go of the executable: calls under way come to their end, and others are refused."""

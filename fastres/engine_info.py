@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import msgspec
 from rich.table import Table
 
-from fastres.backends.base import Refusal
+from fastres.backends.base import KernelInfo, Refusal
 from fastres.graph.ir import Graph, op_name
 from fastres.text import json_text, render
 
+_NUMBERS = ("regs", "spill", "shared", "us")
 MERGED = "merged"  # the runtime folded the node into its neighbour and no longer lists it
 
 
@@ -41,6 +43,7 @@ class EngineInfo:
     precision: str
     nodes: tuple[NodeInfo, ...]
     passed_over: tuple[str, ...]
+    kernels: tuple[KernelInfo, ...] = ()
 
     @property
     def fallbacks(self) -> tuple[NodeInfo, ...]:
@@ -54,7 +57,8 @@ class EngineInfo:
         return tuple(name for name, _ in counted.most_common())
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        kernels = [msgspec.to_builtins(kernel) for kernel in self.kernels]
+        return {**asdict(replace(self, kernels=())), "kernels": kernels}
 
     def to_json(self) -> str:
         return json_text(self.to_dict())
@@ -67,9 +71,27 @@ class EngineInfo:
             fused = " + ".join(name.rsplit(".", 1)[-1] for name in node.fused)
             table.add_row(node.name, node.op, fused, node.output, node.backend, node.precision)
         lines = [render(table)]
+        if self.kernels:
+            lines.append(render(kernel_table(self.kernels)))
         lines += [f"fallback {node.name}: {node.reason}" for node in self.fallbacks]
         lines += [f"passed over: {reason}" for reason in self.passed_over]
         return "\n".join(lines)
+
+
+def kernel_table(kernels: Sequence[KernelInfo]) -> Table:
+    """One row for each distinct kernel; us: of one launch, if only the limiting rate counted."""
+    title = f"{len(kernels)} kernels, {sum(len(k.nodes) for k in kernels)} launches"
+    table = Table(title=title)
+    for column in ("kernel", "for", "tile", "regs", "spill", "shared", "code", "us", "bound"):
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+    for k in kernels:
+        more = f" and {len(k.nodes) - 1} more" if len(k.nodes) > 1 else ""
+        code = ", ".join(f"{count} {name}" for name, count in k.instructions.items())
+        numbers = [str(n) for n in (k.registers, k.spilled, k.shared_bytes)]
+        table.add_row(
+            k.kernel, k.nodes[0] + more, k.tile, *numbers, code, f"{k.microseconds:.1f}", k.bound
+        )
+    return table
 
 
 def describe(
@@ -80,6 +102,7 @@ def describe(
     ran: Mapping[str, str],
     refused: Sequence[Refusal],
     passed_over: Sequence[str],
+    kernels: tuple[KernelInfo, ...] = (),
 ) -> EngineInfo:
     """Puts together what the graph, the executable and the choice of backend know."""
     reasons = {refusal.node: refusal.reason for refusal in refused}
@@ -93,4 +116,4 @@ def describe(
                 node.name, op_name(node.op), node.origins, str(node.spec), where, actual, reason
             )
         )
-    return EngineInfo(backend, precision, tuple(nodes), tuple(passed_over))
+    return EngineInfo(backend, precision, tuple(nodes), tuple(passed_over), kernels)

@@ -34,6 +34,10 @@ class InputError(FastresError, ValueError):
     """An argument does not fit: wrong dtype, shape, channels, device, or not a tensor."""
 
 
+class OutOfMemory(FastresError):
+    """A device has no room for what a call needs; a smaller batch may still run."""
+
+
 class ArtifactError(FastresError):
     """A saved engine is damaged, incomplete, or written by a newer version."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ Sizes = tuple[int, ...]
 ANY_BATCH = 1 << 16  # an engine takes any batch; what must hold for all is tried up to this one
 LARGEST = 2**30  # values of a usual input (4 GiB in fp32), and the largest size or count
 _THREADS = 4096
+_TARGET = re.compile(r"sm_[1-9][0-9]{1,2}")
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,24 @@ class Options:
     on_unsupported: OnUnsupported = "error"
     threads: int | None = None
     cache_size: int = 8
+    target: str | None = None
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.target is not None and not (
+            isinstance(self.target, str) and _TARGET.fullmatch(self.target)
+        ):
+            raise InputError(
+                f"target is {self.target!r}; give a GPU architecture such as 'sm_90', or None for "
+                "this machine"
+            )
+        if self.target is not None and self.on_unsupported == "fallback":
+            raise InputError(
+                "a fallback to PyTorch cannot be built for another machine: leave out target= or "
+                "on_unsupported='fallback'"
+            )
+        if not isinstance(self.cuda_graph, bool | None):
+            raise InputError(f"cuda_graph is {self.cuda_graph!r}; give True, False or None")
         _one_of("precision", self.precision, (None, *get_args(Precision)))
         _one_of("hint", self.hint, get_args(Hint))
         _one_of("oversize", self.oversize, get_args(Oversize))
@@ -163,6 +181,11 @@ class Options:
         if not all(isinstance(name, str) for name in names):
             raise InputError(f"backend is {names!r}; give a name or a list of names")
         object.__setattr__(self, "backend", tuple(names))
+
+    @property
+    def sm(self) -> int | None:
+        """The target as compute capability times ten; None for this machine."""
+        return None if self.target is None else int(self.target.removeprefix("sm_"))
 
     @property
     def num_threads(self) -> int:

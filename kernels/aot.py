@@ -77,6 +77,19 @@ def compile_launch(launch: Launch, sm: int) -> KernelFacts:
     )
 
 
+def key_of(launch: Launch) -> str:
+    """Equal for launches that run the same machine code: what Triton specialises on."""
+    source = _source(launch)
+    parts = (
+        launch.kernel.__name__,
+        sorted(source.signature.items()),
+        sorted((str(name), repr(value)) for name, value in source.constants.items()),
+        sorted(source.attrs.items()),
+        sorted(launch.options.items()),
+    )
+    return repr(parts)
+
+
 def fits(facts: KernelFacts, sm: int) -> bool:
     """Whether a block's shared memory is within the target's limit, which no compiler checks."""
     return facts.shared_bytes <= Target.typical(sm).shared_bytes

@@ -5,11 +5,13 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastres.kernels.aot import MATRIX, TYPES, compile_launch, fits
+from fastres.kernels.bottleneck_chain import chain_launch
+from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.cost import Target
 from fastres.kernels.epilogue import ActivationKind
@@ -90,11 +92,37 @@ def linear_cases() -> Iterator[CompileCase]:
     yield CompileCase("avgpool-b256-fp16", global_avg_pool_launch(x, y))
 
 
+_CHAINS = {
+    "layer1.0": ChainShape(0, 56, 56, 64, 256, 64, projected=64),
+    "layer1.1": ChainShape(0, 56, 56, 64, 256, 64),
+    "layer1.2": ChainShape(0, 56, 56, 64, 256, 128),
+    "layer1.2-v1": ChainShape(0, 56, 56, 64, 256),
+    "layer2.0": ChainShape(0, 56, 56, 128, 512, 128, projected=256, stride=2, shortcut_stride=2),
+    "layer2.0-v1": ChainShape(0, 28, 28, 128, 512, 128, projected=256, shortcut_stride=2),
+    "layer2.1": ChainShape(0, 28, 28, 128, 512, 128),
+    "layer2.3": ChainShape(0, 28, 28, 128, 512, 256),
+    "wide.layer1.1": ChainShape(0, 56, 56, 128, 256, 128),
+}
+
+
+def chain_cases(sm: int) -> Iterator[CompileCase]:
+    """The boundaries of ResNet-50's first two stages and of Wide ResNet's; none below sm_90."""
+    if sm < 90:
+        return
+    for name, shape in _CHAINS.items():
+        yield _chain_case(name, replace(shape, n=256), torch.float16, sm)
+    for name in ("layer1.1", "layer2.1"):
+        yield _chain_case(name, replace(_CHAINS[name], n=256), torch.bfloat16, sm)
+    for name in ("layer1.1", "layer2.0", "layer2.1"):
+        yield _chain_case(name, replace(_CHAINS[name], n=1), torch.float16, sm)
+
+
 def all_cases(sm: int) -> Iterator[CompileCase]:
     """Every family's cases for one target."""
     yield from conv2d_cases(sm)
     yield from pool_cases()
     yield from linear_cases()
+    yield from chain_cases(sm)
 
 
 def _conv2d_case(
@@ -129,6 +157,25 @@ def _conv2d_case(
     return CompileCase(f"{layer.name}-b{batch}-{kind}", launch)
 
 
+def _chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> CompileCase:
+    n, p, q, step = shape.n, shape.p, shape.q, shape.shortcut_stride
+    launch = chain_launch(
+        _meta(n, shape.h, shape.w, shape.mid, dtype=dtype),
+        _meta(shape.mid, 3, 3, shape.mid, dtype=dtype),
+        _meta(shape.ko, 1, 1, shape.mid + shape.projected, dtype=dtype),
+        _meta(n, step * p, step * q, shape.projected or shape.ko, dtype=dtype),
+        _meta(shape.next_mid, 1, 1, shape.ko, dtype=dtype) if shape.next_mid else None,
+        _meta(shape.mid, dtype=torch.float32),
+        _meta(shape.ko, dtype=torch.float32),
+        _meta(shape.next_mid, dtype=torch.float32) if shape.next_mid else None,
+        _meta(n, p, q, shape.ko, dtype=dtype),
+        _meta(n, p, q, shape.next_mid, dtype=dtype) if shape.next_mid else None,
+        shape=shape,
+        target=Target.typical(sm),
+    )
+    return CompileCase(f"{name}.chain-b{n}-{TYPES[dtype]}", launch)
+
+
 def _meta(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(sizes, dtype=dtype, device="meta")
 
@@ -143,7 +190,9 @@ def main() -> None:
     print(f"{'case':34} {'tile':16} regs spill  shared fits matrix instructions")
     for case in all_cases(sm):
         facts = compile_launch(case.launch, sm)
-        blocks = [str(n) for name, n in case.launch.constants.items() if name.startswith("BLOCK")]
+        blocks = [
+            str(n) for name, n in case.launch.constants.items() if name.startswith(("BLOCK", "BOX"))
+        ]
         tile = f"{'x'.join(blocks)} w{case.launch.num_warps} s{case.launch.num_stages}"
         matrix = {name: n for name, n in facts.instructions.items() if MATRIX.match(name)}
         print(

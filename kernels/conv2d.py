@@ -295,6 +295,7 @@ def conv2d_launch(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        cost=conv2d_cost(shape, x.element_size(), residual_channels),
     )
 
 

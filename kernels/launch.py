@@ -12,7 +12,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastres.kernels.cost import Target
+from fastres.kernels.cost import Cost, Target
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Argument: TypeAlias = Any  # torch.Tensor | TensorDescriptor (untyped) | int | float | None
@@ -32,6 +32,7 @@ class Launch:
         num_stages: depth of the software pipeline.
         dependent: whether it may start before the kernel in front of it has ended (programmatic
             dependent launch, sm_90 and newer). Only for kernels that wait for that themselves.
+        cost: its work and compulsory traffic, where the family can tell.
     """
 
     kernel: Any
@@ -41,6 +42,7 @@ class Launch:
     num_warps: int
     num_stages: int
     dependent: bool = False
+    cost: Cost | None = None
 
     @property
     def options(self) -> dict[str, int | bool]:

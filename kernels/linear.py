@@ -107,6 +107,7 @@ def global_avg_pool_launch(
         },
         num_warps=tile.num_warps,
         num_stages=2,
+        cost=global_avg_pool_cost(n, h, w, c, x.element_size()),
     )
 
 

@@ -154,4 +154,5 @@ def max_pool_launch(
         },
         num_warps=tile.num_warps,
         num_stages=1,
+        cost=max_pool_cost(shape, x.element_size()),
     )

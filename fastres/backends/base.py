@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+import msgspec
 import torch
 
 from fastres.graph.ir import Graph
 from fastres.options import Options, Precision, Sizes
+
+HERE_ONLY = "it builds for this machine only; target= is for the triton backend"
+
+
+class KernelInfo(msgspec.Struct, frozen=True):
+    """One distinct machine code of an executable, and what it was compiled to.
+
+    Args:
+        kernel: name of the jit function.
+        nodes: the graph's nodes that launch it, in order.
+        tile: block sizes, warps and stages.
+        spilled: bytes a thread writes to local memory for want of registers.
+        shared_bytes: shared memory of a block.
+        instructions: matrix products and wide memory accesses, by kind.
+        microseconds: of one launch (the largest), if nothing but the limiting rate counted.
+        bound: which rate that is.
+    """
+
+    kernel: str
+    nodes: tuple[str, ...]
+    tile: str
+    registers: int
+    spilled: int
+    shared_bytes: int
+    instructions: dict[str, int]
+    microseconds: float
+    bound: Literal["arithmetic", "memory"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +72,26 @@ class Executable(Protocol):
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         """The time of each node in one run."""
 
+    def kernels(self) -> tuple[KernelInfo, ...]:
+        """What its kernels were compiled to, as far as that is known; () where it is not."""
+
+    def compiled(self) -> dict[str, bytes]:
+        """Files that spare `lower` some work when they are given back to it; {} if there are none.
+
+        Names as a saved engine has them.
+        """
+
 
 class Backend(Protocol):
     """Turns graphs into executables, or says why not."""
 
     name: str
 
-    def unavailable(self) -> str | None:
-        """None, or why this backend cannot run on this machine and what would help."""
+    def unavailable(self, target: str | None = None) -> str | None:
+        """None, or why this backend cannot run on this machine and what would help.
+
+        With a target such as "sm_90": why it cannot build for that one.
+        """
 
     def precision(self, wanted: Precision) -> str | None:
         """None if the precision is supported, else the reason why it is not."""
@@ -59,8 +99,19 @@ class Backend(Protocol):
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         """Every node that cannot be lowered, with the reason; nothing is lowered."""
 
-    def lower(self, graph: Graph, options: Options, shapes: tuple[Sizes, ...]) -> Executable:
-        """Lowers a graph whose every node is supported, ready for inputs of these shapes."""
+    def lower(
+        self,
+        graph: Graph,
+        options: Options,
+        shapes: tuple[Sizes, ...],
+        compiled: Mapping[str, bytes] | None = None,
+    ) -> Executable:
+        """Lowers a graph whose every node is supported, ready for inputs of these shapes.
+
+        Args:
+            compiled: what `Executable.compiled` gave for the same graph, perhaps on another
+                machine; used as far as it fits.
+        """
 
     def device(self, options: Options) -> torch.device:
         """Where the executable wants its inputs and puts its outputs."""

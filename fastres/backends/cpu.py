@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastres.backends.base import NodeTime, Refusal
+from fastres.backends.base import HERE_ONLY, KernelInfo, NodeTime, Refusal
 from fastres.backends.openvino_runtime import PRECISIONS, core, cpu_config, openvino, refusing
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
@@ -34,7 +34,9 @@ class CpuBackend:
 
     name = "cpu"
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, target: str | None = None) -> str | None:
+        if target is not None:
+            return HERE_ONLY
         try:
             openvino()
         except ImportError as error:
@@ -56,7 +58,13 @@ class CpuBackend:
         )
         return tuple(Refusal(name, reason) for name, reason in reasons if reason is not None)
 
-    def lower(self, graph: Graph, options: Options, shapes: Shapes) -> CpuExecutable:
+    def lower(
+        self,
+        graph: Graph,
+        options: Options,
+        shapes: Shapes,
+        compiled: Mapping[str, bytes] | None = None,
+    ) -> CpuExecutable:
         executable = CpuExecutable(graph, options)
         executable.prepare(shapes)
         return executable
@@ -130,6 +138,12 @@ class CpuExecutable:
         arrays = [_plain(tensor) for tensor in inputs]
         shapes = tuple(tuple(a.shape) for a in arrays)
         return self._compile(shapes, counters=True).profile(arrays)
+
+    def kernels(self) -> tuple[KernelInfo, ...]:
+        return ()
+
+    def compiled(self) -> dict[str, bytes]:
+        return {}
 
     def _compile(self, shapes: Shapes, counters: bool = False) -> _Plan:
         names = [value.name for value in self._graph.inputs]

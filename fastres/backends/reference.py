@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fastres.backends.base import NodeTime, Refusal
+from fastres.backends.base import HERE_ONLY, KernelInfo, NodeTime, Refusal
 from fastres.graph import aten
 from fastres.graph.export import no_autocast
 from fastres.graph.ir import (
@@ -38,7 +38,9 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, target: str | None = None) -> str | None:
+        if target is not None:
+            return HERE_ONLY
         return None
 
     def precision(self, wanted: Precision) -> str | None:
@@ -48,7 +50,11 @@ class ReferenceBackend:
         return ()
 
     def lower(
-        self, graph: Graph, options: Options, shapes: tuple[Sizes, ...]
+        self,
+        graph: Graph,
+        options: Options,
+        shapes: tuple[Sizes, ...],
+        compiled: Mapping[str, bytes] | None = None,
     ) -> ReferenceExecutable:
         return ReferenceExecutable(graph, torch.float32)
 
@@ -99,6 +105,12 @@ class ReferenceExecutable:
         times: list[NodeTime] = []
         self._walk(inputs, keep=self._graph.outputs, times=times)
         return times
+
+    def kernels(self) -> tuple[KernelInfo, ...]:
+        return ()
+
+    def compiled(self) -> dict[str, bytes]:
+        return {}
 
     @torch.no_grad()
     @no_autocast()

@@ -6,13 +6,13 @@ cross a cut pass through memory. Nothing here is silent: the refusals stand in `
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.utils._pytree as pytree
 
-from fastres.backends.base import Backend, Executable, NodeTime, Refusal
+from fastres.backends.base import Backend, Executable, KernelInfo, NodeTime, Refusal
 from fastres.backends.reference import ReferenceExecutable
 from fastres.graph.ir import Graph, Node, Value
 from fastres.graph.shapes import infer_shapes
@@ -76,12 +76,16 @@ def _subgraph(graph: Graph, nodes: Sequence[Node], wanted: Collection[str]) -> G
 
 
 def lower(
-    backend: Backend, graph: Graph, options: Options, shapes: tuple[Sizes, ...]
+    backend: Backend,
+    graph: Graph,
+    options: Options,
+    shapes: tuple[Sizes, ...],
+    compiled: Mapping[str, bytes] | None = None,
 ) -> tuple[Executable, tuple[Refusal, ...]]:
     """Lowers a graph, in segments if the backend refuses some nodes; returns those as well."""
     refused = backend.refusals(graph)
     if not refused:
-        return backend.lower(graph, options, shapes), ()
+        return backend.lower(graph, options, shapes, compiled), ()
     names = {refusal.node for refusal in refused}
     return _lower_in_segments(backend, graph, options, shapes, names), refused
 
@@ -135,6 +139,12 @@ class SegmentedExecutable:
             times += executable.profile(given)
             values.update(zip(part.outputs, executable.run(given), strict=True))
         return times
+
+    def kernels(self) -> tuple[KernelInfo, ...]:
+        return ()
+
+    def compiled(self) -> dict[str, bytes]:
+        return {}
 
     def _values(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {v.name: t for v, t in zip(self._graph.inputs, inputs, strict=True)}

@@ -57,9 +57,12 @@ def check_names(names: Sequence[str]) -> None:
             raise InputError(f"backend is {name!r}; there are auto, {', '.join(BACKENDS)}")
 
 
-def order(names: Sequence[str], device: torch.device | None) -> tuple[str, ...]:
-    """Replaces "auto": triton where there is a GPU to use, else cpu."""
+def order(
+    names: Sequence[str], device: torch.device | None, target: str | None = None
+) -> tuple[str, ...]:
+    """Replaces "auto": triton where there is a GPU to use or to build for, else cpu."""
     on_gpu = device.type == "cuda" if device is not None else torch.cuda.is_available()
+    on_gpu = on_gpu or target is not None
     return tuple(("triton" if on_gpu else "cpu") if name == "auto" else name for name in names)
 
 
@@ -73,13 +76,14 @@ def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
         UnsupportedError: they refuse the precision or nodes; every reason is listed.
     """
     check_names(options.backend)
+    task = "run here" if options.target is None else f"build for {options.target}"
     reasons: list[str] = []
     runnable, advice = False, "Choose another backend, precision or device"
-    for name in order(options.backend, options.device):
+    for name in order(options.backend, options.device, options.target):
         candidate = BACKENDS[name]()
-        why = candidate.unavailable()
+        why = candidate.unavailable(options.target)
         if why is not None:
-            reasons.append(f"{name} cannot run here: {why}")
+            reasons.append(f"{name} cannot {task}: {why}")
             continue
         runnable = True
         wrong = candidate.precision(precision)
@@ -102,7 +106,7 @@ def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
         return Choice(candidate, tuple(reasons))
     text = "\n".join(reasons)
     if not runnable:
-        raise BackendUnavailable(f"no backend of {list(options.backend)} can run here\n{text}")
+        raise BackendUnavailable(f"no backend of {list(options.backend)} can {task}\n{text}")
     raise UnsupportedError(f"{text}\n{advice}")
 
 

@@ -15,10 +15,12 @@ from fastres.cli.output import emit, working
 from fastres.cli.targets import open_model, precision_ran, to_engine, warn_if_untrained
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fastres.engine import Engine
 
 
-@flags.takes_request()
+@flags.takes_request(target=True)
 def compile_model(
     model: flags.ModelName = None,
     output: Annotated[
@@ -36,7 +38,8 @@ def compile_model(
 ) -> None:
     """Compile a model into an engine and save it.
 
-    Any batch size runs in the engine; it is prepared for the first of --batch-size.
+    Any batch size runs in the engine; it is prepared for the first of --batch-size. With --target
+    every kernel is compiled for a GPU that is not here, and listed with what it uses.
     """
     request = request.about(model)
     target = open_model(request)
@@ -48,7 +51,13 @@ def compile_model(
             engine.save(output)
     warn_if_untrained(target)
     facts = _facts(engine, target.name, seconds, output)
-    emit("compile", _table(facts), facts, as_json=as_json)
+    from fastres.engine_info import kernel_table
+    from fastres.text import render
+
+    text = render(_table(facts))
+    if kernels := engine.info.kernels:
+        text = f"{render(kernel_table(kernels))}\n{text}"
+    emit("compile", text, facts, as_json=as_json)
 
 
 def _facts(engine: Engine, name: str, seconds: float, saved: Path | None) -> dict[str, Any]:
@@ -65,15 +74,15 @@ def _facts(engine: Engine, name: str, seconds: float, saved: Path | None) -> dic
         "outputs": [str(engine.graph.spec(o)) for o in engine.graph.outputs],
         "fallbacks": [f"{node.name}: {node.reason}" for node in info.fallbacks],
         "passed_over": list(info.passed_over),
+        "target": engine.options.target,
+        "kernels": info.to_dict()["kernels"],
         "compile_seconds": round(seconds, 3),
         "saved": None if saved is None else str(saved),
     }
 
 
-def _table(facts: dict[str, Any]) -> str:
+def _table(facts: dict[str, Any]) -> Table:
     from rich.table import Table
-
-    from fastres.text import render
 
     table = Table(show_header=False, title=facts["model"])
     operations = ", ".join(f"{count} {op}" for op, count in facts["operations"].items())
@@ -87,4 +96,4 @@ def _table(facts: dict[str, Any]) -> str:
             table.add_row(key.replace("_", " "), "\n".join(facts[key]))
     table.add_row("compiled in", f"{facts['compile_seconds']:.2f} s")
     table.add_row("saved", facts["saved"] or "no: give -o PATH")
-    return render(table)
+    return table

@@ -72,6 +72,14 @@ OnUnsupported = Annotated[
         help="What to do with nodes that the backend refuses: stop, or run them in PyTorch.",
     ),
 ]
+Architecture = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="sm_NN",
+        help="Build for a GPU architecture that need not be here, such as sm_90 (triton).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Output = Annotated[
     Path | None,
@@ -97,6 +105,7 @@ class Request:
     device: Device = None
     threads: Threads = None
     on_unsupported: OnUnsupported = None
+    target: Architecture = None
     model: str | None = None
     batch_sizes: tuple[int, ...] = (1,)
 
@@ -116,12 +125,20 @@ class Request:
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
 
 
-def takes_request(*, without: str | None = None) -> Callable[[Command], Command]:
-    """Gives a command the shared flags in place of its parameter `request`, made of them."""
+def takes_request(
+    *, without: str | None = None, target: bool = False
+) -> Callable[[Command], Command]:
+    """Gives a command the shared flags in place of its parameter `request`, made of them.
+
+    Args:
+        without: a flag that it does not have.
+        target: whether it has --target: it must not need the engine to run.
+    """
+    left_out = {without, None if target else "target"}
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in get_type_hints(Request, include_extras=True).items()
-        if get_origin(kind) is Annotated and name != without
+        if get_origin(kind) is Annotated and name not in left_out
     ]
 
     def decorate(command: Command) -> Command:

@@ -12,7 +12,7 @@ from fastres.cli.output import emit
 from fastres.cli.targets import open_target, precision_ran, to_engine
 
 
-@flags.takes_request(without="batch_size")
+@flags.takes_request(without="batch_size", target=True)
 def inspect_engine(
     model: flags.TargetName = None,
     graph: Annotated[

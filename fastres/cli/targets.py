@@ -104,6 +104,7 @@ def to_engine(target: Target, request: Request, preprocess: Preprocess | None = 
         "preprocess": preprocess,
         "backend": (request.backend or "auto").split(","),
         "on_unsupported": request.on_unsupported or "error",
+        "target": request.target,
     }
     inputs = (
         None if isinstance(target.model, Graph) else image_input(target.shape, request.batch_sizes)
@@ -134,7 +135,7 @@ def _saved(request: Request, path: Path) -> Target:
             "given with it; compile the model again"
         )
     with working(f"loading {path}"):
-        engine = fastres.load(path, device=request.device)
+        engine = fastres.load(path, device=request.device, target=request.target)
     return engine_target(engine, str(path), request.image_size)
 
 

@@ -130,3 +130,21 @@ def test_a_report_that_cannot_be_written_is_an_error(
 ) -> None:
     result = run("inspect", engine, "-o", tmp_path / "no" / "such" / "folder.json", status=2)
     assert "cannot be written: No such file or directory" in result.stderr
+
+
+@pytest.mark.compile
+def test_building_for_a_gpu_that_is_not_here(
+    run: Run, run_json: RunJson, small: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "gpu.fastres"
+    facts = run_json("compile", small, "--target", "sm_90", "--precision", "fp16", "-o", path)
+    assert facts["target"] == "sm_90" and facts["backend"] == "triton"
+    assert all(k["spilled"] == 0 and k["registers"] > 0 for k in facts["kernels"])
+    text = run("inspect", path, "--target", "sm_90").stdout
+    assert "HGMMA" in text and f"{len(facts['kernels'])} kernels" in text
+    assert "no NVIDIA GPU" in run("inspect", path, status=3).stderr
+    assert (
+        "for this machine only"
+        in run("compile", small, "--target", "sm_90", "--backend", "cpu", status=3).stderr
+    )
+    assert "No such option" in run("verify", small, "--target", "sm_90", status=2).stderr

@@ -44,8 +44,16 @@ def test_a_command_has_the_shared_flags_where_its_request_stands() -> None:
         seen.append((first, request, as_json))
 
     shared = [field.name for field in fields(Request)]
-    shared = [n for n in shared if n not in ("batch_size", "model", "batch_sizes")]
+    shared = [n for n in shared if n not in ("batch_size", "model", "batch_sizes", "target")]
     parameters = inspect.signature(command).parameters
     assert list(parameters) == ["first", *shared, "as_json"]
     command(**{name: p.default for name, p in parameters.items()} | {"threads": 2})
     assert seen == [("", Request(threads=2), False)]
+
+
+def test_only_commands_that_run_nothing_build_for_other_machines() -> None:
+    @takes_request(target=True)
+    def command(*, request: Request) -> None:
+        pass
+
+    assert "target" in inspect.signature(command).parameters

@@ -13,7 +13,10 @@ from fastres.kernels.tiles import ConvTile
 
 pytestmark = pytest.mark.compile
 
-CASES = [(sm, case) for sm in (80, 90) for case in all_cases(sm)]
+# kernels that move boxes through descriptors have checks of their own beside their values
+CASES = [
+    (sm, case) for sm in (80, 90) for case in all_cases(sm) if "x_ptr" in case.launch.arguments
+]
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
 
 

@@ -105,7 +105,7 @@ def test_costs_add():
 
 
 def test_data_modules_import_no_triton():
-    modules = ("epilogue", "reference", "cost", "tiles", "geometry")
+    modules = ("epilogue", "reference", "cost", "tiles", "geometry", "chain_tiles")
     code = "import sys\n" + "".join(f"import fastres.kernels.{name}\n" for name in modules)
     code += "sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

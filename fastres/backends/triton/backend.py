@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from fastres.backends.base import NodeTime, Refusal
+from fastres.backends.base import KernelInfo, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.errors import missing
-from fastres.graph.ir import Graph
+from fastres.graph.ir import Graph, Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
+if TYPE_CHECKING:
+    from fastres.backends.triton.cross import CrossExecutable
+    from fastres.backends.triton.run import PlanRunner
+
 _OLDEST = 80
+_NEWEST = 130  # exclusive: nothing is known of what comes after sm_12x
 
 
 def _interpreting() -> bool:
@@ -25,11 +31,13 @@ class TritonBackend:
 
     name = "triton"
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, target: str | None = None) -> str | None:
         try:
             import triton  # noqa: F401
         except ImportError as error:
             return missing("triton", error)
+        if target is not None:
+            return _unbuildable(target)
         if _interpreting():
             return None
         if not torch.cuda.is_available():
@@ -50,12 +58,24 @@ class TritonBackend:
 
         return refusals(graph)
 
-    def lower(self, graph: Graph, options: Options, shapes: Shapes) -> TritonExecutable:
-        executable = TritonExecutable(graph, options, self.device(options))
+    def lower(
+        self,
+        graph: Graph,
+        options: Options,
+        shapes: Shapes,
+        compiled: Mapping[str, bytes] | None = None,
+    ) -> TritonExecutable | CrossExecutable:
+        if options.target is not None:
+            from fastres.backends.triton.cross import build
+
+            return build(graph, options, shapes, compiled or {})
+        executable = TritonExecutable(graph, options, self.device(options), compiled or {})
         executable.prepare(shapes)
         return executable
 
     def device(self, options: Options) -> torch.device:
+        if options.target is not None:
+            return torch.device("cuda", 0)
         if options.device is not None and options.device.index is not None:
             return options.device
         kind = options.device.type if options.device is not None else None
@@ -64,13 +84,33 @@ class TritonBackend:
         return torch.device("cuda", torch.cuda.current_device())
 
 
-class TritonExecutable:
-    """Packed weights, and a plan for each input shape."""
+def _unbuildable(target: str) -> str | None:
+    if _interpreting():
+        return "TRITON_INTERPRET=1 turns Triton's compiler off; unset it"
+    sm = int(target.removeprefix("sm_"))
+    if not _OLDEST <= sm < _NEWEST:
+        return f"the kernels need sm_{_OLDEST} to sm_{_NEWEST - 1}, such as sm_90 for H100 and H200"
+    return None
 
-    def __init__(self, graph: Graph, options: Options, device: torch.device) -> None:
+
+class TritonExecutable:
+    """Packed weights, and a plan for each input shape.
+
+    Args:
+        compiled: plans of a saved engine; those made for this kind of GPU are used.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        options: Options,
+        device: torch.device,
+        compiled: Mapping[str, bytes] | None = None,
+    ) -> None:
         from fastres.backends.triton.lower import make_plan
         from fastres.backends.triton.pack import pack
-        from fastres.backends.triton.run import PlanRunner
+        from fastres.backends.triton.run import PlanRunner, record_cuda_graph
+        from fastres.backends.triton.stored import recorded
         from fastres.kernels.cost import Target
         from fastres.kernels.launch import target_of
 
@@ -79,22 +119,53 @@ class TritonExecutable:
         constants = pack(graph, DTYPE_OF[self._precision], device)
         # The interpreter runs one block after the other, like a GPU with a single SM.
         target = target_of(device) if device.type == "cuda" else Target(90, 1)
+        record = record_cuda_graph if _wants_graph(options, device) else None
+        stored = recorded(compiled or {}, f"sm_{target.sm}")
 
         def make(shapes: Shapes) -> PlanRunner:
-            plan = make_plan(graph, shapes, self._precision, target)
-            return PlanRunner(plan, constants, device)
+            plan = make_plan(graph, shapes, self._precision, target, stored.get(shapes))
+            return PlanRunner(plan, constants, device, record)
 
         self._runners = ShapeCache(make, options.cache_size)
+        self._batched = all(
+            spec.shape[:1] == (Sym("N"),)
+            for spec in (*(v.spec for v in graph.inputs), *map(graph.spec, graph.outputs))
+        )
+
+    def kernels(self) -> tuple[KernelInfo, ...]:
+        return ()
+
+    def compiled(self) -> dict[str, bytes]:
+        return {}
 
     def prepare(self, shapes: Shapes) -> None:
         """Plans for these input shapes now."""
-        self._runners.get(shapes)
+        self._runner(shapes)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return self._runners.get(tuple(tuple(x.shape) for x in inputs)).run(inputs)
+        return self._runner(tuple(tuple(x.shape) for x in inputs)).run(inputs)
 
     def precisions(self) -> dict[str, str]:
         return dict.fromkeys((node.name for node in self._graph.nodes), self._precision)
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
-        return self._runners.get(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
+        return self._runner(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
+
+    def _runner(self, shapes: Shapes) -> PlanRunner:
+        if self._batched:
+            n = bucket(shapes[0][0])
+            shapes = tuple((n, *shape[1:]) for shape in shapes)
+        return self._runners.get(shapes)
+
+
+def _wants_graph(options: Options, device: torch.device) -> bool:
+    return device.type == "cuda" and options.cuda_graph is not False
+
+
+def bucket(batch: int) -> int:
+    """The batch that a plan is made for: at most an eighth more, so that plans stay few.
+
+    Up to 16 each size has its own; above, there are eight in every doubling.
+    """
+    step = max(1, 1 << max(0, (batch - 1).bit_length() - 4))
+    return -(-batch // step) * step

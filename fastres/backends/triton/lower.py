@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastres.backends.base import Refusal
 from fastres.backends.triton.arena import Lifetime, place
 from fastres.backends.triton.plan import (
+    AnyStep,
     LaunchConv2d,
     LaunchGlobalAvgPool,
     LaunchLinear,
@@ -16,10 +17,9 @@ from fastres.backends.triton.plan import (
     Place,
     Plan,
     Shortcut,
-    Step,
-    Tile,
 )
 from fastres.backends.triton.regions import ShortcutA, shortcuts
+from fastres.errors import ArtifactError
 from fastres.graph.ir import (
     DTYPE_NAMES,
     Conv2d,
@@ -33,7 +33,7 @@ from fastres.graph.ir import (
 from fastres.graph.shapes import infer_shapes
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
-from fastres.kernels.tiles import choose_conv_tile
+from fastres.kernels.tiles import ConvTile, choose_conv_tile, is_valid
 from fastres.options import DTYPE_OF, Precision, Sizes
 
 
@@ -61,25 +61,48 @@ def _refusal(node: Node, graph: Graph) -> str | None:
 
 
 def make_plan(
-    graph: Graph, input_shapes: tuple[Sizes, ...], precision: Precision, target: Target
+    graph: Graph,
+    input_shapes: tuple[Sizes, ...],
+    precision: Precision,
+    target: Target,
+    recorded: Plan | None = None,
 ) -> Plan:
-    """Plans a graph whose nodes are all taken, for fixed input shapes."""
-    return _Planner(graph, input_shapes, precision, target).plan()
+    """Plans a graph whose nodes are all taken, for fixed input shapes.
+
+    Args:
+        recorded: a plan of the same graph from a file, whose choices are taken over.
+
+    Raises:
+        ArtifactError: the recorded plan is not one of this graph's.
+    """
+    if recorded is None:
+        return _Planner(graph, input_shapes, precision, target, {}).plan()
+    tiles = {s.node: s.tile for s in recorded.steps if isinstance(s, LaunchConv2d | LaunchLinear)}
+    plan = _Planner(graph, input_shapes, precision, target, tiles).plan()
+    if plan != recorded:
+        raise ArtifactError("a stored plan does not follow from the graph: copy the engine anew")
+    return plan
 
 
 class _Planner:
     def __init__(
-        self, graph: Graph, input_shapes: tuple[Sizes, ...], precision: Precision, target: Target
+        self,
+        graph: Graph,
+        input_shapes: tuple[Sizes, ...],
+        precision: Precision,
+        target: Target,
+        tiles: Mapping[str, ConvTile],
     ) -> None:
         self.graph = graph
         self.input_shapes = input_shapes
         self.precision = precision
         self.target = target
+        self.tiles = tiles  # by node, where they are chosen already
         self.dtype = DTYPE_OF[precision]
         self.shapes = infer_shapes(graph, input_shapes)
         self.shortcuts = shortcuts(graph)
         self.tensor_of: dict[str, str] = {}  # a graph value → the tensor that holds it
-        self.steps: list[Step] = []
+        self.steps: list[AnyStep] = []
 
     def plan(self) -> Plan:
         for value in self.graph.inputs:
@@ -90,7 +113,7 @@ class _Planner:
             if node.name not in covered:
                 self._node(node)
         outputs = tuple((self.tensor_of[n], self.shapes[n]) for n in self.graph.outputs)
-        sizes = {step.target: self._packed(step.node) for step in self.steps}
+        sizes = {name: self._packed(name) for step in self.steps for name in step.writes()}
         offsets, total = place(self._lifetimes(sizes, [name for name, _ in outputs]))
         dtype = DTYPE_NAMES[self.dtype]
         return Plan(
@@ -124,10 +147,7 @@ class _Planner:
         elif isinstance(op, GlobalAvgPool):
             self.steps.append(LaunchGlobalAvgPool(node.name, source, node.name))
         elif isinstance(op, Linear):
-            weight, bias = node.params["weight"], node.params.get("bias")
-            self.steps.append(
-                LaunchLinear(node.name, source, node.name, weight, bias, op.activation)
-            )
+            self.steps.append(self._linear(node, op, source))
         else:
             assert isinstance(op, Flatten)  # of [N, C, 1, 1]: the same bytes under another name
             self.tensor_of[node.name] = source
@@ -141,9 +161,6 @@ class _Planner:
         n, c, h, w = self.shapes[node.inputs[0]]
         k, _, r, s = weight.shape
         shape = ConvShape(n, h, w, c, k, r, s, op.stride, op.padding, op.dilation, op.groups)
-        tile = choose_conv_tile(
-            shape.gemm, self.dtype.itemsize, self.target, tensor_cores=self.precision != "fp32"
-        )
         return LaunchConv2d(
             node=node.name,
             source=source,
@@ -156,8 +173,23 @@ class _Planner:
             groups=op.groups,
             shortcut=shortcut,
             activation=op.epilogue.activation,
-            tile=Tile(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages),
+            tile=self._tile(node, shape),
         )
+
+    def _linear(self, node: Node, op: Linear, source: str) -> LaunchLinear:
+        weight, bias = node.params["weight"], node.params.get("bias")
+        k, c = self.graph.constants[weight].shape
+        tile = self._tile(node, ConvShape(self.shapes[node.name][0], 1, 1, c, k, 1, 1))
+        return LaunchLinear(node.name, source, node.name, weight, bias, op.activation, tile)
+
+    def _tile(self, node: Node, shape: ConvShape) -> ConvTile:
+        size, tensor_cores = self.dtype.itemsize, self.precision != "fp32"
+        if node.name not in self.tiles:
+            return choose_conv_tile(shape.gemm, size, self.target, tensor_cores=tensor_cores)
+        tile = self.tiles[node.name]
+        if not is_valid(tile, size, tensor_cores, self.target):
+            raise ArtifactError(f"a stored plan has the tile {tile} for {node.name}, which is none")
+        return tile
 
     def _packed(self, name: str) -> Sizes:
         """The shape as it lies in memory: NHWC for maps."""
@@ -171,12 +203,8 @@ class _Planner:
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for i, step in enumerate(self.steps):
-            first[step.target] = i
-            reads = [] if isinstance(step, LoadInput) else [step.source]
-            if isinstance(step, LaunchConv2d) and step.shortcut is not None:
-                reads.append(step.shortcut.source)
-            for name in (step.target, *reads):
-                last[name] = i
+            first.update(dict.fromkeys(step.writes(), i))
+            last.update(dict.fromkeys((*step.writes(), *step.reads()), i))
         last.update(dict.fromkeys(outputs, len(self.steps)))
         return [
             Lifetime(name, math.prod(shape) * self.dtype.itemsize, first[name], last[name])

@@ -10,6 +10,7 @@ import msgspec
 
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import Pair
+from fastres.kernels.tiles import ConvTile
 from fastres.options import Sizes
 
 
@@ -19,16 +20,6 @@ class Place(msgspec.Struct, frozen=True):
     shape: Sizes
     dtype: str
     offset: int
-
-
-class Tile(msgspec.Struct, frozen=True):
-    """Block sizes, warps and pipeline depth of a convolution; see `fastres.kernels.tiles`."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
 
 
 class Shortcut(msgspec.Struct, frozen=True):
@@ -43,20 +34,47 @@ class Shortcut(msgspec.Struct, frozen=True):
     channel_offset: int = 0
 
 
-class LoadInput(msgspec.Struct, frozen=True, tag=True):
-    """Converts an input, NCHW in the caller's dtype, to NHWC in the plan's."""
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """What is launched for `node`: tensors of the plan into other tensors of the plan."""
 
     node: str
+
+    def reads(self) -> tuple[str, ...]:
+        """Tensors that must be there."""
+        raise NotImplementedError
+
+    def writes(self) -> tuple[str, ...]:
+        """Tensors that are there afterwards, scratch memory included."""
+        raise NotImplementedError
+
+
+class LoadInput(Step, frozen=True, tag=True):
+    """target = the input `source`, NCHW in the caller's dtype, as NHWC in the plan's."""
+
     source: str
     target: str
 
+    def reads(self) -> tuple[str, ...]:
+        return ()
 
-class LaunchConv2d(msgspec.Struct, frozen=True, tag=True):
+    def writes(self) -> tuple[str, ...]:
+        return (self.target,)
+
+
+class _OneToOne(Step, frozen=True):
+    source: str
+    target: str
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    def writes(self) -> tuple[str, ...]:
+        return (self.target,)
+
+
+class LaunchConv2d(_OneToOne, frozen=True, tag=True):
     """target = act(source * weight + bias + shortcut)."""
 
-    node: str
-    source: str
-    target: str
     weight: str
     bias: str | None
     stride: Pair
@@ -65,15 +83,15 @@ class LaunchConv2d(msgspec.Struct, frozen=True, tag=True):
     groups: int
     shortcut: Shortcut | None
     activation: ActivationKind | None
-    tile: Tile
+    tile: ConvTile
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,) if self.shortcut is None else (self.source, self.shortcut.source)
 
 
-class LaunchMaxPool(msgspec.Struct, frozen=True, tag=True):
+class LaunchMaxPool(_OneToOne, frozen=True, tag=True):
     """target = maximum over each window of source."""
 
-    node: str
-    source: str
-    target: str
     kernel: Pair
     stride: Pair
     padding: Pair
@@ -81,26 +99,20 @@ class LaunchMaxPool(msgspec.Struct, frozen=True, tag=True):
     ceil_mode: bool
 
 
-class LaunchGlobalAvgPool(msgspec.Struct, frozen=True, tag=True):
+class LaunchGlobalAvgPool(_OneToOne, frozen=True, tag=True):
     """target [N, C] = mean of source [N, H, W, C] over H and W."""
 
-    node: str
-    source: str
-    target: str
 
-
-class LaunchLinear(msgspec.Struct, frozen=True, tag=True):
+class LaunchLinear(_OneToOne, frozen=True, tag=True):
     """target = act(source @ weight.T + bias)."""
 
-    node: str
-    source: str
-    target: str
     weight: str
     bias: str | None
     activation: ActivationKind | None
+    tile: ConvTile
 
 
-Step = LoadInput | LaunchConv2d | LaunchMaxPool | LaunchGlobalAvgPool | LaunchLinear
+AnyStep = LoadInput | LaunchConv2d | LaunchMaxPool | LaunchGlobalAvgPool | LaunchLinear
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -117,7 +129,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     input_shapes: tuple[Sizes, ...]
     places: dict[str, Place]
-    steps: tuple[Step, ...]
+    steps: tuple[AnyStep, ...]
     outputs: tuple[tuple[str, Sizes], ...]
     arena_bytes: int
     allow_tf32: bool = False

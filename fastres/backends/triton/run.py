@@ -1,175 +1,181 @@
-"""Running a plan through the kernels' launchers: on a GPU by JIT, or in Triton's interpreter."""
+"""Running a plan through the kernels' launchers: on a GPU by JIT, or in Triton's interpreter.
+
+Everything a plan launches is bound once to an arena; on a GPU it is recorded into one CUDA graph,
+so that a call costs its inputs' copies, one replay and its outputs' copies.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastres.backends.base import NodeTime
-from fastres.backends.triton.plan import (
-    LaunchConv2d,
-    LaunchGlobalAvgPool,
-    LaunchLinear,
-    LaunchMaxPool,
-    LoadInput,
-    Plan,
-    Step,
-)
+from fastres.backends.triton.bind import bind
+from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
+from fastres.errors import OutOfMemory
 from fastres.graph.ir import DTYPES
-from fastres.kernels.conv2d import conv2d
-from fastres.kernels.linear import global_avg_pool, linear
-from fastres.kernels.pool import max_pool
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.launch import Launch, target_of
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+_recording = threading.Lock()
+
+
+def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """Runs the work once, so that its kernels are compiled, then records it; returns the replay."""
+    with _recording:  # one capture at a time; other threads may go on launching
+        work()
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+class Context:
+    """An arena with all of a plan's launches bound to it; one caller at a time uses it.
+
+    Args:
+        record: turns the launches into one call that repeats them; None launches them one by one.
+    """
+
+    def __init__(
+        self, plan: Plan, constants: Mapping[str, torch.Tensor], arena: torch.Tensor
+    ) -> None:
+        self.arena = arena
+        self.tensors = views(plan, arena)
+        target = target_of(arena.device)
+        self.bound: list[tuple[AnyStep, tuple[Launch, ...]]] = [
+            (step, bind(step, self.tensors, constants, target, plan.allow_tf32))
+            for step in plan.steps
+        ]
+        self.replay: Callable[[], None] | None = None
+
+    def launch(self) -> None:
+        """Launches all kernels, in order."""
+        for _, launches in self.bound:
+            for launch in launches:
+                launch.run()
 
 
 class PlanRunner:
-    """One plan with the packed constants; several threads may run it, each in an arena of its own.
+    """One plan with the packed constants; several threads may run it, each in a context of its own.
 
     Args:
         plan: for the shapes of the inputs that will come.
         constants: packed weights by name, on the device.
         device: where everything lies.
+        record: makes one call of all launches, as `record_cuda_graph`; None launches each by
+            itself.
     """
 
     def __init__(
-        self, plan: Plan, constants: Mapping[str, torch.Tensor], device: torch.device
+        self,
+        plan: Plan,
+        constants: Mapping[str, torch.Tensor],
+        device: torch.device,
+        record: Record | None = None,
     ) -> None:
         self.plan = plan
         self._constants = constants
         self._device = device
+        self._record = record
         # One pool a stream: work on an arena may still be queued there when it is put back.
-        self._idle: defaultdict[int, SimpleQueue[torch.Tensor]] = defaultdict(SimpleQueue)
-        self._input_at = {
-            step.source: i
-            for i, step in enumerate(s for s in plan.steps if isinstance(s, LoadInput))
-        }
+        self._idle: defaultdict[int, SimpleQueue[Context]] = defaultdict(SimpleQueue)
+        self._loads = [step for step in plan.steps if isinstance(step, LoadInput)]
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs in NCHW and the plan's dtype, in memory of their own."""
-        with self._arena() as arena:
-            tensors = self._views(arena)
-            for step in self.plan.steps:
-                self._do(step, tensors, inputs)
-            return [_nchw(tensors[name], shape).clone() for name, shape in self.plan.outputs]
+        """Outputs in NCHW and the plan's dtype, in memory of their own.
+
+        The batch may be smaller than the plan's: the outputs' first images are returned.
+        """
+        with self.context() as context:
+            self._load(inputs, context)
+            if context.replay is None:
+                context.replay = self._record(context.launch) if self._record else context.launch
+            context.replay()
+            return self._outputs(context, inputs[0].shape[0])
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
-        """Time of each step, after one run to warm up."""
+        """Time of each step, launched by itself, after one run to warm up."""
         self.run(inputs)
         times = []
-        with self._arena() as arena:
-            tensors = self._views(arena)
-            for step in self.plan.steps:
+        with self.context() as context:
+            for step, launches in context.bound:
                 self._synchronize()
                 start = time.perf_counter()
-                self._do(step, tensors, inputs)
+                if isinstance(step, LoadInput):
+                    self._load_one(step, inputs, context)
+                for launch in launches:
+                    launch.run()
                 self._synchronize()
                 spent = 1e3 * (time.perf_counter() - start)
                 times.append(NodeTime(step.node, spent, type(step).__name__))
         return times
 
-    def new_arena(self) -> torch.Tensor:
-        """Memory for one run; what is in it does not matter."""
-        return torch.empty(self.plan.arena_bytes, dtype=torch.uint8, device=self._device)
+    @contextmanager
+    def context(self) -> Iterator[Context]:
+        """A context that nobody else uses meanwhile."""
+        on_gpu = self._device.type == "cuda"
+        idle = self._idle[torch.cuda.current_stream(self._device).cuda_stream if on_gpu else 0]
+        try:
+            context = idle.get_nowait()
+        except Empty:
+            context = Context(self.plan, self._constants, self._new_arena())
+        try:
+            yield context
+        finally:
+            idle.put(context)
+
+    def _load(self, inputs: Sequence[torch.Tensor], context: Context) -> None:
+        for step in self._loads:
+            self._load_one(step, inputs, context)
+
+    def _load_one(self, step: LoadInput, inputs: Sequence[torch.Tensor], context: Context) -> None:
+        given = inputs[self._loads.index(step)]
+        target = context.tensors[step.target][: given.shape[0]]
+        target.copy_(given.permute(0, 2, 3, 1) if given.dim() == 4 else given)
+
+    def _outputs(self, context: Context, batch: int) -> list[torch.Tensor]:
+        return [
+            _nchw(context.tensors[name], shape)[:batch].clone() for name, shape in self.plan.outputs
+        ]
+
+    def _new_arena(self) -> torch.Tensor:
+        """Memory for one context; what is in it does not matter."""
+        size = self.plan.arena_bytes
+        try:
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            shapes = ", ".join(str(list(shape)) for shape in self.plan.input_shapes)
+            weights = sum(t.nbytes for t in self._constants.values())
+            raise OutOfMemory(
+                f"there is no room on {self._device} for the {size / 2**20:.0f} MiB that values "
+                f"between kernels take for inputs {shapes}, besides {weights / 2**20:.0f} MiB of "
+                "weights: use smaller batches (max_batch_size runs larger ones in parts), a "
+                "16-bit precision, or free memory on the device"
+            ) from error
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    @contextmanager
-    def _arena(self) -> Iterator[torch.Tensor]:
-        on_gpu = self._device.type == "cuda"
-        idle = self._idle[torch.cuda.current_stream(self._device).cuda_stream if on_gpu else 0]
-        try:
-            arena = idle.get_nowait()
-        except Empty:
-            arena = self.new_arena()
-        try:
-            yield arena
-        finally:
-            idle.put(arena)
 
-    def _views(self, arena: torch.Tensor) -> dict[str, torch.Tensor]:
-        views = {}
-        for name, place in self.plan.places.items():
-            dtype = DTYPES[place.dtype]
-            size = math.prod(place.shape) * dtype.itemsize
-            views[name] = arena[place.offset : place.offset + size].view(dtype).view(place.shape)
-        return views
-
-    def _do(
-        self, step: Step, at: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]
-    ) -> None:
-        out = at[step.target]
-        if isinstance(step, LoadInput):
-            given = inputs[self._input_at[step.source]]
-            out.copy_(given.permute(0, 2, 3, 1) if given.dim() == 4 else given)
-        elif isinstance(step, LaunchConv2d):
-            self._conv2d(step, at, out)
-        elif isinstance(step, LaunchMaxPool):
-            max_pool(
-                at[step.source],
-                kernel=step.kernel,
-                stride=step.stride,
-                padding=step.padding,
-                dilation=step.dilation,
-                ceil_mode=step.ceil_mode,
-                out=out,
-            )
-        elif isinstance(step, LaunchGlobalAvgPool):
-            global_avg_pool(at[step.source], out=_rows(out))
-        elif isinstance(step, LaunchLinear):
-            linear(
-                _rows(at[step.source]),
-                self._constants[step.weight],
-                self._optional(step.bias),
-                activation=step.activation,
-                out=out,
-                allow_tf32=self.plan.allow_tf32,
-            )
-
-    def _conv2d(
-        self, step: LaunchConv2d, at: Mapping[str, torch.Tensor], out: torch.Tensor
-    ) -> None:
-        residual, offset = None, 0
-        if step.shortcut is not None:
-            stride, offset = step.shortcut.stride, step.shortcut.channel_offset
-            residual = at[step.shortcut.source][:, ::stride, ::stride]
-        tile = step.tile
-        conv2d(
-            at[step.source],
-            self._constants[step.weight],
-            self._optional(step.bias),
-            stride=step.stride,
-            padding=step.padding,
-            dilation=step.dilation,
-            groups=step.groups,
-            residual=residual,
-            residual_channel_offset=offset,
-            activation=step.activation,
-            out=out,
-            tile=ConvTile(
-                tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
-            ),
-            allow_tf32=self.plan.allow_tf32,
-        )
-
-    def _optional(self, name: str | None) -> torch.Tensor | None:
-        return None if name is None else self._constants[name]
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A 1x1 map [N, 1, 1, C] as the matrix [N, C] that it is."""
-    return tensor.flatten(1)
+def views(plan: Plan, arena: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The plan's tensors by name, each a view of the arena."""
+    found = {}
+    for name, place in plan.places.items():
+        dtype = DTYPES[place.dtype]
+        size = math.prod(place.shape) * dtype.itemsize
+        found[name] = arena[place.offset : place.offset + size].view(dtype).view(place.shape)
+    return found
 
 
 def _nchw(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -36,8 +36,8 @@ def poison(engine: fastres.Engine, x: Tensor) -> None:
     executable = engine._lowered.executable
     assert isinstance(executable, TritonExecutable)
     runner = executable._runners.get((tuple(x.shape),))
-    with runner._arena() as arena:
-        arena.fill_(0xFF)
+    with runner.context() as context:
+        context.arena.fill_(0xFF)
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])

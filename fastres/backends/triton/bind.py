@@ -1,0 +1,110 @@
+"""Step → the kernel calls it stands for, on given memory: what every runner executes.
+
+The tensors may be on the meta device: then the calls can be compiled, and nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fastres.backends.triton.plan import (
+    AnyStep,
+    LaunchConv2d,
+    LaunchGlobalAvgPool,
+    LaunchLinear,
+    LaunchMaxPool,
+)
+from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.cost import Target
+from fastres.kernels.geometry import ConvShape, PoolShape
+from fastres.kernels.launch import Launch
+from fastres.kernels.linear import global_avg_pool_launch
+from fastres.kernels.pool import max_pool_launch
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def bind(
+    step: AnyStep, at: Tensors, constants: Tensors, target: Target, allow_tf32: bool
+) -> tuple[Launch, ...]:
+    """The calls of one step; none for `LoadInput`, which depends on the caller's tensors.
+
+    Args:
+        at: the plan's tensors by name.
+        constants: packed weights by name.
+        target: the GPU they are meant for.
+    """
+    if isinstance(step, LaunchConv2d):
+        return (_conv2d(step, at, constants, target, allow_tf32),)
+    if isinstance(step, LaunchMaxPool):
+        return (_max_pool(step, at),)
+    if isinstance(step, LaunchGlobalAvgPool):
+        return (global_avg_pool_launch(at[step.source], _rows(at[step.target])),)
+    if isinstance(step, LaunchLinear):
+        return (_linear(step, at, constants, target, allow_tf32),)
+    return ()
+
+
+def _conv2d(
+    step: LaunchConv2d, at: Tensors, constants: Tensors, target: Target, allow_tf32: bool
+) -> Launch:
+    x, weight = at[step.source], constants[step.weight]
+    n, h, w, c = x.shape
+    k, r, s, _ = weight.shape
+    residual, offset = None, 0
+    if step.shortcut is not None:
+        stride, offset = step.shortcut.stride, step.shortcut.channel_offset
+        residual = at[step.shortcut.source][:, ::stride, ::stride]
+    return conv2d_launch(
+        x,
+        weight,
+        _optional(constants, step.bias),
+        residual,
+        at[step.target],
+        shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, step.groups),
+        target=target,
+        residual_channel_offset=offset,
+        activation=step.activation,
+        tile=step.tile,
+        allow_tf32=allow_tf32,
+    )
+
+
+def _linear(
+    step: LaunchLinear, at: Tensors, constants: Tensors, target: Target, allow_tf32: bool
+) -> Launch:
+    """A 1×1 convolution of a 1×1 picture."""
+    x, weight, out = _rows(at[step.source]), constants[step.weight], at[step.target]
+    (n, c), k = x.shape, weight.shape[0]
+    return conv2d_launch(
+        x[:, None, None, :],
+        weight[:, None, None, :],
+        _optional(constants, step.bias),
+        None,
+        out[:, None, None, :],
+        shape=ConvShape(n, 1, 1, c, k, 1, 1),
+        target=target,
+        activation=step.activation,
+        tile=step.tile,
+        allow_tf32=allow_tf32,
+    )
+
+
+def _max_pool(step: LaunchMaxPool, at: Tensors) -> Launch:
+    x = at[step.source]
+    n, h, w, c = x.shape
+    shape = PoolShape(
+        n, h, w, c, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode
+    )
+    return max_pool_launch(x, at[step.target], shape=shape)
+
+
+def _optional(constants: Tensors, name: str | None) -> torch.Tensor | None:
+    return None if name is None else constants[name]
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A 1x1 map [N, 1, 1, C] as the matrix [N, C] that it is."""
+    return tensor.flatten(1)

@@ -1,0 +1,185 @@
+"""Building for a GPU that is not here: every kernel of a plan compiled, looked at and listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from fastres.backends.base import KernelInfo, NodeTime
+from fastres.backends.shape_cache import Shapes
+from fastres.backends.triton.bind import bind
+from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.pack import pack
+from fastres.backends.triton.plan import Plan
+from fastres.backends.triton.run import views
+from fastres.backends.triton.stored import read_plans, recorded, write_plans
+from fastres.errors import BackendUnavailable, UnsupportedError
+from fastres.graph.ir import Graph
+from fastres.kernels.aot import MATRIX, KernelFacts, compile_launch, fits, key_of
+from fastres.kernels.cost import Cost, Target
+from fastres.kernels.launch import Launch
+from fastres.options import DTYPE_OF, Options
+
+
+def launches_of(
+    plan: Plan, constants: Mapping[str, torch.Tensor], target: Target
+) -> list[tuple[str, Launch]]:
+    """Every launch of a plan with the node it is for, on tensors without memory."""
+    tensors = views(plan, torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta"))
+    weights = {name: tensor.to("meta") for name, tensor in constants.items()}
+    return [
+        (step.node, launch)
+        for step in plan.steps
+        for launch in bind(step, tensors, weights, target, plan.allow_tf32)
+    ]
+
+
+def compile_plan(
+    launches: Sequence[tuple[str, Launch]],
+    target: Target,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[KernelInfo, ...]:
+    """Compiles each distinct kernel once.
+
+    Args:
+        progress: called with how many of how many kernels are compiled.
+
+    Raises:
+        UnsupportedError: a kernel does not compile, or asks for more shared memory than there is.
+    """
+    groups: dict[str, list[tuple[str, Launch]]] = {}
+    for node, launch in launches:
+        groups.setdefault(key_of(launch), []).append((node, launch))
+    reports = []
+    for done, group in enumerate(groups.values()):
+        progress(done, len(groups))
+        reports.append(_report(group, target))
+    progress(len(groups), len(groups))
+    return tuple(reports)
+
+
+def _report(group: Sequence[tuple[str, Launch]], target: Target) -> KernelInfo:
+    node, launch = group[0]
+    what = f"{node}: {launch.kernel.__name__} with {_tile(launch)}"
+    try:
+        facts = compile_launch(launch, target.sm)
+    except Exception as error:  # Triton raises many kinds
+        raise UnsupportedError(
+            f"{what} does not compile for sm_{target.sm}: {type(error).__name__}: {error}"
+        ) from error
+    if not fits(facts, target.sm):
+        raise UnsupportedError(
+            f"{what} asks for {facts.shared_bytes} bytes of shared memory; sm_{target.sm} has "
+            f"{target.shared_bytes}"
+        )
+    microseconds, bound = max(_times(other.cost, launch, target) for _, other in group)
+    return KernelInfo(
+        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        nodes=tuple(name for name, _ in group),
+        tile=_tile(launch),
+        registers=facts.registers,
+        spilled=facts.spill_stores,
+        shared_bytes=facts.shared_bytes,
+        instructions=_mix(facts),
+        microseconds=microseconds,
+        bound=bound,
+    )
+
+
+def _times(
+    cost: Cost | None, launch: Launch, target: Target
+) -> tuple[float, Literal["arithmetic", "memory"]]:
+    if cost is None:
+        return 0.0, "memory"
+    arithmetic = cost.flops / (target.fp16_flops * target.sm_count)
+    memory = cost.bytes / target.dram_bytes
+    return 1e6 * max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"
+
+
+def _tile(launch: Launch) -> str:
+    blocks = [str(v) for name, v in launch.constants.items() if name.startswith("BLOCK_")]
+    return f"{'x'.join(blocks)} w{launch.num_warps} s{launch.num_stages}"
+
+
+def _mix(facts: KernelFacts) -> dict[str, int]:
+    """Matrix instructions by name, and memory accesses by kind and width; those that occur."""
+    mix: dict[str, int] = {}
+    for name, count in facts.instructions.items():
+        kind, *rest = name.split(".")
+        if MATRIX.match(name):
+            key = kind
+        elif kind in ("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG"):
+            key = ".".join([kind, *(part for part in rest if part in ("128", "64"))])
+        elif kind == "FFMA":
+            key = kind
+        else:
+            continue
+        mix[key] = mix.get(key, 0) + count
+    return dict(sorted(mix.items()))
+
+
+class CrossExecutable:
+    """A plan for another machine, with the facts of its kernels; it cannot run here.
+
+    Args:
+        plan: for the usual input shapes.
+        kernels: what each distinct kernel was compiled to.
+    """
+
+    def __init__(
+        self, plan: Plan, kernels: tuple[KernelInfo, ...], target: str, nodes: Mapping[str, str]
+    ) -> None:
+        self.plan = plan
+        self._kernels = kernels
+        self._target = target
+        self._precisions = dict(nodes)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        raise self._elsewhere()
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
+        raise self._elsewhere()
+
+    def precisions(self) -> dict[str, str]:
+        return dict(self._precisions)
+
+    def kernels(self) -> tuple[KernelInfo, ...]:
+        return self._kernels
+
+    def compiled(self) -> dict[str, bytes]:
+        return write_plans(self._target, [self.plan], self._kernels)
+
+    def _elsewhere(self) -> BackendUnavailable:
+        return BackendUnavailable(
+            f"this engine was built for {self._target} and runs there only: save it, and "
+            f"fastres.load it on a machine with such a GPU"
+        )
+
+
+def build(
+    graph: Graph, options: Options, shapes: Shapes, compiled: Mapping[str, bytes]
+) -> CrossExecutable:
+    """Plans a graph for `options.target` and compiles every kernel of the plan.
+
+    Args:
+        compiled: of a saved engine: a plan for this target is taken from there, with what its
+            kernels were compiled to.
+
+    Raises:
+        ArtifactError: that plan is not one of this graph.
+        UnsupportedError: a kernel cannot be compiled, or a weight is beyond the precision's range.
+    """
+    precision = options.precision or "fp32"
+    assert options.sm is not None and options.target is not None
+    target = Target.typical(options.sm)
+    ran = dict.fromkeys((node.name for node in graph.nodes), precision)
+    stored = recorded(compiled, options.target).get(shapes)
+    plan = make_plan(graph, shapes, precision, target, stored)
+    if stored is not None:
+        known = read_plans(compiled)
+        return CrossExecutable(plan, known.kernels if known else (), options.target, ran)
+    constants = pack(graph, DTYPE_OF[precision], torch.device("cpu"))
+    kernels = compile_plan(launches_of(plan, constants, target), target)
+    return CrossExecutable(plan, kernels, options.target, ran)

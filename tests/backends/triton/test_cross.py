@@ -1,0 +1,183 @@
+"""Building for a GPU that is not here: what is compiled, listed, saved, and read again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+import fastres
+from fastres.backends.triton import cross
+from fastres.backends.triton.backend import TritonExecutable
+from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.stored import PLANS, read_plans, recorded, write_plans
+from fastres.errors import (
+    ArtifactError,
+    BackendUnavailable,
+    InputError,
+    UnsupportedError,
+)
+from fastres.graph.ir import Flatten, Pad, Slice
+from fastres.kernels.aot import KernelFacts
+from fastres.kernels.cost import Target
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter turns the compiler off"
+    ),
+]
+SHAPE = fastres.Input((8, 3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def engine() -> fastres.Engine:
+    net = fastres.models.cifar_resnet(14, seed=0).eval()
+    return fastres.compile(net, SHAPE, target="sm_90", precision="fp16")
+
+
+def test_every_launch_stands_in_one_kernel(engine: fastres.Engine) -> None:
+    kernels = engine.info.kernels
+    nodes = [name for kernel in kernels for name in kernel.nodes]
+    runs = [n.name for n in engine.graph if not isinstance(n.op, Flatten | Pad | Slice)]
+    assert sorted(nodes) == sorted(runs) and len(kernels) < len(nodes)
+    assert all(kernel.spilled == 0 and kernel.microseconds > 0 for kernel in kernels)
+    convolutions = [kernel for kernel in kernels if kernel.kernel == "conv2d"]
+    assert all("HGMMA" in kernel.instructions for kernel in convolutions)
+    assert all("HMMA" not in kernel.instructions for kernel in convolutions)
+
+
+def test_the_account_shows_them(engine: fastres.Engine) -> None:
+    text, fields = str(engine.info), engine.info.to_dict()
+    assert f"{len(engine.info.kernels)} kernels, 15 launches" in text and "HGMMA" in text
+    assert fields["kernels"][0]["kernel"] == "conv2d"
+
+
+def test_an_older_target_gets_its_own_instructions() -> None:
+    net = fastres.models.cifar_resnet(8, seed=0).eval()
+    kernels = fastres.compile(net, SHAPE, target="sm_80", precision="bf16").info.kernels
+    found = {name for kernel in kernels for name in kernel.instructions}
+    assert "HMMA" in found and "HGMMA" not in found
+
+
+def test_it_cannot_run_here(engine: fastres.Engine) -> None:
+    executable = engine._lowered.executable
+    for call in (executable.run, executable.profile):
+        with pytest.raises(BackendUnavailable, match="built for sm_90 and runs there only: save"):
+            call([torch.zeros(8, 3, 32, 32)])
+
+
+def test_saved_and_looked_at_again_without_compiling(
+    engine: fastres.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.save(tmp_path / "e.fastres")
+    monkeypatch.setattr(cross, "compile_launch", None)
+    again = fastres.load(tmp_path / "e.fastres", target="sm_90")
+    assert again.info == engine.info
+    again.save(tmp_path / "f.fastres")
+    assert (tmp_path / "e.fastres").read_bytes() == (tmp_path / "f.fastres").read_bytes()
+
+
+def test_plans_for_another_architecture_are_left_alone(engine: fastres.Engine) -> None:
+    files = engine.compiled_parts()
+    assert set(files) == {PLANS}
+    assert list(recorded(files, "sm_90")) == [((8, 3, 32, 32),)]
+    assert recorded(files, "sm_80") == {} and recorded({}, "sm_90") == {}
+
+
+def test_a_plan_is_taken_over_with_its_choices(engine: fastres.Engine) -> None:
+    stored = next(iter(recorded(engine.compiled_parts(), "sm_90").values()))
+    step = stored.steps[1]
+    tile = msgspec.structs.replace(step, tile=type(step.tile)(64, 16, 16, 4, 3))
+    other = msgspec.structs.replace(stored, steps=(stored.steps[0], tile, *stored.steps[2:]))
+    plan = make_plan(engine.graph, stored.input_shapes, "fp16", Target.typical(90), other)
+    assert plan == other != stored
+
+
+def tampered(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    def apply(data: bytes) -> bytes:
+        content = msgspec.json.decode(data)
+        change(content)
+        return msgspec.json.encode(content)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (tampered(lambda c: c["plans"][0].update(arena_bytes=16)), "does not follow from"),
+        (tampered(lambda c: c["plans"][0]["places"]["x"].update(offset=10**9)), "does not follow"),
+        (tampered(lambda c: c["plans"][0]["steps"].pop(3)), "does not follow from the graph"),
+        (
+            tampered(lambda c: c["plans"][0]["steps"][1]["tile"].update(block_m=4096)),
+            "has the tile 4096x.* for conv1, which is none",
+        ),
+        (
+            tampered(lambda c: c["plans"][0]["steps"][1]["tile"].update(block_m=100)),
+            "cannot be read: blocks are",
+        ),
+        (tampered(lambda c: c.update(news=1)), "cannot be read: .*unknown field `news`"),
+        (lambda data: data[:-1], "cannot be read"),
+        (lambda data: b"\xff" + data, "cannot be read"),
+    ],
+    ids=["arena", "place", "step", "tile", "no tile", "news", "cut", "no text"],
+)
+def test_no_plan_from_a_file_is_trusted(
+    engine: fastres.Engine, change: Callable[[bytes], bytes], message: str
+) -> None:
+    files = {PLANS: change(engine.compiled_parts()[PLANS])}
+    with pytest.raises(ArtifactError, match=message):
+        plan = recorded(files, "sm_90")[((8, 3, 32, 32),)]
+        make_plan(engine.graph, plan.input_shapes, "fp16", Target.typical(90), plan)
+
+
+def test_a_loaded_engine_uses_the_stored_choices(engine: fastres.Engine) -> None:
+    """The CPU stands for an sm_90, so the plan is taken over; it is not run here."""
+    stored = next(iter(recorded(engine.compiled_parts(), "sm_90").values()))
+    files = write_plans("sm_90", [stored], ())
+    assert read_plans(files) is not None
+    executable = TritonExecutable(engine.graph, engine.options, torch.device("cpu"), files)
+    executable.prepare(((8, 3, 32, 32),))
+    assert executable._runner(((8, 3, 32, 32),)).plan == stored
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"target": "hopper"}, InputError, "target is 'hopper'; give a GPU architecture"),
+        ({"target": 90}, InputError, "target is 90"),
+        ({"target": "sm_75"}, BackendUnavailable, "cannot build for sm_75: the kernels need sm_80"),
+        ({"target": "sm_200"}, BackendUnavailable, "the kernels need sm_80 to sm_129"),
+        ({"target": "sm_90", "backend": "cpu"}, BackendUnavailable, "for this machine only"),
+        ({"target": "sm_90", "backend": "reference"}, BackendUnavailable, "this machine only"),
+        ({"target": "sm_90", "verify": True}, InputError, "verify needs a sm_90 GPU"),
+        ({"target": "sm_90", "on_unsupported": "fallback"}, InputError, "cannot be built for"),
+        ({"cuda_graph": "yes"}, InputError, "cuda_graph is 'yes'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_requests(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, **given)
+
+
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(launch: object, sm: int) -> KernelFacts:
+        raise RuntimeError("ptxas died")
+
+    monkeypatch.setattr(cross, "compile_launch", broken)
+    with pytest.raises(UnsupportedError, match=r"conv1: _conv2d_kernel with .* does not .* ptxas"):
+        fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, target="sm_90")
+
+
+def test_a_kernel_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = KernelFacts(32, 0, 0, 300_000, 4, {})
+    monkeypatch.setattr(cross, "compile_launch", lambda launch, sm: facts)
+    with pytest.raises(UnsupportedError, match="asks for 300000 bytes of shared memory; sm_90 has"):
+        fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, target="sm_90")
