@@ -39,7 +39,8 @@ def conv2d_tma_cost(
     """FLOPs and compulsory bytes of one call; a strided 1x1 reads only the pixels it needs.
 
     Args:
-        itemsize: bytes of an element of x, x2, weight, residual and y; the bias is left out.
+        itemsize: bytes of an element of x, x2, weight, residual and y; the bias is left out, and
+            so are the parts of a split depth, which stay in L2.
     """
     walk = walk_shape(shape, projection)
     channels2 = 0 if projection is None else projection.channels
@@ -259,6 +260,7 @@ def conv2d_tma_launches(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        cost=conv2d_tma_cost(shape, x.element_size(), projection, residual=residual is not None),
     )
     return (product, *second)
 
