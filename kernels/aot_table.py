@@ -127,19 +127,17 @@ class _Boxes:
 
 
 def _boxes_of_stage(stage: int, mid: int, size: int, c: int, stride: int) -> dict[str, _Boxes]:
-    """The convolutions of one stage of ResNet-50 v1.5, without those that only repeat."""
-    after, two = size // stride, (stride, stride)
-    head, next_ = f"layer{stage}.0", f"layer{stage}.1"
-    last = ConvShape(0, after, after, mid, 4 * mid, 1, 1)
-    boxes = {
-        f"{head}.conv1": _Boxes(ConvShape(0, size, size, c, mid, 1, 1)),
-        f"{head}.conv2": _Boxes(ConvShape(0, size, size, mid, mid, 3, 3, two, (1, 1))),
-        f"{head}.conv3+downsample": _Boxes(last, Projection(c, two)),
-        f"{next_}.conv1": _Boxes(ConvShape(0, after, after, 4 * mid, mid, 1, 1)),
-        f"{next_}.conv2": _Boxes(ConvShape(0, after, after, mid, mid, 3, 3, (1, 1), (1, 1))),
-        f"{next_}.conv3": _Boxes(last, residual=True),
+    """The convolutions of one stage of ResNet-50 v1.5, without those that differ in depth only."""
+    after, step = size // stride, (stride, stride)
+    same, last = ((1, 1), (1, 1)), ConvShape(0, after, after, mid, 4 * mid, 1, 1)
+    head = ConvShape(0, size, size, mid, mid, 3, 3, step, (1, 1))
+    boxes = {f"layer{stage}.0.conv2": _Boxes(head)} if stride > 1 else {}
+    return boxes | {
+        f"layer{stage}.0.conv3+downsample": _Boxes(last, Projection(c, step)),
+        f"layer{stage}.1.conv1": _Boxes(ConvShape(0, after, after, 4 * mid, mid, 1, 1)),
+        f"layer{stage}.1.conv2": _Boxes(ConvShape(0, after, after, mid, mid, 3, 3, *same)),
+        f"layer{stage}.1.conv3": _Boxes(last, residual=True),
     }
-    return {name: case for name, case in boxes.items() if stride == 2 or name != f"{next_}.conv2"}
 
 
 _BOXES = {
