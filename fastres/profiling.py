@@ -108,14 +108,14 @@ def make_profile(
             rows[name] = Row(name, milliseconds, share, 0, 0, kernel=kernel)
             continue
         node = graph[name]
-        precision = precisions.get(name, "")
+        precision, ran = precisions.get(name, ""), longest[name]
         itemsize = _ITEMSIZE.get(precision, node.spec.torch_dtype.itemsize)
         rows[name] = Row(
             name,
             milliseconds,
             share,
-            2 * multiply_adds(node, shapes, graph),
-            traffic(node, shapes, graph, itemsize),
+            2 * multiply_adds(node, shapes, graph) if ran.flop is None else ran.flop,
+            traffic(node, shapes, graph, itemsize) if ran.bytes is None else ran.bytes,
             op_name(node.op),
             kernel,
             precision,

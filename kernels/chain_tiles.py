@@ -8,7 +8,6 @@ computed twice. Like `tiles.py`, a pure function of shape, element size and targ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from fastres.kernels.cost import Cost, Target
 from fastres.kernels.tiles import GemmShape
@@ -76,21 +75,18 @@ class ChainShape:
 
     @property
     def depth(self) -> int:
-        """Multiply-adds of one output pixel."""
+        """Multiply-adds of one output pixel, and so the weights: w2, all of w3, and w1."""
         conv3 = self.ko * (self.mid + self.projected)
         return 9 * self.mid * self.mid + conv3 + self.ko * self.next_mid
 
     @property
-    def weights(self) -> int:
-        """Elements of w2, w3 (with the projection's columns) and w1."""
-        return self.depth
-
-    @cached_property
     def gemms(self) -> tuple[GemmShape, ...]:
         """The matrix products of separate kernels: 3x3, last 1x1, projection, next first 1x1."""
         m = self.n * self.p * self.q
-        products = [GemmShape(m, self.mid, 9 * self.mid, self.mid)]
-        products.append(GemmShape(m, self.ko, self.mid, self.mid))
+        products = [
+            GemmShape(m, self.mid, 9 * self.mid, self.mid),
+            GemmShape(m, self.ko, self.mid, self.mid),
+        ]
         if self.projected:
             products.append(GemmShape(m, self.ko, self.projected, self.projected))
         if self.next_mid:
@@ -101,13 +97,13 @@ class ChainShape:
 def chain_cost(shape: ChainShape, itemsize: int) -> Cost:
     """FLOPs and compulsory bytes of one call; biases are left out.
 
-    Of a projected x every second pixel is read where it strides, and b is in neither direction.
+    Of an x whose projection strides, every second pixel is counted; b is never in memory.
     """
     pixels = shape.n * shape.p * shape.q
     shortcut = shape.projected or shape.ko
     activations = shape.n * shape.h * shape.w * shape.mid
     activations += pixels * (shortcut + shape.ko + shape.next_mid)
-    return Cost(2 * pixels * shape.depth, itemsize * (activations + shape.weights))
+    return Cost(2 * pixels * shape.depth, itemsize * (activations + shape.depth))
 
 
 @dataclass(frozen=True)
@@ -260,18 +256,20 @@ def choose_chain_tile(shape: ChainShape, itemsize: int, target: Target) -> Chain
 
 
 def chain_seconds(tile: ChainTile, shape: ChainShape, itemsize: int, target: Target) -> float:
-    """Estimated time: max(device memory, rounds * max(arithmetic, L2)) + filling and draining.
+    """Estimated time: max(device memory, rounds * one tile's time) + filling and draining.
 
-    It ranks tiles, and chains against separate kernels; it has not been compared with a clock.
+    A tile's time is that of its 3x3 and that of its chunks, each max(arithmetic, L2), or their sum
+    where the chunks' loads are not pipelined. It ranks tiles, and chains against separate kernels;
+    it has not been compared with a clock.
     """
-    arithmetic = 2 * tile.pixels * shape.depth / target.fp16_flops * itemsize / 2
-    # the nine taps read their boxes anew; every block reads all weights
-    boxes = tile.pixels * (9 * shape.mid + (shape.projected or shape.ko))
-    loads = itemsize * (boxes + shape.weights) / target.l2_bytes
-    if tile.chunk_stages == 1:  # the chunks' loads wait for their products
-        conv2 = 9 * shape.mid * (tile.pixels + shape.mid)
-        loads += arithmetic * (1 - 9 * shape.mid * shape.mid / shape.depth)
-        arithmetic += itemsize * (boxes + shape.weights - conv2) / target.l2_bytes
+    conv2 = 9 * shape.mid * shape.mid  # multiply-adds a pixel, and weights
+    boxes = (9 * shape.mid, shape.projected or shape.ko)  # loaded for a pixel: each tap anew
+    seconds = []
+    for work, channels in zip((conv2, shape.depth - conv2), boxes, strict=True):
+        arithmetic = 2 * tile.pixels * work / (target.fp16_flops * 2 / itemsize)
+        loads = itemsize * (tile.pixels * channels + work) / target.l2_bytes
+        seconds.append((arithmetic, loads))
+    chunks = max(seconds[1]) if tile.chunk_stages > 1 else sum(seconds[1])
     registers = 32 * tile.num_warps * (tile.accumulators(shape) + 64)
     resident = max(
         1,
@@ -285,4 +283,4 @@ def chain_seconds(tile: ChainTile, shape: ChainShape, itemsize: int, target: Tar
     rounds = -(-blocks // target.sm_count)
     drains = -(-blocks // (target.sm_count * resident))
     memory = chain_cost(shape, itemsize).bytes / target.dram_bytes
-    return max(memory, rounds * max(arithmetic, loads)) + drains * _TILE_OVERHEAD
+    return max(memory, rounds * (max(seconds[0]) + chunks)) + drains * _TILE_OVERHEAD

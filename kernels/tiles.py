@@ -160,7 +160,7 @@ def choose_conv_tile(
         for num_stages in _STAGES
     ]
     valid = [tile for tile in tiles if is_valid(tile, itemsize, tensor_cores, target)]
-    return min(valid, key=lambda tile: _seconds(tile, shape, itemsize, target, tensor_cores))
+    return min(valid, key=lambda tile: conv_seconds(tile, shape, itemsize, target, tensor_cores))
 
 
 def _depth(channels: int, itemsize: int) -> int:
@@ -169,10 +169,13 @@ def _depth(channels: int, itemsize: int) -> int:
     return next((block for block in blocks if channels % block == 0), 32)
 
 
-def _seconds(
+def conv_seconds(
     tile: ConvTile, shape: GemmShape, itemsize: int, target: Target, tensor_cores: bool
 ) -> float:
-    """max(device memory, rounds of blocks * max(arithmetic, L2)) + filling and draining."""
+    """Estimated time: max(device memory, rounds of blocks * max(arithmetic, L2)) + draining.
+
+    It ranks tiles, and pointers against other forms; it predicts no times.
+    """
     depth = _cdiv(shape.k, tile.block_k) * tile.block_k
     rate = target.fp16_flops * (2 / itemsize if tensor_cores else 1 / 16)
     arithmetic = 2 * tile.block_m * tile.block_n * depth / rate

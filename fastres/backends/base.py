@@ -42,11 +42,17 @@ class KernelInfo(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class NodeTime:
-    """Time of one graph node in one run, in milliseconds; `ran_as` is the kernel that ran."""
+    """Time of one graph node in one run, in milliseconds; `ran_as` is the kernel that ran.
+
+    Args:
+        flop, bytes: work and traffic, where what ran is more or less than the node by itself.
+    """
 
     name: str
     milliseconds: float
     ran_as: str = ""
+    flop: int | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)

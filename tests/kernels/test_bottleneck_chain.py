@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastres.kernels import reference
 from fastres.kernels.aot import compile_launch, fits
 from fastres.kernels.aot_table import CompileCase, chain_cases
 from fastres.kernels.bottleneck_chain import bottleneck_chain, chain_launch, chain_shape
-from fastres.kernels.chain_tiles import ChainShape, ChainTile
+from fastres.kernels.chain_tiles import ChainShape, ChainTile, chain_candidates
 from fastres.kernels.conv2d import conv2d
 from fastres.kernels.cost import Target
 from fastres.kernels.epilogue import ActivationKind
@@ -55,6 +57,14 @@ CASES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def needs_boxes(request: pytest.FixtureRequest) -> None:
+    """Skips on a GPU without the copy engine's boxes."""
+    if "device" in request.fixturenames and request.getfixturevalue("device").type == "cuda":
+        if torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("needs sm_90 or newer")
+
+
 def operands(case: Case, device: torch.device, embed: Callable[..., torch.Tensor]) -> Any:
     """a, w2, w3, shortcut, w1 and the biases by name, with sums of a size near one."""
     random = torch.Generator().manual_seed(0)
@@ -69,16 +79,16 @@ def operands(case: Case, device: torch.device, embed: Callable[..., torch.Tensor
 
     step, depth = shape.shortcut_stride, shape.mid + shape.projected
     sides = [step * side - int(case.odd_shortcut) for side in (shape.p, shape.q)]
-    given = {
+    tensors = {
         "a": draw(shape.n, shape.h, shape.w, shape.mid),
         "w2": draw(shape.mid, 3, 3, shape.mid, scale=(9 * shape.mid) ** -0.5),
         "w3": draw(shape.ko, 1, 1, depth, scale=depth**-0.5),
         "shortcut": draw(shape.n, *sides, shape.projected or shape.ko),
     }
     if shape.next_mid:
-        given["w1"] = draw(shape.next_mid, 1, 1, shape.ko, scale=shape.ko**-0.5)
+        tensors["w1"] = draw(shape.next_mid, 1, 1, shape.ko, scale=shape.ko**-0.5)
     biases = {"b2": bias(shape.mid), "b3": bias(shape.ko), "b1": bias(shape.next_mid)}
-    return given | biases
+    return tensors | biases
 
 
 def options(case: Case) -> dict[str, Any]:
@@ -113,15 +123,15 @@ def conv(
     return y.permute(0, 2, 3, 1)
 
 
-def meaning(case: Case, given: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+def meaning(case: Case, tensors: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     """out, computed in `dtype` by separate convolutions."""
     shape, act = case.shape, case.activation
-    b = conv(given["a"], given["w2"], given["b2"], dtype, act, shape.stride)
-    conv3, projection = given["w3"].split([shape.mid, shape.projected], dim=3)
-    residual = given["shortcut"].cpu()
+    b = conv(tensors["a"], tensors["w2"], tensors["b2"], dtype, act, shape.stride)
+    conv3, projection = tensors["w3"].split([shape.mid, shape.projected], dim=3)
+    residual = tensors["shortcut"].cpu()
     if shape.projected:
         residual = conv(residual, projection, None, dtype, None, shape.shortcut_stride)
-    return conv(b, conv3, given["b3"], dtype, act, residual=residual)
+    return conv(b, conv3, tensors["b3"], dtype, act, residual=residual)
 
 
 def outputs(case: Case, poisoned: Callable[..., torch.Tensor], device: torch.device) -> Any:
@@ -132,39 +142,69 @@ def outputs(case: Case, poisoned: Callable[..., torch.Tensor], device: torch.dev
     return out, poisoned((*pixels, case.shape.next_mid), case.dtype, device)
 
 
-def check(case: Case, given: Any, device: torch.device, poisoned: Any, assert_parity: Any) -> Any:
+def check(case: Case, tensors: Any, device: torch.device, poisoned: Any, assert_parity: Any) -> Any:
     """Runs the chain and compares out, and a_next with what w1 makes of the out that was written.
 
     So each is one step away from its oracle, and the interpreter's bf16, which cuts off, adds up
     no further than in one kernel.
     """
     out, a_next = outputs(case, poisoned, device)
-    results = bottleneck_chain(**given, **options(case), out=out, a_next=a_next)
+    results = bottleneck_chain(**tensors, **options(case), out=out, a_next=a_next)
     assert results[0] is out and results[1] is a_next
     dtypes = (torch.float64, case.dtype)
-    assert_parity(out, *(meaning(case, given, dtype) for dtype in dtypes))
+    assert_parity(out, *(meaning(case, tensors, dtype) for dtype in dtypes))
     if a_next is not None:
-        last = [conv(out, given["w1"], given["b1"], dtype, case.activation) for dtype in dtypes]
+        last = [conv(out, tensors["w1"], tensors["b1"], dtype, case.activation) for dtype in dtypes]
         assert_parity(a_next, *last)
     return out, a_next
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(case, device, guarded, poisoned, assert_parity):
-    given = operands(case, device, guarded)
-    check(case, given, device, poisoned, assert_parity)
+    tensors = operands(case, device, guarded)
+    check(case, tensors, device, poisoned, assert_parity)
+
+
+@pytest.mark.interpret
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_geometry_and_tile(data, guarded, poisoned, assert_parity):
+    stride, small, side = data.draw(st.integers(1, 2)), st.integers(1, 5), st.integers(1, 9)
+    projected = data.draw(st.sampled_from([0, 64, 128]))
+    shape = ChainShape(
+        data.draw(small),
+        stride * data.draw(side),
+        stride * data.draw(side),
+        mid=64,
+        ko=64 * data.draw(st.integers(1, 3)),
+        next_mid=data.draw(st.sampled_from([0, 64, 128])),
+        projected=projected,
+        stride=stride,
+        shortcut_stride=data.draw(st.integers(1, 2)) if projected else 1,
+    )
+    tile = data.draw(st.sampled_from(chain_candidates(shape, 2, Target.typical(90))))
+    case, device = Case("any", shape, tile=tile), torch.device("cpu")
+    check(case, operands(case, device, guarded), device, poisoned, assert_parity)
 
 
 @pytest.mark.parametrize("name", ["layer1.1", "layer2.1"])
 def test_equals_three_kernels(name, device, guarded):
     """Roundings are the same; sums in another order move a few values by one step."""
     case = next(case for case in CASES if case.name == name)
-    given = operands(case, device, guarded)
-    out, a_next = bottleneck_chain(**given, **options(case))
-    b = conv2d(given["a"], given["w2"], given["b2"], padding=(1, 1), activation="relu")
-    residual = given["shortcut"]
-    y = conv2d(b, given["w3"], given["b3"], residual=residual, activation="relu")
-    for got, want in ((out, y), (a_next, conv2d(y, given["w1"], given["b1"], activation="relu"))):
+    tensors = operands(case, device, guarded)
+    out, a_next = bottleneck_chain(**tensors, **options(case))
+    b = conv2d(tensors["a"], tensors["w2"], tensors["b2"], padding=(1, 1), activation="relu")
+    residual = tensors["shortcut"]
+    y = conv2d(b, tensors["w3"], tensors["b3"], residual=residual, activation="relu")
+    for got, want in (
+        (out, y),
+        (a_next, conv2d(y, tensors["w1"], tensors["b1"], activation="relu")),
+    ):
         assert (got != want).float().mean() < 0.02
         distance = (got.float() - want.float()).abs()
         assert torch.all(distance <= 2**-9 * want.float().abs().clamp(min=1.0))
@@ -172,18 +212,18 @@ def test_equals_three_kernels(name, device, guarded):
 
 def test_nan_and_infinity_spread_as_in_pytorch(device, guarded, poisoned, assert_parity):
     case = Case("nan", ChainShape(2, 6, 6, 64, 64, 64), tile=FOUR_WARPS)
-    given = operands(case, device, guarded)
-    given["a"][0, 2, 3, 5] = float("nan")
-    given["shortcut"][1, 0, 0, 7] = float("inf")
-    out, a_next = check(case, given, device, poisoned, assert_parity)
+    tensors = operands(case, device, guarded)
+    tensors["a"][0, 2, 3, 5] = float("nan")
+    tensors["shortcut"][1, 0, 0, 7] = float("inf")
+    out, a_next = check(case, tensors, device, poisoned, assert_parity)
     assert out.isnan().sum() == 9 * 64 and a_next.isnan().sum() == 9 * 64
     assert out[1, 0, 0, 7].isinf() and a_next[1, 0, 0].isinf().any()
 
 
 def test_allocates_its_outputs(device):
     shape = ChainShape(1, 4, 4, 64, 64, 64)
-    given = operands(Case("own-outputs", shape), device, lambda x: x)
-    out, a_next = bottleneck_chain(**given)
+    tensors = operands(Case("own-outputs", shape), device, lambda x: x)
+    out, a_next = bottleneck_chain(**tensors)
     assert out.shape == (1, 4, 4, 64) == a_next.shape and out.is_contiguous()
     assert (
         out.dtype == a_next.dtype == HALF and out.device.type == a_next.device.type == device.type
@@ -245,12 +285,12 @@ def test_rejects(arguments, message):
 
 
 def test_a_launch_needs_a_batch_and_a_target_that_moves_boxes():
-    given = {
+    tensors = {
         name: tensor[:0] if name in ("a", "shortcut") else tensor for name, tensor in GOOD.items()
     }
     biases, out = (None, None, None), zeros(0, 6, 8, 128)
-    operands = (*given.values(), *biases, out, zeros(0, 6, 8, 64))
-    shape = chain_shape(given["a"], given["w2"], given["w3"], given["w1"])
+    operands = (*tensors.values(), *biases, out, zeros(0, 6, 8, 64))
+    shape = chain_shape(tensors["a"], tensors["w2"], tensors["w3"], tensors["w1"])
     with pytest.raises(ValueError, match="the batch is 0, expected at least 1"):
         chain_launch(*operands, shape=shape, target=Target.typical(90))
     with pytest.raises(ValueError, match="sm_80 has no copy engine for boxes"):

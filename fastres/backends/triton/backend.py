@@ -108,15 +108,16 @@ class TritonExecutable:
         compiled: Mapping[str, bytes] | None = None,
     ) -> None:
         from fastres.backends.triton.lower import make_plan
-        from fastres.backends.triton.pack import pack
-        from fastres.backends.triton.run import PlanRunner, record_cuda_graph
+        from fastres.backends.triton.pack import Packed
+        from fastres.backends.triton.run import PlanRunner
         from fastres.backends.triton.stored import recorded
+        from fastres.backends.triton.timing import record_cuda_graph
         from fastres.kernels.cost import Target
         from fastres.kernels.launch import target_of
 
         self._graph = graph
         self._precision: Precision = options.precision or "fp32"
-        constants = pack(graph, DTYPE_OF[self._precision], device)
+        constants = Packed(graph, DTYPE_OF[self._precision], device)
         # The interpreter runs one block after the other, like a GPU with a single SM.
         target = target_of(device) if device.type == "cuda" else Target(90, 1)
         record = record_cuda_graph if _wants_graph(options, device) else None

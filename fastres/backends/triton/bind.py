@@ -9,14 +9,19 @@ from collections.abc import Mapping
 
 import torch
 
+from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import (
     AnyStep,
+    LaunchBoxConv2d,
+    LaunchChain,
     LaunchConv2d,
     LaunchGlobalAvgPool,
     LaunchLinear,
     LaunchMaxPool,
 )
+from fastres.kernels.bottleneck_chain import chain_launch, chain_shape
 from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
@@ -27,17 +32,21 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def bind(
-    step: AnyStep, at: Tensors, constants: Tensors, target: Target, allow_tf32: bool
+    step: AnyStep, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
 ) -> tuple[Launch, ...]:
     """The calls of one step; none for `LoadInput`, which depends on the caller's tensors.
 
     Args:
         at: the plan's tensors by name.
-        constants: packed weights by name.
+        constants: the graph's weights, on the same device.
         target: the GPU they are meant for.
     """
     if isinstance(step, LaunchConv2d):
         return (_conv2d(step, at, constants, target, allow_tf32),)
+    if isinstance(step, LaunchBoxConv2d):
+        return _box_conv2d(step, at, constants, target, allow_tf32)
+    if isinstance(step, LaunchChain):
+        return (_chain(step, at, constants, target),)
     if isinstance(step, LaunchMaxPool):
         return (_max_pool(step, at),)
     if isinstance(step, LaunchGlobalAvgPool):
@@ -48,9 +57,9 @@ def bind(
 
 
 def _conv2d(
-    step: LaunchConv2d, at: Tensors, constants: Tensors, target: Target, allow_tf32: bool
+    step: LaunchConv2d, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
 ) -> Launch:
-    x, weight = at[step.source], constants[step.weight]
+    x, weight = at[step.source], constants.filters(step.weight)
     n, h, w, c = x.shape
     k, r, s, _ = weight.shape
     residual, offset = None, 0
@@ -60,7 +69,7 @@ def _conv2d(
     return conv2d_launch(
         x,
         weight,
-        _optional(constants, step.bias),
+        constants.bias([step.bias]),
         residual,
         at[step.target],
         shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, step.groups),
@@ -72,16 +81,63 @@ def _conv2d(
     )
 
 
+def _box_conv2d(
+    step: LaunchBoxConv2d, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
+) -> tuple[Launch, ...]:
+    x, out = at[step.source], at[step.target]
+    (n, h, w, c), (r, s) = x.shape, step.filter
+    shape = ConvShape(n, h, w, c, out.shape[3], r, s, step.stride, step.padding, step.dilation)
+    return conv2d_tma_launches(
+        x,
+        constants.matrix(step.weight, step.projection),
+        constants.bias(step.biases),
+        _optional(at, step.residual),
+        out,
+        shape=shape,
+        target=target,
+        x2=_optional(at, step.projected),
+        stride2=step.projection_stride,
+        activation=step.activation,
+        tile=step.tile,
+        workspace=_optional(at, step.workspace),
+        allow_tf32=allow_tf32,
+    )
+
+
+def _chain(step: LaunchChain, at: Tensors, constants: Packed, target: Target) -> Launch:
+    a = at[step.source]
+    w2 = constants.filters(step.weight2)
+    w3 = constants.matrix(step.weight3, step.projection)[:, None, None, :]
+    w1 = None if step.weight1 is None else constants.filters(step.weight1)
+    shape = chain_shape(a, w2, w3, w1, stride=step.stride, shortcut_stride=step.shortcut_stride)
+    return chain_launch(
+        a,
+        w2,
+        w3,
+        at[step.shortcut],
+        w1,
+        constants.bias([step.bias2]),
+        constants.bias(step.biases3),
+        constants.bias([step.bias1]),
+        at[step.target],
+        _optional(at, step.next_target),
+        shape=shape,
+        target=target,
+        activation=step.activation,
+        tile=step.tile,
+    )
+
+
 def _linear(
-    step: LaunchLinear, at: Tensors, constants: Tensors, target: Target, allow_tf32: bool
+    step: LaunchLinear, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
 ) -> Launch:
     """A 1×1 convolution of a 1×1 picture."""
-    x, weight, out = _rows(at[step.source]), constants[step.weight], at[step.target]
+    x, weight, out = _rows(at[step.source]), constants.rows(step.weight), at[step.target]
     (n, c), k = x.shape, weight.shape[0]
     return conv2d_launch(
         x[:, None, None, :],
         weight[:, None, None, :],
-        _optional(constants, step.bias),
+        constants.bias([step.bias]),
         None,
         out[:, None, None, :],
         shape=ConvShape(n, 1, 1, c, k, 1, 1),
@@ -101,8 +157,8 @@ def _max_pool(step: LaunchMaxPool, at: Tensors) -> Launch:
     return max_pool_launch(x, at[step.target], shape=shape)
 
 
-def _optional(constants: Tensors, name: str | None) -> torch.Tensor | None:
-    return None if name is None else constants[name]
+def _optional(at: Tensors, name: str | None) -> torch.Tensor | None:
+    return None if name is None else at[name]
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

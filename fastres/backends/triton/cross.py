@@ -11,7 +11,7 @@ from fastres.backends.base import KernelInfo, NodeTime
 from fastres.backends.shape_cache import Shapes
 from fastres.backends.triton.bind import bind
 from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.pack import pack
+from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.run import views
 from fastres.backends.triton.stored import read_plans, recorded, write_plans
@@ -23,16 +23,13 @@ from fastres.kernels.launch import Launch
 from fastres.options import DTYPE_OF, Options
 
 
-def launches_of(
-    plan: Plan, constants: Mapping[str, torch.Tensor], target: Target
-) -> list[tuple[str, Launch]]:
-    """Every launch of a plan with the node it is for, on tensors without memory."""
+def launches_of(plan: Plan, constants: Packed, target: Target) -> list[tuple[str, Launch]]:
+    """Every launch of a plan with the node it is for, on tensors of the meta device."""
     tensors = views(plan, torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta"))
-    weights = {name: tensor.to("meta") for name, tensor in constants.items()}
     return [
         (step.node, launch)
         for step in plan.steps
-        for launch in bind(step, tensors, weights, target, plan.allow_tf32)
+        for launch in bind(step, tensors, constants, target, plan.allow_tf32)
     ]
 
 
@@ -180,6 +177,6 @@ def build(
     if stored is not None:
         known = read_plans(compiled)
         return CrossExecutable(plan, known.kernels if known else (), options.target, ran)
-    constants = pack(graph, DTYPE_OF[precision], torch.device("cpu"))
+    constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
     kernels = compile_plan(launches_of(plan, constants, target), target)
     return CrossExecutable(plan, kernels, options.target, ran)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+from msgspec.structs import replace
+
 from fastres.backends.base import Refusal
 from fastres.backends.triton.arena import Lifetime, place
+from fastres.backends.triton.forms import Reckoner
 from fastres.backends.triton.plan import (
     AnyStep,
+    LaunchBoxConv2d,
+    LaunchChain,
     LaunchConv2d,
     LaunchGlobalAvgPool,
     LaunchLinear,
@@ -18,7 +24,13 @@ from fastres.backends.triton.plan import (
     Plan,
     Shortcut,
 )
-from fastres.backends.triton.regions import ShortcutA, shortcuts
+from fastres.backends.triton.regions import (
+    Boundary,
+    ShortcutA,
+    boundaries,
+    projections,
+    shortcuts,
+)
 from fastres.errors import ArtifactError
 from fastres.graph.ir import (
     DTYPE_NAMES,
@@ -31,9 +43,12 @@ from fastres.graph.ir import (
     Node,
 )
 from fastres.graph.shapes import infer_shapes
+from fastres.kernels.boxes import BoxTile
+from fastres.kernels.chain_tiles import ChainTile
+from fastres.kernels.conv2d_tma import conv2d_tma_workspace
 from fastres.kernels.cost import Target
-from fastres.kernels.geometry import ConvShape
-from fastres.kernels.tiles import ConvTile, choose_conv_tile, is_valid
+from fastres.kernels.geometry import Pair
+from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
 
 
@@ -70,18 +85,18 @@ def make_plan(
     """Plans a graph whose nodes are all taken, for fixed input shapes.
 
     Args:
-        recorded: a plan of the same graph from a file, whose choices are taken over.
+        recorded: a plan of the same graph from a file, whose forms are taken over.
 
     Raises:
         ArtifactError: the recorded plan is not one of this graph's.
     """
     if recorded is None:
-        return _Planner(graph, input_shapes, precision, target, {}).plan()
-    tiles = {s.node: s.tile for s in recorded.steps if isinstance(s, LaunchConv2d | LaunchLinear)}
-    plan = _Planner(graph, input_shapes, precision, target, tiles).plan()
-    if plan != recorded:
+        return _Planner(graph, input_shapes, precision, target, None).plan()
+    steps = {step.node: step for step in recorded.steps}
+    plan = _Planner(graph, input_shapes, precision, target, steps).plan()
+    if replace(plan, choices=recorded.choices) != recorded:
         raise ArtifactError("a stored plan does not follow from the graph: copy the engine anew")
-    return plan
+    return recorded
 
 
 class _Planner:
@@ -91,45 +106,70 @@ class _Planner:
         input_shapes: tuple[Sizes, ...],
         precision: Precision,
         target: Target,
-        tiles: Mapping[str, ConvTile],
+        recorded: Mapping[str, AnyStep] | None,
     ) -> None:
         self.graph = graph
         self.input_shapes = input_shapes
         self.precision = precision
-        self.target = target
-        self.tiles = tiles  # by node, where they are chosen already
         self.dtype = DTYPE_OF[precision]
         self.shapes = infer_shapes(graph, input_shapes)
+        self.reckoner = Reckoner(graph, self.shapes, precision, target, recorded)
         self.shortcuts = shortcuts(graph)
+        self.covered = {name for view in self.shortcuts.values() for name in view.covers}
+        self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
+        self.merged: dict[str, Node] = {}  # by the name of a convolution: its projection
         self.tensor_of: dict[str, str] = {}  # a graph value → the tensor that holds it
+        self.places: dict[str, tuple[Sizes, torch.dtype]] = {}
         self.steps: list[AnyStep] = []
 
     def plan(self) -> Plan:
+        self._decide_regions()
         for value in self.graph.inputs:
             self.tensor_of[value.name] = value.name
+            self._place(value.name)
             self.steps.append(LoadInput(value.name, value.name, value.name))
-        covered = {name for view in self.shortcuts.values() for name in view.covers}
         for node in self.graph.nodes:
-            if node.name not in covered:
+            if node.name not in self.covered:
                 self._node(node)
         outputs = tuple((self.tensor_of[n], self.shapes[n]) for n in self.graph.outputs)
-        sizes = {name: self._packed(name) for step in self.steps for name in step.writes()}
-        offsets, total = place(self._lifetimes(sizes, [name for name, _ in outputs]))
-        dtype = DTYPE_NAMES[self.dtype]
+        offsets, total = place(self._lifetimes([name for name, _ in outputs]))
         return Plan(
             input_shapes=self.input_shapes,
-            places={name: Place(sizes[name], dtype, offsets[name]) for name in sizes},
+            places={
+                name: Place(shape, DTYPE_NAMES[dtype], offsets[name])
+                for name, (shape, dtype) in self.places.items()
+            },
             steps=tuple(self.steps),
             outputs=outputs,
             arena_bytes=total,
             allow_tf32=self.precision == "tf32",
+            choices=tuple(self.reckoner.choices),
         )
+
+    def _decide_regions(self) -> None:
+        """Which boundaries become one kernel, and which projections are merged."""
+        for boundary in boundaries(self.graph):
+            chain = self.reckoner.chains(boundary)
+            if chain is not None:
+                self.chains[boundary.conv3.name] = chain
+                chained = chain[0]
+                inside = (chained.conv2, chained.projection, chained.following)
+                self.covered.update(node.name for node in inside if node is not None)
+        for name, projection in projections(self.graph).items():
+            if name not in self.chains and self.reckoner.merges(self.graph[name], projection):
+                self.merged[name] = projection
+                self.covered.add(projection.name)
 
     def _node(self, node: Node) -> None:
         op = node.op
         source = self.tensor_of.get(node.inputs[0], "")
-        self.tensor_of[node.name] = node.name
-        if isinstance(op, Conv2d):
+        if isinstance(op, Flatten):  # of [N, C, 1, 1]: the same bytes under another name
+            self.tensor_of[node.name] = source
+            return
+        self._place(node.name)
+        if node.name in self.chains:
+            self.steps.append(self._chain(*self.chains[node.name]))
+        elif isinstance(op, Conv2d):
             self.steps.append(self._conv2d(node, op, source))
         elif isinstance(op, MaxPool):
             self.steps.append(
@@ -146,21 +186,25 @@ class _Planner:
             )
         elif isinstance(op, GlobalAvgPool):
             self.steps.append(LaunchGlobalAvgPool(node.name, source, node.name))
-        elif isinstance(op, Linear):
-            self.steps.append(self._linear(node, op, source))
         else:
-            assert isinstance(op, Flatten)  # of [N, C, 1, 1]: the same bytes under another name
-            self.tensor_of[node.name] = source
+            assert isinstance(op, Linear)
+            tile = self.reckoner.linear(node)
+            weight, bias = node.params["weight"], node.params.get("bias")
+            self.steps.append(
+                LaunchLinear(node.name, source, node.name, weight, bias, op.activation, tile)
+            )
 
-    def _conv2d(self, node: Node, op: Conv2d, source: str) -> LaunchConv2d:
+    def _conv2d(self, node: Node, op: Conv2d, source: str) -> LaunchConv2d | LaunchBoxConv2d:
+        view = self.shortcuts.get(node.name)
+        projection = self.merged.get(node.name)
+        form = self.reckoner.convolution(node, plain=view is None, projection=projection)
+        if isinstance(form.tile, BoxTile):
+            return self._box_conv2d(node, op, source, projection, form.tile)
         shortcut = None
         if op.epilogue.residual:
-            view = self.shortcuts.get(node.name) or ShortcutA(node.inputs[1], 1, 0, ())
+            view = view or ShortcutA(node.inputs[1], 1, 0, ())
             shortcut = Shortcut(self.tensor_of[view.source], view.stride, view.channel_offset)
-        weight = self.graph.constants[node.params["weight"]]
-        n, c, h, w = self.shapes[node.inputs[0]]
-        k, _, r, s = weight.shape
-        shape = ConvShape(n, h, w, c, k, r, s, op.stride, op.padding, op.dilation, op.groups)
+        assert isinstance(form.tile, ConvTile)
         return LaunchConv2d(
             node=node.name,
             source=source,
@@ -173,33 +217,77 @@ class _Planner:
             groups=op.groups,
             shortcut=shortcut,
             activation=op.epilogue.activation,
-            tile=self._tile(node, shape),
+            tile=form.tile,
         )
 
-    def _linear(self, node: Node, op: Linear, source: str) -> LaunchLinear:
-        weight, bias = node.params["weight"], node.params.get("bias")
-        k, c = self.graph.constants[weight].shape
-        tile = self._tile(node, ConvShape(self.shapes[node.name][0], 1, 1, c, k, 1, 1))
-        return LaunchLinear(node.name, source, node.name, weight, bias, op.activation, tile)
+    def _box_conv2d(
+        self, node: Node, op: Conv2d, source: str, projection: Node | None, tile: BoxTile
+    ) -> LaunchBoxConv2d:
+        shape = self.reckoner.shape(node)
+        workspace = None
+        if size := conv2d_tma_workspace(shape, tile):
+            workspace = f"{node.name}:parts"
+            self.places[workspace] = (size // 4,), torch.float32
+        residual = (
+            self.tensor_of[node.inputs[1]] if op.epilogue.residual and not projection else None
+        )
+        return LaunchBoxConv2d(
+            node=node.name,
+            source=source,
+            target=node.name,
+            weight=node.params["weight"],
+            biases=_biases(node, projection),
+            filter=(shape.r, shape.s),
+            stride=op.stride,
+            padding=op.padding,
+            dilation=op.dilation,
+            projected=None if projection is None else self.tensor_of[projection.inputs[0]],
+            projection=None if projection is None else projection.params["weight"],
+            projection_stride=(1, 1) if projection is None else _stride(projection),
+            residual=residual,
+            activation=op.epilogue.activation,
+            workspace=workspace,
+            tile=tile,
+        )
 
-    def _tile(self, node: Node, shape: ConvShape) -> ConvTile:
-        size, tensor_cores = self.dtype.itemsize, self.precision != "fp32"
-        if node.name not in self.tiles:
-            return choose_conv_tile(shape.gemm, size, self.target, tensor_cores=tensor_cores)
-        tile = self.tiles[node.name]
-        if not is_valid(tile, size, tensor_cores, self.target):
-            raise ArtifactError(f"a stored plan has the tile {tile} for {node.name}, which is none")
-        return tile
+    def _chain(self, boundary: Boundary, tile: ChainTile) -> LaunchChain:
+        conv2, conv3 = boundary.conv2, boundary.conv3
+        projection, following = boundary.projection, boundary.following
+        shape = self.reckoner.chain_shape(boundary)
+        assert isinstance(conv3.op, Conv2d)
+        shortcut = conv3.inputs[1] if projection is None else projection.inputs[0]
+        if following is not None:
+            self.tensor_of[following.name] = following.name
+            self._place(following.name)
+        return LaunchChain(
+            node=conv3.name,
+            source=self.tensor_of[conv2.inputs[0]],
+            target=conv3.name,
+            weight2=conv2.params["weight"],
+            bias2=conv2.params.get("bias"),
+            weight3=conv3.params["weight"],
+            biases3=_biases(conv3, projection),
+            projection=None if projection is None else projection.params["weight"],
+            shortcut=self.tensor_of[shortcut],
+            weight1=None if following is None else following.params["weight"],
+            bias1=None if following is None else following.params.get("bias"),
+            next_target=None if following is None else following.name,
+            stride=shape.stride,
+            shortcut_stride=shape.shortcut_stride,
+            activation=conv3.op.epilogue.activation,
+            tile=tile,
+        )
 
-    def _packed(self, name: str) -> Sizes:
-        """The shape as it lies in memory: NHWC for maps."""
+    def _place(self, name: str) -> None:
+        """A tensor of the plan for a value of the graph: NHWC for maps."""
         shape = self.shapes[name]
-        if len(shape) != 4:
-            return shape
-        n, c, h, w = shape
-        return (n, h, w, c)
+        if len(shape) == 4:
+            n, c, h, w = shape
+            shape = (n, h, w, c)
+        self.tensor_of[name] = name
+        self.places[name] = shape, self.dtype
 
-    def _lifetimes(self, sizes: dict[str, Sizes], outputs: Sequence[str]) -> list[Lifetime]:
+    def _lifetimes(self, outputs: Sequence[str]) -> list[Lifetime]:
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for i, step in enumerate(self.steps):
@@ -207,6 +295,15 @@ class _Planner:
             last.update(dict.fromkeys((*step.writes(), *step.reads()), i))
         last.update(dict.fromkeys(outputs, len(self.steps)))
         return [
-            Lifetime(name, math.prod(shape) * self.dtype.itemsize, first[name], last[name])
-            for name, shape in sizes.items()
+            Lifetime(name, math.prod(shape) * dtype.itemsize, first[name], last[name])
+            for name, (shape, dtype) in self.places.items()
         ]
+
+
+def _biases(*nodes: Node | None) -> tuple[str, ...]:
+    return tuple(n.params["bias"] for n in nodes if n is not None and "bias" in n.params)
+
+
+def _stride(node: Node) -> Pair:
+    assert isinstance(node.op, Conv2d)
+    return node.op.stride

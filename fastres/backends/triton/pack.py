@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
+
 import torch
 
 from fastres.errors import UnsupportedError
@@ -9,30 +12,86 @@ from fastres.graph.ir import Conv2d, Graph, Linear
 from fastres.weights import is_finite
 
 
-def pack(graph: Graph, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """The constants that the plan's launches name, each rounded once.
+class Packed:
+    """The constants of a graph as kernels read them, each made when it is first asked for.
 
-    A convolution's weight [K, C/groups, R, S] becomes [K, R, S, C/groups]; biases stay fp32, they
-    are added to the fp32 accumulator.
+    Weights are rounded once to `dtype`; biases stay fp32, they are added to the fp32 accumulator.
+    Any number of threads may ask.
+
+    Args:
+        device: where the tensors are to lie; "meta" for tensors that are only to be compiled for.
 
     Raises:
         UnsupportedError: a weight is beyond fp16's range.
     """
-    packed: dict[str, torch.Tensor] = {}
+
+    def __init__(self, graph: Graph, dtype: torch.dtype, device: torch.device) -> None:
+        self._constants = graph.constants
+        self._dtype = dtype
+        self._device = device
+        self._made: dict[tuple[str, ...], torch.Tensor] = {}
+        self._lock = threading.Lock()
+        if dtype == torch.float16:
+            _check_range(graph)
+
+    def filters(self, name: str) -> torch.Tensor:
+        """[K, R, S, C/groups] of a convolution's [K, C/groups, R, S]."""
+        return self._once(
+            ("filters", name),
+            lambda: self._rounded(self._constants[name].permute(0, 2, 3, 1)),
+        )
+
+    def matrix(self, name: str, projection: str | None = None) -> torch.Tensor:
+        """[K, R*S*C], and behind it the columns [K, C2] of a 1x1 projection."""
+        if projection is None:
+            return self.filters(name).flatten(1)
+        names = (name, projection)
+        return self._once(
+            ("matrix", *names),
+            lambda: self._rounded(
+                torch.cat([self._constants[n].permute(0, 2, 3, 1).flatten(1) for n in names], 1)
+            ),
+        )
+
+    def rows(self, name: str) -> torch.Tensor:
+        """[K, C] of a linear layer."""
+        return self._once(("rows", name), lambda: self._rounded(self._constants[name]))
+
+    def bias(self, names: Sequence[str | None]) -> torch.Tensor | None:
+        """[K] fp32, the sum of the biases named; None if there are none."""
+        present = tuple(name for name in names if name is not None)
+        if not present:
+            return None
+
+        def make() -> torch.Tensor:
+            total = sum(self._constants[name].double() for name in present)
+            assert isinstance(total, torch.Tensor)
+            return total.to(self._device, torch.float32).contiguous()
+
+        return self._once(("bias", *present), make)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that was made so far."""
+        with self._lock:
+            return sum(tensor.nbytes for tensor in self._made.values())
+
+    def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self._device, self._dtype).contiguous()
+
+    def _once(self, key: tuple[str, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
+
+def _check_range(graph: Graph) -> None:
     for node in graph.nodes:
-        if not isinstance(node.op, Conv2d | Linear):
-            continue
-        weight = graph.constants[node.params["weight"]]
-        if isinstance(node.op, Conv2d):
-            weight = weight.permute(0, 2, 3, 1)
-        rounded = weight.to(device, dtype)
-        if dtype == torch.float16 and not is_finite(rounded):
-            raise UnsupportedError(
-                f"{node.name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
-                "precision='bf16' or 'fp32'"
-            )
-        packed[node.params["weight"]] = rounded.contiguous()
-        if "bias" in node.params:
-            bias = graph.constants[node.params["bias"]]
-            packed[node.params["bias"]] = bias.to(device, torch.float32).contiguous()
-    return packed
+        if isinstance(node.op, Conv2d | Linear):
+            weight = graph.constants[node.params["weight"]]
+            if not is_finite(weight.half()):
+                raise UnsupportedError(
+                    f"{node.name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
+                    "precision='bf16' or 'fp32'"
+                )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from fastres.kernels.boxes import BoxTile
+from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import Pair
 from fastres.kernels.tiles import ConvTile
@@ -89,6 +91,67 @@ class LaunchConv2d(_OneToOne, frozen=True, tag=True):
         return (self.source,) if self.shortcut is None else (self.source, self.shortcut.source)
 
 
+class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
+    """target = act(source * weight + projected * projection + biases + residual), through boxes.
+
+    Args:
+        projected: another tensor whose 1x1 convolution, with the weight `projection` and its own
+            stride, is summed into the same accumulator; None without one.
+        filter: height and width of `weight`.
+        workspace: scratch tensor for the parts of a split depth; None where it is not split.
+    """
+
+    weight: str
+    biases: tuple[str, ...]
+    filter: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    projected: str | None
+    projection: str | None
+    projection_stride: Pair
+    residual: str | None
+    activation: ActivationKind | None
+    workspace: str | None
+    tile: BoxTile
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.source, *(name for name in (self.projected, self.residual) if name))
+
+    def writes(self) -> tuple[str, ...]:
+        return (self.target, *((self.workspace,) if self.workspace else ()))
+
+
+class LaunchChain(_OneToOne, frozen=True, tag=True):
+    """target = act([b; x] * weight3 + biases3 + shortcut), with b = act(source * weight2 + bias2)
+    a 3x3 that is never stored; and next_target = act(target * weight1 + bias1).
+
+    Args:
+        projection: weight of the 1x1 that projects `shortcut`; None where that is a residual.
+        next_target: the next block's first 1x1; None ends the chain with `target`.
+    """
+
+    weight2: str
+    bias2: str | None
+    weight3: str
+    biases3: tuple[str, ...]
+    projection: str | None
+    shortcut: str
+    weight1: str | None
+    bias1: str | None
+    next_target: str | None
+    stride: int
+    shortcut_stride: int
+    activation: ActivationKind | None
+    tile: ChainTile
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.source, self.shortcut)
+
+    def writes(self) -> tuple[str, ...]:
+        return (self.target, *((self.next_target,) if self.next_target else ()))
+
+
 class LaunchMaxPool(_OneToOne, frozen=True, tag=True):
     """target = maximum over each window of source."""
 
@@ -112,7 +175,31 @@ class LaunchLinear(_OneToOne, frozen=True, tag=True):
     tile: ConvTile
 
 
-AnyStep = LoadInput | LaunchConv2d | LaunchMaxPool | LaunchGlobalAvgPool | LaunchLinear
+AnyStep = (
+    LoadInput
+    | LaunchConv2d
+    | LaunchBoxConv2d
+    | LaunchChain
+    | LaunchMaxPool
+    | LaunchGlobalAvgPool
+    | LaunchLinear
+)
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """How some nodes are run, and what else there was.
+
+    Args:
+        nodes: the graph's nodes that it is about.
+        taken: the form taken, with its tile.
+        microseconds: its estimated time, or what a table of measurements says.
+        others: form → its time in words, or why it was not possible.
+    """
+
+    nodes: tuple[str, ...]
+    taken: str
+    microseconds: float
+    others: dict[str, str]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -125,6 +212,7 @@ class Plan(msgspec.Struct, frozen=True):
         outputs: tensor and logical NCHW shape of each output.
         arena_bytes: size of the one buffer that holds all places.
         allow_tf32: whether fp32 products may be rounded to TF32.
+        choices: for people: what is run in which form, and why.
     """
 
     input_shapes: tuple[Sizes, ...]
@@ -133,6 +221,7 @@ class Plan(msgspec.Struct, frozen=True):
     outputs: tuple[tuple[str, Sizes], ...]
     arena_bytes: int
     allow_tf32: bool = False
+    choices: tuple[Choice, ...] = ()
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)

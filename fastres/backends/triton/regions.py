@@ -1,4 +1,4 @@
-"""Graph → regions: which nodes one launch covers, beyond what the graph's own epilogues say.
+"""Graph → regions: which nodes one launch may cover, beyond what the graph's own epilogues say.
 
 So far: shortcut A. The subsampling Slice and the channel Pad of a parameter-free shortcut are not
 run at all; the convolution that adds them reads the block's input strided, with a channel offset.
@@ -6,9 +6,10 @@ run at all; the convolution that adds them reads the block's input strided, with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastres.graph.ir import Conv2d, Graph, Node, Pad, Slice
+from fastres.kernels.epilogue import Epilogue
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,117 @@ def _subsamples(op: Slice) -> bool:
     """x[:, :, ::s, ::s]"""
     whole = op.starts == (0, 0, 0, 0) and op.stops == (None, None, None, None)
     return whole and op.steps[:2] == (1, 1) and op.steps[2] == op.steps[3]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A 3x3, the block's last 1x1 with its shortcut, and the next block's first 1x1, if it fits.
+
+    Args:
+        conv2: the 3x3, whose result only `conv3` reads.
+        conv3: the 1x1 that adds the shortcut.
+        projection: the 1x1 that makes the shortcut, read by `conv3` alone; None for a residual.
+        following: the next block's first 1x1 of stride 1; None where there is none.
+    """
+
+    conv2: Node
+    conv3: Node
+    projection: Node | None
+    following: Node | None
+
+    @property
+    def shorter(self) -> Boundary | None:
+        """The same without the next block's first 1x1; None if it has none."""
+        return None if self.following is None else replace(self, following=None)
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All of them, in order of execution."""
+        every = (self.conv2, self.projection, self.conv3, self.following)
+        return tuple(node for node in every if node is not None)
+
+
+def projections(graph: Graph) -> dict[str, Node]:
+    """By the name of a convolution: the 1x1 convolution that its residual is, read by it alone.
+
+    The two can be one product over concatenated depth. Only where the residual is rounded no
+    sooner than the sum: a projection has no activation and no residual of its own.
+    """
+    users = graph.users()
+    found = {}
+    for node in graph.nodes:
+        if not (isinstance(node.op, Conv2d) and node.op.epilogue.residual):
+            continue
+        name = node.inputs[1]
+        if name in graph and graph.sole_user(users, name) is node:
+            projection = graph[name]
+            op = projection.op
+            if (
+                isinstance(op, Conv2d)
+                and op.epilogue == Epilogue()
+                and _is_pointwise(graph, projection)
+            ):
+                found[node.name] = projection
+    return found
+
+
+def boundaries(graph: Graph) -> list[Boundary]:
+    """Every bottleneck boundary, in order of execution.
+
+    A following 1x1 belongs to one boundary only, and so does everything else.
+    """
+    users = graph.users()
+    projected = projections(graph)
+    found = []
+    for conv3 in graph.nodes:
+        if not (isinstance(conv3.op, Conv2d) and conv3.op.epilogue.residual):
+            continue
+        conv2 = graph[conv3.inputs[0]] if conv3.inputs[0] in graph else None
+        if conv2 is None or graph.sole_user(users, conv2.name) is not conv3:
+            continue
+        if not (
+            _is_pointwise(graph, conv3) and conv3.op.stride == (1, 1) and _is_3x3(graph, conv2)
+        ):
+            continue
+        if conv2.op.epilogue.activation != conv3.op.epilogue.activation:  # type: ignore[union-attr]
+            continue
+        following = [
+            user
+            for user in users.get(conv3.name, [])
+            if isinstance(user.op, Conv2d)
+            and user.inputs == (conv3.name,)
+            and _is_pointwise(graph, user)
+            and user.op.stride == (1, 1)
+            and user.op.epilogue == Epilogue(activation=conv3.op.epilogue.activation)
+        ]
+        found.append(
+            Boundary(
+                conv2,
+                conv3,
+                projected.get(conv3.name),
+                following[0] if len(following) == 1 else None,
+            )
+        )
+    return found
+
+
+def _is_pointwise(graph: Graph, node: Node) -> bool:
+    if not isinstance(node.op, Conv2d):
+        return False
+    weight = graph.constants[node.params["weight"]]
+    whole = node.op.groups == 1 and node.op.padding == (0, 0)
+    return whole and tuple(weight.shape[2:]) == (1, 1)
+
+
+def _is_3x3(graph: Graph, node: Node) -> bool:
+    """A square 3x3 of padding 1 without a residual."""
+    if not isinstance(node.op, Conv2d):
+        return False
+    op, weight = node.op, graph.constants[node.params["weight"]]
+    return (
+        tuple(weight.shape[2:]) == (3, 3)
+        and op.padding == op.dilation == (1, 1)
+        and op.stride[0] == op.stride[1]
+        and op.groups == 1
+        and not op.epilogue.residual
+    )

@@ -7,10 +7,8 @@ so that a call costs its inputs' copies, one replay and its outputs' copies.
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
@@ -18,25 +16,14 @@ import torch
 
 from fastres.backends.base import NodeTime
 from fastres.backends.triton.bind import bind
+from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
+from fastres.backends.triton.timing import milliseconds
 from fastres.errors import OutOfMemory
 from fastres.graph.ir import DTYPES
 from fastres.kernels.launch import Launch, target_of
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-_recording = threading.Lock()
-
-
-def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
-    """Runs the work once, so that its kernels are compiled, then records it; returns the replay."""
-    with _recording:  # one capture at a time; other threads may go on launching
-        work()
-        torch.cuda.current_stream().synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            work()
-    replay: Callable[[], None] = graph.replay
-    return replay
 
 
 class Context:
@@ -46,9 +33,7 @@ class Context:
         record: turns the launches into one call that repeats them; None launches them one by one.
     """
 
-    def __init__(
-        self, plan: Plan, constants: Mapping[str, torch.Tensor], arena: torch.Tensor
-    ) -> None:
+    def __init__(self, plan: Plan, constants: Packed, arena: torch.Tensor) -> None:
         self.arena = arena
         self.tensors = views(plan, arena)
         target = target_of(arena.device)
@@ -79,7 +64,7 @@ class PlanRunner:
     def __init__(
         self,
         plan: Plan,
-        constants: Mapping[str, torch.Tensor],
+        constants: Packed,
         device: torch.device,
         record: Record | None = None,
     ) -> None:
@@ -104,20 +89,29 @@ class PlanRunner:
             return self._outputs(context, inputs[0].shape[0])
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
-        """Time of each step, launched by itself, after one run to warm up."""
+        """Time, work and traffic of each step, each timed by itself after one run to warm up."""
         self.run(inputs)
         times = []
         with self.context() as context:
             for step, launches in context.bound:
-                self._synchronize()
-                start = time.perf_counter()
-                if isinstance(step, LoadInput):
-                    self._load_one(step, inputs, context)
-                for launch in launches:
-                    launch.run()
-                self._synchronize()
-                spent = 1e3 * (time.perf_counter() - start)
-                times.append(NodeTime(step.node, spent, type(step).__name__))
+
+                def work(step: AnyStep = step, launches: tuple[Launch, ...] = launches) -> None:
+                    if isinstance(step, LoadInput):
+                        self._load_one(step, inputs, context)
+                    for launch in launches:
+                        launch.run()
+
+                costs = [launch.cost for launch in launches if launch.cost is not None]
+                total = sum(costs[1:], costs[0]) if costs else None
+                times.append(
+                    NodeTime(
+                        step.node,
+                        milliseconds(work, self._device),
+                        type(step).__name__,
+                        None if total is None else total.flops,
+                        None if total is None else total.bytes,
+                    )
+                )
         return times
 
     @contextmanager
@@ -155,17 +149,13 @@ class PlanRunner:
             return torch.empty(size, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
             shapes = ", ".join(str(list(shape)) for shape in self.plan.input_shapes)
-            weights = sum(t.nbytes for t in self._constants.values())
+            weights = self._constants.nbytes
             raise OutOfMemory(
                 f"there is no room on {self._device} for the {size / 2**20:.0f} MiB that values "
                 f"between kernels take for inputs {shapes}, besides {weights / 2**20:.0f} MiB of "
                 "weights: use smaller batches (max_batch_size runs larger ones in parts), a "
                 "16-bit precision, or free memory on the device"
             ) from error
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def views(plan: Plan, arena: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastres.backends.triton.pack import pack
+from fastres.backends.triton.pack import Packed
 from fastres.errors import UnsupportedError
 from fastres.graph.capture import capture
+from fastres.graph.ir import Graph
 from fastres.options import Input
 
 CPU = torch.device("cpu")
@@ -23,16 +24,49 @@ def network(scale: float) -> nn.Module:
 
 def test_layout_and_dtypes() -> None:
     model = network(1.0)
-    packed = pack(capture(model, [Input((1, 4, 4, 4))]).graph, torch.bfloat16, CPU)
+    packed = Packed(capture(model, [Input((1, 4, 4, 4))]).graph, torch.bfloat16, CPU)
     weight = model.state_dict()["0.weight"]
-    assert packed["0.weight"].shape == (6, 3, 3, 2) and packed["0.weight"].is_contiguous()
-    assert torch.equal(packed["0.weight"].permute(0, 3, 1, 2), weight.bfloat16())
-    assert packed["2.weight"].dtype == torch.bfloat16
-    assert packed["0.bias"].dtype == packed["2.bias"].dtype == torch.float32
+    filters, rows = packed.filters("0.weight"), packed.rows("2.weight")
+    assert filters.shape == (6, 3, 3, 2) and filters.is_contiguous()
+    assert torch.equal(filters.permute(0, 3, 1, 2), weight.bfloat16())
+    assert torch.equal(packed.matrix("0.weight"), filters.flatten(1))
+    assert rows.dtype == torch.bfloat16 and rows.shape == (5, 24)
+    bias = packed.bias(["0.bias"])
+    assert bias is not None and bias.dtype == torch.float32
+
+
+def test_made_once_and_only_what_is_asked_for() -> None:
+    packed = Packed(capture(network(1.0), [Input((1, 4, 4, 4))]).graph, torch.float16, CPU)
+    assert packed.nbytes == 0
+    assert packed.filters("0.weight") is packed.filters("0.weight")
+    assert packed.matrix("0.weight").data_ptr() == packed.filters("0.weight").data_ptr()
+    assert packed.nbytes == 2 * 6 * 2 * 9
+
+
+def test_a_projection_stands_behind_the_filters_and_biases_are_summed() -> None:
+    model = nn.ModuleDict({"a": nn.Conv2d(4, 6, 3), "b": nn.Conv2d(8, 6, 1)})
+    constants = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    graph = Graph((), (), (), constants, "")
+    packed = Packed(graph, torch.float16, CPU)
+    matrix = packed.matrix("a.weight", "b.weight")
+    assert matrix.shape == (6, 36 + 8)
+    assert torch.equal(matrix[:, :36], packed.matrix("a.weight"))
+    assert torch.equal(matrix[:, 36:], constants["b.weight"].half().flatten(1))
+    total = packed.bias(["a.bias", "b.bias"])
+    assert torch.equal(total, (constants["a.bias"].double() + constants["b.bias"].double()).float())
+    assert packed.bias([]) is None and packed.bias([None]) is None
+    assert torch.equal(packed.bias(["a.bias", None]), constants["a.bias"])
+
+
+def test_weights_to_compile_for_take_no_memory() -> None:
+    packed = Packed(
+        capture(network(1.0), [Input((1, 4, 4, 4))]).graph, torch.float16, torch.device("meta")
+    )
+    assert packed.filters("0.weight").is_meta
 
 
 def test_weights_beyond_fp16_are_refused() -> None:
     graph = capture(network(1e7), [Input((1, 4, 4, 4))]).graph
-    pack(graph, torch.bfloat16, CPU)
+    Packed(graph, torch.bfloat16, CPU)
     with pytest.raises(UnsupportedError, match="exceed fp16's 65504; use precision='bf16'"):
-        pack(graph, torch.float16, CPU)
+        Packed(graph, torch.float16, CPU)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import cache
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -9,14 +13,21 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.backends.triton.lower import make_plan, refusals
-from fastres.backends.triton.plan import LaunchConv2d, LaunchLinear, LoadInput, Plan
-from fastres.backends.triton.regions import shortcuts
+from fastres.backends.triton.plan import (
+    LaunchBoxConv2d,
+    LaunchChain,
+    LaunchConv2d,
+    LaunchLinear,
+    LoadInput,
+    Plan,
+)
+from fastres.backends.triton.regions import boundaries, projections, shortcuts
 from fastres.graph.capture import capture
-from fastres.graph.ir import Graph
+from fastres.graph.ir import Conv2d, Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.cost import Target
 
-HOPPER = Target.typical(90)
+HOPPER, AMPERE = Target.typical(90), Target.typical(80)
 
 
 def graph_of(model: nn.Module, size: int = 32) -> Graph:
@@ -26,7 +37,7 @@ def graph_of(model: nn.Module, size: int = 32) -> Graph:
 def test_one_launch_per_convolution_and_no_shortcut_node_runs() -> None:
     graph = graph_of(fastres.models.cifar_resnet(20, shortcut="A"))
     assert refusals(graph) == ()
-    plan = make_plan(graph, ((4, 3, 32, 32),), "fp16", HOPPER)
+    plan = make_plan(graph, ((4, 3, 32, 32),), "fp16", AMPERE)
     assert sum(isinstance(step, LaunchConv2d) for step in plan.steps) == 19
     assert len(plan.steps) == 19 + 3  # load, global pool, linear
     views = [s.shortcut for s in plan.steps if isinstance(s, LaunchConv2d) and s.shortcut]
@@ -79,3 +90,91 @@ def test_what_has_no_kernel_is_named() -> None:
     graph = graph_of(fastres.models.preact_resnet(20))
     reasons = {type(graph[r.node].op).__name__ for r in refusals(graph)}
     assert reasons == {"BatchNorm"}
+
+
+@cache
+def bottleneck(version: Any, size: int = 224) -> Graph:
+    weights = fastres.models.resnet50(version=version, seed=0).state_dict()
+    image = fastres.Input((1, 3, size, size))
+    return optimise(fastres.build(weights, version=version, inputs=image))
+
+
+@pytest.mark.parametrize("version", ["v1", "v1.5"])
+def test_boundaries_cover_every_block_of_resnet50(version: Any) -> None:
+    graph = bottleneck(version)
+    found = boundaries(graph)
+    assert len(found) == 16
+    assert sum(b.projection is not None for b in found) == 4
+    # v1 strides in the first 1x1 of a stage: nothing follows on the same pixels there
+    assert sum(b.following is not None for b in found) == (15 if version == "v1.5" else 12)
+    covered = [node.name for b in found for node in b.nodes]
+    assert len(covered) == len(set(covered))
+    assert set(projections(graph)) == {f"layer{i}.0.conv3" for i in range(1, 5)}
+
+
+@pytest.mark.parametrize(("precision", "chained"), [("fp16", True), ("tf32", False)])
+def test_hopper_runs_chains_and_boxes(precision: Any, chained: bool) -> None:
+    plan = make_plan(bottleneck("v1.5"), ((256, 3, 224, 224),), precision, HOPPER)
+    kinds = Counter(type(step).__name__ for step in plan.steps)
+    assert kinds["LaunchConv2d"] == 1  # the stem, of three channels
+    assert (kinds["LaunchChain"] > 0) == chained
+    chains = [step for step in plan.steps if isinstance(step, LaunchChain)]
+    apart = sum(3 if s.next_target else 2 for s in chains) + sum(
+        s.projection is not None for s in chains
+    )
+    merged = [s for s in plan.steps if isinstance(s, LaunchBoxConv2d) and s.projection]
+    assert kinds["LaunchBoxConv2d"] + len(merged) + apart == 52
+    reasons = [c.others.get("chain", "") for c in plan.choices]
+    assert any("256 channels" in r or "tf32 is not chained" in r for r in reasons)
+
+
+def test_full_precision_and_older_gpus_run_through_pointers() -> None:
+    graph = bottleneck("v1.5")
+    for precision, target in (("fp32", HOPPER), ("fp16", AMPERE)):
+        plan = make_plan(graph, ((1, 3, 224, 224),), precision, target)
+        kinds = Counter(type(step).__name__ for step in plan.steps)
+        assert kinds["LaunchConv2d"] == 53 and kinds["LaunchBoxConv2d"] == kinds["LaunchChain"] == 0
+
+
+def test_every_choice_says_what_else_there_was() -> None:
+    plan = make_plan(bottleneck("v1.5"), ((256, 3, 224, 224),), "fp16", HOPPER)
+    chosen = {name for choice in plan.choices for name in choice.nodes}
+    convolutions = {node.name for node in bottleneck("v1.5") if isinstance(node.op, Conv2d)}
+    assert convolutions <= chosen
+    assert all(choice.others and choice.microseconds > 0 for choice in plan.choices[:16])
+
+
+def test_small_grids_split_their_depth_and_get_scratch_memory() -> None:
+    plan = make_plan(bottleneck("v1.5"), ((1, 3, 224, 224),), "fp16", HOPPER)
+    split = [s for s in plan.steps if isinstance(s, LaunchBoxConv2d) and s.workspace]
+    assert split
+    for step in split:
+        place = plan.places[step.workspace]
+        assert place.dtype == "float32" and step.tile.split_k > 1
+
+
+class Blocks(nn.Module):
+    """Things that look like a bottleneck's end and are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 64, 3, 1, 1),
+            nn.Conv2d(64, 64, 1),
+            nn.Conv2d(64, 64, 3, 1, 1),
+        )
+        self.d = nn.Conv2d(3, 64, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a = self.a(x).relu()
+        shared = (self.b(a) + self.d(x)).relu()  # somebody else reads a as well
+        projected = self.d(x).relu()  # an activation of its own
+        return shared, (self.c(a) + projected).relu(), a
+
+
+def test_what_is_no_boundary_and_no_projection() -> None:
+    graph = graph_of(Blocks())
+    assert boundaries(graph) == []
+    assert all(node.op.epilogue.activation is None for node in projections(graph).values())
+    plan = make_plan(graph, ((1, 3, 32, 32),), "fp16", HOPPER)
+    assert not any(isinstance(step, LaunchChain) for step in plan.steps)

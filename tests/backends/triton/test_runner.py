@@ -13,7 +13,7 @@ from msgspec import structs
 import fastres
 from fastres.backends.triton.backend import TritonExecutable, bucket
 from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.pack import pack
+from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.run import PlanRunner
 from fastres.errors import OutOfMemory
 from fastres.graph.architecture import ResNetSpec
@@ -39,7 +39,7 @@ def small_graph() -> Graph:
 def runner_of(batch: int, record: Callable[..., Callable[[], None]] | None = None) -> PlanRunner:
     graph = small_graph()
     plan = make_plan(graph, ((batch, 3, 8, 8),), "fp32", Target(90, 1))
-    return PlanRunner(plan, pack(graph, torch.float32, CPU), CPU, record)
+    return PlanRunner(plan, Packed(graph, torch.float32, CPU), CPU, record)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,306 @@
+"""In which form a convolution runs, alone or with its neighbours: reckoned, and written down.
+
+A form is a kernel with a tile. On sm_90 and newer, what the copy engine can take goes through it.
+Whether a projection is merged into the last 1x1, and whether a whole bottleneck boundary becomes
+one kernel, is decided by the sum of the estimates. A recorded plan decides in their stead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fastres.backends.triton.plan import (
+    AnyStep,
+    Choice,
+    LaunchBoxConv2d,
+    LaunchChain,
+    LaunchConv2d,
+    LaunchLinear,
+)
+from fastres.backends.triton.regions import Boundary
+from fastres.errors import ArtifactError
+from fastres.graph.ir import Conv2d, Graph, Node
+from fastres.kernels import boxes, chain_tiles, tiles
+from fastres.kernels.boxes import BoxTile, Projection
+from fastres.kernels.chain_tiles import ChainShape, ChainTile
+from fastres.kernels.conv2d_tma import refusal as box_refusal
+from fastres.kernels.cost import Target
+from fastres.kernels.geometry import ConvShape
+from fastres.kernels.tiles import ConvTile
+from fastres.options import DTYPE_OF, Precision, Sizes
+
+Kind = Literal["pointers", "boxes", "chain", "chain without the next 1x1", "kernels of their own"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to run some nodes, and its estimated time.
+
+    Args:
+        tile: None where several kernels with tiles of their own are meant.
+    """
+
+    kind: Kind
+    tile: ConvTile | BoxTile | ChainTile | None
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.kind if self.tile is None else f"{self.kind} {self.tile}"
+
+
+class Reckoner:
+    """Chooses forms for one graph, one set of shapes and one target, and keeps the reckoning.
+
+    Args:
+        shapes: of every value of the graph.
+        recorded: a plan's steps by node, whose forms are taken over; None to choose.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        shapes: Mapping[str, Sizes],
+        precision: Precision,
+        target: Target,
+        recorded: Mapping[str, AnyStep] | None = None,
+    ) -> None:
+        self.choices: list[Choice] = []
+        self._graph = graph
+        self._shapes = shapes
+        self._precision = precision
+        self._dtype = DTYPE_OF[precision]
+        self._target = target
+        self._recorded = recorded
+
+    def shape(self, node: Node) -> ConvShape:
+        """The sizes of a node that is a Conv2d."""
+        op = node.op
+        assert isinstance(op, Conv2d)
+        n, c, h, w = self._shapes[node.inputs[0]]
+        k, _, r, s = self._graph.constants[node.params["weight"]].shape
+        return ConvShape(n, h, w, c, k, r, s, op.stride, op.padding, op.dilation, op.groups)
+
+    def linear(self, node: Node) -> ConvTile:
+        """The tile of a linear layer: a 1x1 convolution of a 1x1 picture."""
+        k, c = self._graph.constants[node.params["weight"]].shape
+        shape = ConvShape(self._shapes[node.name][0], 1, 1, c, k, 1, 1)
+        if self._recorded is not None:
+            step = self._recorded.get(node.name)
+            if not isinstance(step, LaunchLinear):
+                raise _strange(node)
+            return self._checked(node, step.tile)
+        form = self._pointers(shape)
+        self.choices.append(_choice((node,), form, {}))
+        assert isinstance(form.tile, ConvTile)
+        return form.tile
+
+    def convolution(self, node: Node, *, plain: bool, projection: Node | None = None) -> Form:
+        """The form of a convolution that runs for itself, or with a projection merged into it.
+
+        Args:
+            plain: whether its residual, if any, is a whole tensor: no view of another one.
+        """
+        if self._recorded is not None:
+            return self._recorded_form(node, plain, projection)
+        form, others = self._convolution(node, plain, projection)
+        nodes = (node,) if projection is None else (projection, node)
+        self.choices.append(_choice(nodes, form, others))
+        return form
+
+    def merges(self, node: Node, projection: Node) -> bool:
+        """Whether a projection runs within the convolution that adds it."""
+        if self._recorded is not None:
+            step = self._recorded.get(node.name)
+            return isinstance(step, LaunchBoxConv2d) and step.projection is not None
+        if self._box_reason(node, True, projection) is not None:
+            return False
+        merged, _ = self._convolution(node, True, projection)
+        alone, _ = self._convolution(node, True, None)
+        apart, _ = self._convolution(projection, True, None)
+        return merged.seconds <= alone.seconds + apart.seconds
+
+    def chains(self, boundary: Boundary) -> tuple[Boundary, ChainTile] | None:
+        """The boundary that becomes one kernel, and its tile; None if it stays several.
+
+        It may be shorter than the one given: without the next block's first 1x1.
+        """
+        if self._recorded is not None:
+            return self._recorded_chain(boundary)
+        apart = self._apart(boundary)
+        ways: list[tuple[Form, Boundary | None]] = [(apart, None)]
+        others: dict[str, str] = {}
+        for candidate in (boundary, boundary.shorter):
+            if candidate is None:
+                continue
+            reason = self._chain_reason(candidate)
+            if reason is None:
+                chain, rest = self._chain(candidate), self._rest(boundary, candidate)
+                ways.append((replace(chain, seconds=chain.seconds + rest), candidate))
+            else:
+                others[_kind(candidate)] = reason
+        taken, chained = min(ways, key=lambda way: way[0].seconds)
+        others.update((str(form), _time(form)) for form, _ in ways if form is not taken)
+        self.choices.append(_choice(boundary.nodes, taken, others))
+        if chained is None:
+            return None
+        assert isinstance(taken.tile, ChainTile)
+        return chained, taken.tile
+
+    def _chain(self, boundary: Boundary) -> Form:
+        shape, size = self.chain_shape(boundary), self._dtype.itemsize
+        tile = chain_tiles.choose_chain_tile(shape, size, self._target)
+        return Form(
+            _kind(boundary), tile, chain_tiles.chain_seconds(tile, shape, size, self._target)
+        )
+
+    def _rest(self, whole: Boundary, part: Boundary) -> float:
+        """Seconds of what a shorter boundary leaves out."""
+        if whole.following is None or part.following is not None:
+            return 0.0
+        return self._convolution(whole.following, True, None)[0].seconds
+
+    def _recorded_chain(self, boundary: Boundary) -> tuple[Boundary, ChainTile] | None:
+        step = (self._recorded or {}).get(boundary.conv3.name)
+        if not isinstance(step, LaunchChain):
+            return None
+        chained = boundary if step.next_target is not None else boundary.shorter or boundary
+        size = self._dtype.itemsize
+        if self._chain_reason(chained) is not None or not chain_tiles.is_valid(
+            step.tile, self.chain_shape(chained), size, self._target
+        ):
+            raise _strange(boundary.conv3)
+        return chained, step.tile
+
+    def chain_shape(self, boundary: Boundary) -> ChainShape:
+        """The sizes of a boundary as one kernel.
+
+        Raises:
+            ValueError: no chain has them.
+        """
+        conv2, conv3 = self.shape(boundary.conv2), self.shape(boundary.conv3)
+        next_mid = projected = 0
+        shortcut_stride = 1
+        if boundary.following is not None:
+            next_mid = self.shape(boundary.following).k
+        if boundary.projection is not None:
+            projection = self.shape(boundary.projection)
+            projected, shortcut_stride = projection.c, projection.stride[0]
+            if projection.stride[0] != projection.stride[1]:
+                raise ValueError(f"the projection's stride is {projection.stride}")
+        if conv2.c != conv2.k:
+            raise ValueError(f"the 3x3 leads from {conv2.c} to {conv2.k} channels")
+        return ChainShape(
+            conv2.n,
+            conv2.h,
+            conv2.w,
+            conv2.c,
+            conv3.k,
+            next_mid,
+            projected,
+            conv2.stride[0],
+            shortcut_stride,
+        )
+
+    def _chain_reason(self, boundary: Boundary) -> str | None:
+        if self._dtype.itemsize != 2:
+            return f"{self._precision} is not chained, only fp16 and bf16"
+        try:
+            shape = self.chain_shape(boundary)
+        except ValueError as error:
+            return str(error)
+        return chain_tiles.refusal(shape, self._dtype.itemsize, self._target)
+
+    def _apart(self, boundary: Boundary) -> Form:
+        """The same nodes as kernels of their own."""
+        seconds = self._convolution(boundary.conv2, True, None)[0].seconds
+        projection = boundary.projection
+        if projection is not None and self.merges(boundary.conv3, projection):
+            seconds += self._convolution(boundary.conv3, True, projection)[0].seconds
+        else:
+            seconds += self._convolution(boundary.conv3, True, None)[0].seconds
+            if projection is not None:
+                seconds += self._convolution(projection, True, None)[0].seconds
+        if boundary.following is not None:
+            seconds += self._convolution(boundary.following, True, None)[0].seconds
+        return Form("kernels of their own", None, seconds)
+
+    def _convolution(
+        self, node: Node, plain: bool, projection: Node | None
+    ) -> tuple[Form, dict[str, str]]:
+        pointers = self._pointers(self.shape(node)) if projection is None else None
+        reason = self._box_reason(node, plain, projection)
+        if reason is not None:
+            assert pointers is not None
+            return pointers, {"boxes": reason}
+        boxed = self._boxes(node, projection)
+        # a rule until a GPU has been asked: the estimates of the two forms are not of one making
+        return boxed, {str(pointers): _time(pointers)} if pointers is not None else {}
+
+    def _pointers(self, shape: ConvShape) -> Form:
+        size, tensor_cores = self._dtype.itemsize, self._precision != "fp32"
+        tile = tiles.choose_conv_tile(shape.gemm, size, self._target, tensor_cores=tensor_cores)
+        seconds = tiles.conv_seconds(tile, shape.gemm, size, self._target, tensor_cores)
+        return Form("pointers", tile, seconds)
+
+    def _boxes(self, node: Node, projection: Node | None) -> Form:
+        shape, size = self.shape(node), self._dtype.itemsize
+        merged = self._projection(projection)
+        tile = boxes.choose_box_tile(shape, size, self._target, merged)
+        op = node.op
+        assert isinstance(op, Conv2d)
+        residual = op.epilogue.residual and projection is None
+        seconds = boxes.box_seconds(tile, shape, size, self._target, merged, residual=residual)
+        return Form("boxes", tile, seconds)
+
+    def _projection(self, node: Node | None) -> Projection | None:
+        if node is None:
+            return None
+        shape = self.shape(node)
+        return Projection(shape.c, shape.stride)
+
+    def _box_reason(self, node: Node, plain: bool, projection: Node | None) -> str | None:
+        if not plain:
+            return "its residual is a strided view of another tensor (shortcut A)"
+        return box_refusal(
+            self.shape(node),
+            self._dtype,
+            self._target,
+            self._projection(projection),
+            allow_tf32=self._precision == "tf32",
+        )
+
+    def _recorded_form(self, node: Node, plain: bool, projection: Node | None) -> Form:
+        step = (self._recorded or {}).get(node.name)
+        if isinstance(step, LaunchConv2d) and projection is None:
+            return Form("pointers", self._checked(node, step.tile), 0.0)
+        if isinstance(step, LaunchBoxConv2d) and not self._box_reason(node, plain, projection):
+            size, merged = self._dtype.itemsize, self._projection(projection)
+            if not boxes.tile_refusal(step.tile, self.shape(node), size, self._target, merged):
+                return Form("boxes", step.tile, 0.0)
+        raise _strange(node)
+
+    def _checked(self, node: Node, tile: ConvTile) -> ConvTile:
+        if not tiles.is_valid(tile, self._dtype.itemsize, self._precision != "fp32", self._target):
+            raise _strange(node)
+        return tile
+
+
+def _kind(boundary: Boundary) -> Kind:
+    return "chain" if boundary.following is not None else "chain without the next 1x1"
+
+
+def _choice(nodes: tuple[Node, ...], taken: Form, others: dict[str, str]) -> Choice:
+    return Choice(tuple(n.name for n in nodes), str(taken), 1e6 * taken.seconds, others)
+
+
+def _time(form: Form) -> str:
+    return f"{1e6 * form.seconds:.1f} us"
+
+
+def _strange(node: Node) -> ArtifactError:
+    return ArtifactError(
+        f"a stored plan has a form or a tile for {node.name} that it cannot have: copy the engine "
+        "anew"
+    )
