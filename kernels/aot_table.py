@@ -11,8 +11,10 @@ import torch
 
 from fastres.kernels.aot import MATRIX, TYPES, compile_launch, fits
 from fastres.kernels.bottleneck_chain import chain_launch
+from fastres.kernels.boxes import Projection, choose_box_tile
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.conv2d_tma import conv2d_tma_launches, conv2d_tma_workspace
 from fastres.kernels.cost import Target
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import ConvShape, PoolShape
@@ -117,12 +119,54 @@ def chain_cases(sm: int) -> Iterator[CompileCase]:
         yield _chain_case(name, replace(_CHAINS[name], n=1), torch.float16, sm)
 
 
+@dataclass(frozen=True)
+class _Boxes:
+    shape: ConvShape  # of batch 0
+    projection: Projection | None = None
+    residual: bool = False
+
+
+def _boxes_of_stage(stage: int, mid: int, size: int, c: int, stride: int) -> dict[str, _Boxes]:
+    """The convolutions of one stage of ResNet-50 v1.5, without those that differ in depth only."""
+    after, step = size // stride, (stride, stride)
+    same, last = ((1, 1), (1, 1)), ConvShape(0, after, after, mid, 4 * mid, 1, 1)
+    head = ConvShape(0, size, size, mid, mid, 3, 3, step, (1, 1))
+    boxes = {f"layer{stage}.0.conv2": _Boxes(head)} if stride > 1 else {}
+    return boxes | {
+        f"layer{stage}.0.conv3+downsample": _Boxes(last, Projection(c, step)),
+        f"layer{stage}.1.conv1": _Boxes(ConvShape(0, after, after, 4 * mid, mid, 1, 1)),
+        f"layer{stage}.1.conv2": _Boxes(ConvShape(0, after, after, mid, mid, 3, 3, *same)),
+        f"layer{stage}.1.conv3": _Boxes(last, residual=True),
+    }
+
+
+_BOXES = {
+    **_boxes_of_stage(1, 64, 56, 64, 1),
+    **_boxes_of_stage(2, 128, 56, 256, 2),
+    **_boxes_of_stage(3, 256, 28, 512, 2),
+    **_boxes_of_stage(4, 512, 14, 1024, 2),
+}
+
+
+def conv2d_tma_cases(sm: int) -> Iterator[CompileCase]:
+    """ResNet-50's convolutions after the stem at batch 256 and 1; none below sm_90."""
+    if sm < 90:
+        return
+    for n in (256, 1):
+        for name, boxes in _BOXES.items():
+            yield from _conv2d_tma_cases(name, boxes, n, torch.float16, sm)
+    for name in ("layer2.0.conv2", "layer2.1.conv3"):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield from _conv2d_tma_cases(name, _BOXES[name], 256, dtype, sm)
+
+
 def all_cases(sm: int) -> Iterator[CompileCase]:
     """Every family's cases for one target."""
     yield from conv2d_cases(sm)
     yield from pool_cases()
     yield from linear_cases()
     yield from chain_cases(sm)
+    yield from conv2d_tma_cases(sm)
 
 
 def _conv2d_case(
@@ -174,6 +218,36 @@ def _chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> Co
         target=Target.typical(sm),
     )
     return CompileCase(f"{name}.chain-b{n}-{TYPES[dtype]}", launch)
+
+
+def _conv2d_tma_cases(
+    name: str, boxes: _Boxes, n: int, dtype: torch.dtype, sm: int
+) -> Iterator[CompileCase]:
+    """One case, and one for the sum of the parts where the depth is split."""
+    shape, projection, target = replace(boxes.shape, n=n), boxes.projection, Target.typical(sm)
+    y_sizes, depth, x2 = (n, shape.p, shape.q, shape.k), shape.r * shape.s * shape.c, None
+    if projection is not None:
+        step, depth = projection.stride[0], depth + projection.channels
+        x2 = _meta(n, step * shape.p, step * shape.q, projection.channels, dtype=dtype)
+    tile = choose_box_tile(shape, dtype.itemsize, target, projection)
+    launches = conv2d_tma_launches(
+        _meta(n, shape.h, shape.w, shape.c, dtype=dtype),
+        _meta(shape.k, depth, dtype=dtype),
+        _meta(shape.k, dtype=torch.float32),
+        _meta(*y_sizes, dtype=dtype) if boxes.residual else None,
+        _meta(*y_sizes, dtype=dtype),
+        shape=shape,
+        target=target,
+        x2=x2,
+        stride2=(1, 1) if projection is None else projection.stride,
+        activation="relu",
+        tile=tile,
+        workspace=_meta(conv2d_tma_workspace(shape, tile) // 4, dtype=torch.float32),
+        allow_tf32=dtype == torch.float32,
+    )
+    kind = "tf32" if dtype == torch.float32 else TYPES[dtype]
+    for launch, part in zip(launches, ("", ".sum"), strict=False):
+        yield CompileCase(f"{name}.boxes{part}-b{n}-{kind}", launch)
 
 
 def _meta(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

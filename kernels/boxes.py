@@ -1,14 +1,17 @@
 """Boxes of pixels for the descriptor kernels: which tiles are valid, and which to take.
 
-The copy engine (TMA) brings a box of pixels [tn, th, tw, channels] at a time, fills with zeros what
-lies outside the tensor and drops what is stored there, so a box may stick out anywhere; what it does
-beyond the picture is waste. As in `tiles`, the choice is a pure function of sizes and target.
+The copy engine (TMA) brings a box of pixels [tn, th, tw, channels] at a time, fills with zeros
+what lies outside the tensor and drops what is stored there. So a box may stick out anywhere; what
+it does beyond the picture is waste. As in `tiles`, the choice is a pure function of sizes and
+target.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+
+import torch
 
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, Pair
@@ -18,6 +21,7 @@ _TILE_OVERHEAD = 1.5e-6  # seconds to fill the pipeline and to drain the epilogu
 _SECOND_KERNEL = 2.0e-6  # seconds that the kernel which sums the parts of a split adds by itself
 _REGISTERS = 65_536  # of one SM, 32 bits each
 _RESERVED = 1024  # bytes of shared memory the driver takes from each block
+_BARRIERS = 2048  # bytes of shared memory for barriers and alignment
 _BLOCK_LIMIT = 256  # the copy engine's limit on each side of a box
 
 
@@ -93,10 +97,11 @@ class BoxTile:
         return (self.pixels + self.block_n) * self.block_k * itemsize
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Upper bound of the shared memory: the operands of every stage, or the staged result."""
+        """Upper bound of the shared memory: operands of every stage, the result on its way out."""
+        operands = self.num_stages * self.stage_bytes(itemsize)
         result = self.pixels * self.block_n * (4 if self.split_k > 1 else itemsize)
-        # a residual is staged beside the result; barriers take 8 bytes a stage and operand
-        return max(self.num_stages * self.stage_bytes(itemsize), 2 * result) + 256
+        # the result leaves while the next tile is under way; a residual takes the operands' place
+        return max(operands, result) + result + _BARRIERS
 
     def accumulators(self) -> int:
         """fp32 registers a thread holds for the result."""
@@ -124,9 +129,43 @@ def walk_shape(shape: ConvShape, projection: Projection | None = None) -> ConvSh
     """
     if (shape.r, shape.s, shape.padding) != (1, 1, (0, 0)):
         return shape
-    every = shape.stride == (1, 1) and (projection is None or projection.stride == (1, 1))
+    every = shape.n > 0 and shape.stride == (1, 1)
+    every &= projection is None or projection.stride == (1, 1)
     sizes = (1, 1, shape.n * shape.p * shape.q) if every else (shape.n, shape.p, shape.q)
     return ConvShape(*sizes, shape.c, shape.k, 1, 1)
+
+
+def refusal(
+    shape: ConvShape,
+    dtype: torch.dtype,
+    target: Target,
+    projection: Projection | None = None,
+    *,
+    allow_tf32: bool = False,
+) -> str | None:
+    """Why no tile of the descriptor kernel can run this convolution; None when one can.
+
+    A planner then falls back to the pointer kernel, which takes every convolution.
+    """
+    if target.sm < 90:
+        return f"sm_{target.sm} has no copy engine for boxes, expected sm_90 or newer"
+    if dtype == torch.float32 and not allow_tf32:
+        return "fp32 in full precision does not run on tensor cores, expected allow_tf32"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype is {dtype}, expected fp16, bf16 or fp32"
+    if shape.groups != 1:
+        return f"groups is {shape.groups}, expected 1"
+    if shape.c % 16 or (projection is not None and projection.channels % 16):
+        channels = shape.c if projection is None else (shape.c, projection.channels)
+        return f"input channels are {channels}, expected multiples of 16, a step of the K-loop"
+    if shape.k % 8:
+        return f"output channels are {shape.k}, expected a multiple of 8 for aligned strides"
+    walk = walk_shape(shape, projection)
+    if walk.stride not in ((1, 1), (2, 2)):
+        return f"stride is {shape.stride}, expected (1, 1) or (2, 2)"
+    if walk.stride == (2, 2) and (shape.h % 2 or shape.w % 2):
+        return f"stride is 2 over {shape.h}x{shape.w} pixels, expected even numbers"
+    return None
 
 
 def tile_refusal(
@@ -157,7 +196,6 @@ def tile_refusal(
 
 # ---------------------------------------------------------------- the choice
 
-
 _BLOCKS = (  # pixels, block_n, num_warps
     (256, 128, 8),
     (128, 256, 8),
@@ -173,7 +211,7 @@ _BLOCKS = (  # pixels, block_n, num_warps
     (32, 64, 4),
     (16, 64, 4),
 )
-_STAGES = (4, 3, 6, 2)
+_STAGES = (4, 3, 6, 2, 1)
 _SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 
 
@@ -197,6 +235,7 @@ def box_candidates(
         replace(tile, programs_per_sm=_resident(tile, itemsize, target))
         for tile in tiles
         if tile_refusal(tile, shape, itemsize, target, projection) is None
+        and min(2, longest := max(_parts(tile, shape, projection))) <= tile.num_stages <= longest
     ]
 
 
@@ -226,15 +265,14 @@ def box_seconds(
     """Estimated time: max(device memory, tiles of the busiest SM) + draining + summing the parts.
 
     A tile takes the longest of its arithmetic, its traffic from L2 to shared memory (waste
-    included), and the latency of its steps, as many of which overlap as there are stages. It ranks
+    included), and the latency of its steps, of which as many overlap as there are stages. It ranks
     tiles, and this form of a convolution against others; it predicts no times.
 
     Args:
         residual: whether a residual is read.
     """
     walk = walk_shape(shape, projection)
-    steps = sum(_steps(tile, shape, projection))
-    part = steps // tile.split_k
+    part = sum(_parts(tile, shape, projection))
     tiles = _cdiv(tile.tiles(walk), target.sm_count)  # of the busiest SM
     resident = min(tile.programs_per_sm, max(1, tiles))
 
@@ -242,12 +280,15 @@ def box_seconds(
     products = 2 * max(64, tile.pixels) * tile.block_n * tile.block_k * part
     arithmetic = products / (target.fp16_flops * 2 / itemsize)
     loads = part * tile.stage_bytes(itemsize) / target.l2_bytes
-    latency = part * _LATENCY / (tile.num_stages * resident)
+    ahead = max(1, min(tile.num_stages - 1, part))  # one stage is being multiplied
+    latency = part * _LATENCY / (ahead * resident)
     drains = _cdiv(tiles, resident) * _TILE_OVERHEAD
 
     m = shape.n * shape.p * shape.q
     x = walk.n * walk.h * walk.w * shape.c + (m * projection.channels if projection else 0)
-    operands = x + shape.k * steps * tile.block_k + m * shape.k * (2 if residual else 1)
+    operands = (
+        x + shape.k * part * tile.split_k * tile.block_k + m * shape.k * (2 if residual else 1)
+    )
     memory = operands * itemsize / target.dram_bytes
     seconds = max(memory, tiles * max(arithmetic, loads, latency)) + drains
     if tile.split_k > 1:  # written once and read once, through L2
@@ -267,6 +308,11 @@ def _steps(tile: BoxTile, shape: ConvShape, projection: Projection | None) -> li
     return [tap * c // tile.block_k for tap, c in zip(taps, channels, strict=False)]
 
 
+def _parts(tile: BoxTile, shape: ConvShape, projection: Projection | None) -> list[int]:
+    """As `_steps`, of one part of a split depth."""
+    return [steps // tile.split_k for steps in _steps(tile, shape, projection)]
+
+
 def _depth(channels: list[int], itemsize: int) -> int:
     """The depth block: the most of 128 bytes, the copy engine's widest row, that divides all."""
     for block in (64, 32, 16):
@@ -279,9 +325,7 @@ def _depth(channels: list[int], itemsize: int) -> int:
 def _best_box(pixels: int, walk: ConvShape) -> tuple[int, int, int]:
     """The box of least waste; then of least input, then nearest to a row."""
     sides = [1 << i for i in range(pixels.bit_length())]
-    boxes = [
-        (pixels // (th * tw), th, tw) for th in sides for tw in sides if th * tw <= pixels
-    ]
+    boxes = [(pixels // (th * tw), th, tw) for th in sides for tw in sides if th * tw <= pixels]
 
     def waste(box: tuple[int, int, int]) -> tuple[int, ...]:
         tn, th, tw = box

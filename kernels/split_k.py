@@ -131,4 +131,5 @@ def sum_parts_launch(
         },
         num_warps=4,
         num_stages=2,
+        cost=sum_parts_cost(count, m, k, out.element_size(), residual=residual is not None),
     )

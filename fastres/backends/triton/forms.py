@@ -24,8 +24,8 @@ from fastres.errors import ArtifactError
 from fastres.graph.ir import Conv2d, Graph, Node
 from fastres.kernels import boxes, chain_tiles, tiles
 from fastres.kernels.boxes import BoxTile, Projection
+from fastres.kernels.boxes import refusal as box_refusal
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
-from fastres.kernels.conv2d_tma import refusal as box_refusal
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.tiles import ConvTile

@@ -1,0 +1,103 @@
+"""The jit form of `fastres.kernels.conv2d_tma`: what each program does with its tiles."""
+
+import triton
+import triton.language as tl
+
+from fastres.kernels.epilogue_jit import apply_epilogue
+
+
+@triton.jit
+def _add_product(acc, weight, pixels, INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """acc + weight . pixels.T for weight [BLOCK_N, BLOCK_K] and pixels [BLOCK_M, BLOCK_K]."""
+    if WIDEN:
+        weight = weight.to(tl.float32)
+        pixels = pixels.to(tl.float32)
+    return tl.dot(weight, pixels.T, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def conv2d_tma_kernel(
+    x,  # descriptors: [N, H, W, C], or [N, H/2, 2, W/2, 2C] for a stride of 2
+    x2,  # [N, P, Q, C2]
+    weight,  # [K, R*S*C + C2]
+    bias_ptr,
+    residual,  # [N, P, Q, K]
+    y,  # [N, P, Q, K], or [SPLIT_K, N, P, Q, K] of fp32
+    TILES,
+    BOXES_N,
+    BOXES_P,
+    BOXES_Q,
+    C: tl.constexpr,
+    C2: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
+    BOX_N: tl.constexpr,
+    BOX_P: tl.constexpr,
+    BOX_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = R * S * C // BLOCK_K // SPLIT_K
+    STEPS2: tl.constexpr = C2 // BLOCK_K // SPLIT_K
+
+    # A fixed number of programs walks over the tiles. Channel tiles run fastest: programs side by
+    # side share their pixels in L2, and with the next box the weights, which all fit there. Parts
+    # of a split run slowest: programs side by side are at the same depth of the weights.
+    tile = tl.program_id(0)
+    while tile < TILES:
+        k0 = tile % TILES_N * BLOCK_N
+        box = tile // TILES_N
+        q0 = box % BOXES_Q * BOX_Q
+        p0 = box // BOXES_Q % BOXES_P * BOX_P
+        image = box // BOXES_Q // BOXES_P
+        n0 = image % BOXES_N * BOX_N
+        part = image // BOXES_N
+
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for i in range(STEPS):
+            step = part * STEPS + i
+            tap = step // (C // BLOCK_K)
+            c = step % (C // BLOCK_K) * BLOCK_K
+            h = tap // S * DILATION_H
+            w = tap % S * DILATION_W
+            if STRIDE == 1:
+                a = x.load([n0, p0 + h - PAD_H, q0 + w - PAD_W, c])
+            else:
+                # row 2p + h - PAD = 2 (p + (h + PAD) // 2 - PAD) + (h + PAD) % 2
+                ph = p0 + (h + PAD_H) // 2 - PAD_H
+                qw = q0 + (w + PAD_W) // 2 - PAD_W
+                a = x.load([n0, ph, (h + PAD_H) % 2, qw, (w + PAD_W) % 2 * C + c])
+            b = weight.load([k0, step * BLOCK_K])
+            acc = _add_product(acc, b, a.reshape(BLOCK_M, BLOCK_K), INPUT_PRECISION, WIDEN)
+        if x2 is not None:
+            for i in range(STEPS2):
+                c = (part * STEPS2 + i) * BLOCK_K
+                a = x2.load([n0, p0, q0, c])
+                b = weight.load([k0, R * S * C + c])
+                acc = _add_product(acc, b, a.reshape(BLOCK_M, BLOCK_K), INPUT_PRECISION, WIDEN)
+
+        if SPLIT_K > 1:  # the epilogue is the second kernel's
+            y.store([part, n0, p0, q0, k0], acc.T.reshape(1, BOX_N, BOX_P, BOX_Q, BLOCK_N))
+        else:
+            bias = None
+            if bias_ptr is not None:
+                k = k0 + tl.arange(0, BLOCK_N)
+                bias = tl.load(bias_ptr + k, mask=k < K, other=0.0)
+            r = None
+            if residual is not None:
+                r = residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N)
+            v = apply_epilogue(acc.T, bias, r, ACTIVATION).to(y.dtype)
+            y.store([n0, p0, q0, k0], v.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+        tile += tl.num_programs(0)
