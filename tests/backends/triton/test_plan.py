@@ -22,12 +22,13 @@ from fastres.backends.triton.plan import (
     Plan,
 )
 from fastres.backends.triton.regions import boundaries, projections, shortcuts
+from fastres.backends.triton.table import Tiles
 from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.cost import Target
 
-HOPPER, AMPERE = Target.typical(90), Target.typical(80)
+HOPPER, AMPERE = Tiles(Target.typical(90)), Tiles(Target.typical(80))
 
 
 def graph_of(model: nn.Module, size: int = 32) -> Graph:
