@@ -15,7 +15,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.cost import Target
@@ -53,14 +53,19 @@ class KernelFacts:
         return sum(n for name, n in self.instructions.items() if wanted <= set(name.split(".")))
 
 
+def compile_kernel(launch: Launch, sm: int) -> CompiledKernel:
+    """Compiles a launch for sm_`sm`, as Triton's JIT would on that GPU; needs no GPU."""
+    target = GPUTarget("cuda", sm, 32)
+    return triton.compile(source_of(launch), target=target, options=launch.options)
+
+
 def compile_launch(launch: Launch, sm: int) -> KernelFacts:
     """Compiles a launch for sm_`sm` and reads the facts; needs no GPU.
 
     Raises:
         RuntimeError: a tool of Triton's wheel failed.
     """
-    target = GPUTarget("cuda", sm, 32)
-    kernel = triton.compile(_source(launch), target=target, options=launch.options)
+    kernel = compile_kernel(launch, sm)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -79,7 +84,7 @@ def compile_launch(launch: Launch, sm: int) -> KernelFacts:
 
 def key_of(launch: Launch) -> str:
     """Equal for launches that run the same machine code: what Triton specialises on."""
-    source = _source(launch)
+    source = source_of(launch)
     parts = (
         launch.kernel.__name__,
         sorted(source.signature.items()),
@@ -95,7 +100,7 @@ def fits(facts: KernelFacts, sm: int) -> bool:
     return facts.shared_bytes <= Target.typical(sm).shared_bytes
 
 
-def _source(launch: Launch) -> ASTSource:
+def source_of(launch: Launch) -> ASTSource:
     """The specialisation Triton's JIT makes for the launch: by dtype, by 1, by divisor 16."""
     signature: dict[str, str] = {}
     constants: dict[str, int | bool | str | None] = dict(launch.constants)

@@ -52,8 +52,19 @@ ONLY_IN = {  # package → the modules that may import it
     "typer": ("fastres.cli",),
     "tensorrt": (),
     "pycuda": (),
+    "cuda": ("fastres.kernels",),
 }
-TRITON_FREE = ("__init__", "epilogue", "reference", "tiles", "cost", "geometry")
+TRITON_FREE = (
+    "__init__",
+    "binary",
+    "cost",
+    "driver",
+    "epilogue",
+    "geometry",
+    "reference",
+    "tensor_map",
+    "tiles",
+)
 
 
 def module_of(path: Path) -> str:
