@@ -57,7 +57,7 @@ def test_arena_is_far_smaller_than_all_values() -> None:
     graph = graph_of(fastres.models.resnet50(), 64)
     plan = make_plan(graph, ((8, 3, 64, 64),), "fp16", HOPPER)
     everything = sum(2 * torch.Size(place.shape).numel() for place in plan.places.values())
-    assert plan.arena_bytes < everything / 6
+    assert plan.arena_bytes < everything / 5
     assert isinstance(plan.steps[0], LoadInput) and isinstance(plan.steps[-1], LaunchLinear)
 
 
