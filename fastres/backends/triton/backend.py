@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastres.backends.base import KernelInfo, NodeTime, Refusal
+from fastres.backends.base import Account, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.errors import missing
 from fastres.graph.ir import Graph, Sym
@@ -134,8 +134,8 @@ class TritonExecutable:
         self._runners = ShapeCache(make, options.cache_size)
         self._runner(shapes)
 
-    def kernels(self) -> tuple[KernelInfo, ...]:
-        return ()
+    def account(self) -> Account:
+        return Account(choices=self._runners.latest().plan.choices)
 
     def compiled(self) -> dict[str, bytes]:
         return {}

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastres.backends.base import Choice
 from fastres.backends.triton.plan import (
     AnyStep,
-    Choice,
     LaunchBoxConv2d,
     LaunchChain,
     LaunchConv2d,

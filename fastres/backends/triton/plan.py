@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from fastres.backends.base import Choice
 from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.epilogue import ActivationKind
@@ -184,24 +185,6 @@ AnyStep = (
     | LaunchGlobalAvgPool
     | LaunchLinear
 )
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """How some nodes are run, and what else there was.
-
-    Args:
-        nodes: the graph's nodes that it is about.
-        taken: the form taken, with its tile.
-        microseconds: its time, estimated or measured.
-        measured: whether a table of measurements says so.
-        others: form → its time in words, or why it was not possible.
-    """
-
-    nodes: tuple[str, ...]
-    taken: str
-    microseconds: float
-    measured: bool
-    others: dict[str, str]
 
 
 class Plan(msgspec.Struct, frozen=True):
