@@ -78,6 +78,7 @@ class EngineInfo:
         if self.account.kernels:
             lines.append(render(kernel_table(self.account.kernels)))
         lines += [f"fallback {node.name}: {node.reason}" for node in self.fallbacks]
+        lines += [f"note: {note}" for note in self.account.notes]
         lines += [f"passed over: {reason}" for reason in self.passed_over]
         return "\n".join(lines)
 

@@ -64,10 +64,12 @@ class Account(msgspec.Struct, frozen=True):
     Args:
         kernels: what each distinct kernel was compiled to.
         choices: in which form nodes run, and what else there was.
+        notes: what went otherwise than it should have, and what was done.
     """
 
     kernels: tuple[KernelInfo, ...] = ()
     choices: tuple[Choice, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fastres.backends.triton.plan import (
 from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.backends.triton.regions import Boundary
 from fastres.backends.triton.table import Tiles
-from fastres.errors import ArtifactError
+from fastres.errors import ArtifactError, UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Node
 from fastres.kernels import chain_tiles
 from fastres.kernels.boxes import Projection
@@ -257,7 +257,10 @@ class Reckoner:
         return Problem(kind, self.shape(node), self._precision, merged, residual)
 
     def _form(self, kind: Kind, problem: Problem) -> Form:
-        best = self._tiles.best(problem)
+        try:
+            best = self._tiles.best(problem)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from error
         return Form(kind, best.tile, best.seconds, best.measured)
 
     def _projection(self, node: Node | None) -> Projection | None:

@@ -21,7 +21,7 @@ from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.backends.triton.timing import milliseconds
 from fastres.errors import OutOfMemory
 from fastres.graph.ir import DTYPES
-from fastres.kernels.launch import Launch, target_of
+from fastres.kernels.launch import Launch, LaunchError, target_of
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -87,6 +87,17 @@ class PlanRunner:
                 context.replay = self._record(context.launch) if self._record else context.launch
             context.replay()
             return self._outputs(context, inputs[0].shape[0])
+
+    def failing(self) -> tuple[AnyStep, LaunchError] | None:
+        """Launches each step once on what the arena holds; the first that cannot, and why."""
+        with self.context() as context:
+            for step, launches in context.bound:
+                try:
+                    for launch in launches:
+                        launch.run()
+                except LaunchError as error:
+                    return step, error
+        return None
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         """Time, work and traffic of each step, each timed by itself after one run to warm up."""
