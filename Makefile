@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test install dev lint types unit interpret bench clean
+.PHONY: run test install dev lint types unit interpret bench gpu kernels clean
 
 run: install  ## install, then the main job: real photographs through ResNet-50 v1 and v1.5
 	$(BIN)/python examples/main_job.py
@@ -46,6 +46,12 @@ unit: dev
 
 bench: dev
 	$(BIN)/python bench/compare.py
+
+gpu:  ## on a machine with an NVIDIA GPU: right first, then tuned, then how fast; results in build/gpu
+	$(PYTHON) bench/gpu.py --out build/gpu
+
+kernels: dev  ## every kernel of the networks below compiled for sm_80 to sm_120; no GPU needed
+	$(BIN)/python bench/kernels.py --out build/kernels.json
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

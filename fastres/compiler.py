@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -49,6 +50,8 @@ def compile(
     threads: int | None = None,
     target: str | None = None,
     cuda_graph: bool | None = None,
+    tune: bool = False,
+    cache_dir: PathLike | None = None,
 ) -> Engine:
     """Compiles a trained residual network for inference.
 
@@ -73,6 +76,9 @@ def compile(
             kernel is compiled for it, and the engine can be looked at and saved, but not called;
             `fastres.load` on such a GPU runs it without choosing again.
         cuda_graph: whether a GPU's kernels are launched as one CUDA graph; None stands for True.
+        tune: measure the kernels' tiles on this GPU for the usual input shapes, which takes minutes
+            once; what is measured is kept, and an interrupted run goes on where it was.
+        cache_dir: where measurements are kept; None takes `fastres` in the user's cache folder.
 
     Returns:
         An `Engine`, called like the model.
@@ -94,6 +100,8 @@ def compile(
         threads=threads,
         target=target,
         cuda_graph=cuda_graph,
+        tune=tune,
+        cache_dir=cast(str | None, cache_dir),
     )
     if target is not None and verify is True:
         raise InputError(f"verify needs a {target} GPU to run on: load the engine there and verify")

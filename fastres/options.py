@@ -149,6 +149,8 @@ class Options:
     cache_size: int = 8
     target: str | None = None
     cuda_graph: bool | None = None
+    tune: bool = False
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.target is not None and not (
@@ -163,6 +165,12 @@ class Options:
                 "a fallback to PyTorch cannot be built for another machine: leave out target= or "
                 "on_unsupported='fallback'"
             )
+        if not isinstance(self.tune, bool):
+            raise InputError(f"tune is {self.tune!r}; give True or False")
+        if self.tune and self.target is not None:
+            raise InputError(f"tuning needs a {self.target} GPU: leave out target= or tune=")
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", _folder(self.cache_dir))
         if not isinstance(self.cuda_graph, bool | None):
             raise InputError(f"cuda_graph is {self.cuda_graph!r}; give True, False or None")
         _one_of("precision", self.precision, (None, *get_args(Precision)))
@@ -208,6 +216,13 @@ def integer(name: str, value: Any, *, least: int = 1, most: int = LARGEST) -> in
         bound = f"at most {most}" if too_large else f"an integer of at least {least}"
         raise InputError(f"{name} is {value!r}; it must be {bound}")
     return number
+
+
+def _folder(path: object) -> str:
+    try:
+        return os.fsdecode(os.fspath(path))  # type: ignore[call-overload]
+    except TypeError:
+        raise InputError(f"cache_dir is {path!r}; give a folder, or None") from None
 
 
 def is_number(value: object) -> bool:

@@ -1,12 +1,36 @@
-"""What reports look like as text: tables without colours, and JSON."""
+"""What reports look like as text: tables without colours, JSON, and bars for long work."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 from rich.console import Console, RenderableType
+from rich.errors import LiveError
+from rich.progress import Progress
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, moved by calling what this yields with how many of how many are done.
+
+    Without a terminal, or where a display of the caller's is live already, there is none.
+    """
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not console.is_interactive)
+    task = bar.add_task(what, total=None)
+    try:
+        bar.start()
+    except LiveError:
+        yield lambda done, total: None
+        return
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        bar.stop()
 
 
 def render(renderable: RenderableType, width: int = 120) -> str:

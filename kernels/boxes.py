@@ -17,7 +17,7 @@ from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, Pair
 
 _LATENCY = 0.8e-6  # seconds from asking for a box to having it; a guess, as the two below
-_TILE_OVERHEAD = 1.5e-6  # seconds to fill the pipeline and to drain the epilogue of one tile
+_TILE_OVERHEAD = 1.35e-6  # seconds to fill the pipeline of one tile and to start its epilogue
 _SECOND_KERNEL = 2.0e-6  # seconds that the kernel which sums the parts of a split adds by itself
 _REGISTERS = 65_536  # of one SM, 32 bits each
 _RESERVED = 1024  # bytes of shared memory the driver takes from each block
@@ -96,10 +96,13 @@ class BoxTile:
         """Bytes of both operands in one step of the K-loop."""
         return (self.pixels + self.block_n) * self.block_k * itemsize
 
+    def result_bytes(self, itemsize: int) -> int:
+        """Bytes a tile stores: elements of the output, or fp32 of a part of it."""
+        return self.pixels * self.block_n * (4 if self.split_k > 1 else itemsize)
+
     def shared_bytes(self, itemsize: int) -> int:
         """Upper bound of the shared memory: operands of every stage, the result on its way out."""
-        operands = self.num_stages * self.stage_bytes(itemsize)
-        result = self.pixels * self.block_n * (4 if self.split_k > 1 else itemsize)
+        operands, result = self.num_stages * self.stage_bytes(itemsize), self.result_bytes(itemsize)
         # the result leaves while the next tile is under way; a residual takes the operands' place
         return max(operands, result) + result + _BARRIERS
 
@@ -282,7 +285,8 @@ def box_seconds(
     loads = part * tile.stage_bytes(itemsize) / target.l2_bytes
     ahead = max(1, min(tile.num_stages - 1, part))  # one stage is being multiplied
     latency = part * _LATENCY / (ahead * resident)
-    drains = _cdiv(tiles, resident) * _TILE_OVERHEAD
+    result = tile.result_bytes(itemsize) / target.l2_bytes
+    drains = _cdiv(tiles, resident) * (_TILE_OVERHEAD + result)  # others resident go on meanwhile
 
     m = shape.n * shape.p * shape.q
     x = walk.n * walk.h * walk.w * shape.c + (m * projection.channels if projection else 0)

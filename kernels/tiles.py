@@ -153,14 +153,21 @@ def choose_conv_tile(
         target: the GPU.
         tensor_cores: False for fp32 in full precision.
     """
+    valid = conv_candidates(shape, itemsize, target, tensor_cores=tensor_cores)
+    return min(valid, key=lambda tile: conv_seconds(tile, shape, itemsize, target, tensor_cores))
+
+
+def conv_candidates(
+    shape: GemmShape, itemsize: int, target: Target, *, tensor_cores: bool = True
+) -> list[ConvTile]:
+    """The valid tiles; see `choose_conv_tile`."""
     block_k = _depth(shape.channels, itemsize)
     tiles = [
         ConvTile(block_m, block_n, block_k, num_warps, num_stages)
         for block_m, block_n, num_warps in _BLOCKS
         for num_stages in _STAGES
     ]
-    valid = [tile for tile in tiles if is_valid(tile, itemsize, tensor_cores, target)]
-    return min(valid, key=lambda tile: conv_seconds(tile, shape, itemsize, target, tensor_cores))
+    return [tile for tile in tiles if is_valid(tile, itemsize, tensor_cores, target)]
 
 
 def _depth(channels: int, itemsize: int) -> int:

@@ -69,9 +69,7 @@ class TritonBackend:
             from fastres.backends.triton.cross import build
 
             return build(graph, options, shapes, compiled or {})
-        executable = TritonExecutable(graph, options, self.device(options), compiled or {})
-        executable.prepare(shapes)
-        return executable
+        return TritonExecutable(graph, options, self.device(options), shapes, compiled)
 
     def device(self, options: Options) -> torch.device:
         if options.target is not None:
@@ -97,6 +95,7 @@ class TritonExecutable:
     """Packed weights, and a plan for each input shape.
 
     Args:
+        shapes: planned for at once, and tuned for where the options say so.
         compiled: plans of a saved engine; those made for this kind of GPU are used.
     """
 
@@ -105,43 +104,41 @@ class TritonExecutable:
         graph: Graph,
         options: Options,
         device: torch.device,
+        shapes: Shapes,
         compiled: Mapping[str, bytes] | None = None,
     ) -> None:
+        from fastres.backends.triton.choosing import tiles_for, tuned
         from fastres.backends.triton.lower import make_plan
         from fastres.backends.triton.pack import Packed
         from fastres.backends.triton.run import PlanRunner
         from fastres.backends.triton.stored import recorded
         from fastres.backends.triton.timing import record_cuda_graph
-        from fastres.kernels.cost import Target
-        from fastres.kernels.launch import target_of
 
         self._graph = graph
-        self._precision: Precision = options.precision or "fp32"
-        constants = Packed(graph, DTYPE_OF[self._precision], device)
-        # The interpreter runs one block after the other, like a GPU with a single SM.
-        target = target_of(device) if device.type == "cuda" else Target(90, 1)
-        record = record_cuda_graph if _wants_graph(options, device) else None
-        stored = recorded(compiled or {}, f"sm_{target.sm}")
-
-        def make(shapes: Shapes) -> PlanRunner:
-            plan = make_plan(graph, shapes, self._precision, target, stored.get(shapes))
-            return PlanRunner(plan, constants, device, record)
-
-        self._runners = ShapeCache(make, options.cache_size)
         self._batched = all(
             spec.shape[:1] == (Sym("N"),)
             for spec in (*(v.spec for v in graph.inputs), *map(graph.spec, graph.outputs))
         )
+        self._precision: Precision = options.precision or "fp32"
+        constants = Packed(graph, DTYPE_OF[self._precision], device)
+        tiles = tiles_for(options, device)
+        if options.tune:
+            tiles = tuned(graph, options, device, self._planned(shapes))
+        record = record_cuda_graph if _wants_graph(options, device) else None
+        stored = recorded(compiled or {}, f"sm_{tiles.target.sm}")
+
+        def make(shapes: Shapes) -> PlanRunner:
+            plan = make_plan(graph, shapes, self._precision, tiles, stored.get(shapes))
+            return PlanRunner(plan, constants, device, record)
+
+        self._runners = ShapeCache(make, options.cache_size)
+        self._runner(shapes)
 
     def kernels(self) -> tuple[KernelInfo, ...]:
         return ()
 
     def compiled(self) -> dict[str, bytes]:
         return {}
-
-    def prepare(self, shapes: Shapes) -> None:
-        """Plans for these input shapes now."""
-        self._runner(shapes)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).run(inputs)
@@ -153,10 +150,14 @@ class TritonExecutable:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
 
     def _runner(self, shapes: Shapes) -> PlanRunner:
-        if self._batched:
-            n = bucket(shapes[0][0])
-            shapes = tuple((n, *shape[1:]) for shape in shapes)
-        return self._runners.get(shapes)
+        return self._runners.get(self._planned(shapes))
+
+    def _planned(self, shapes: Shapes) -> Shapes:
+        """The shapes of the plan that serves these."""
+        if not self._batched:
+            return shapes
+        n = bucket(shapes[0][0])
+        return tuple((n, *shape[1:]) for shape in shapes)
 
 
 def _wants_graph(options: Options, device: torch.device) -> bool:

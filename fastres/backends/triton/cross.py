@@ -15,12 +15,14 @@ from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.run import views
 from fastres.backends.triton.stored import read_plans, recorded, write_plans
+from fastres.backends.triton.table import Tiles
 from fastres.errors import BackendUnavailable, UnsupportedError
 from fastres.graph.ir import Graph
 from fastres.kernels.aot import MATRIX, KernelFacts, compile_launch, fits, key_of
 from fastres.kernels.cost import Cost, Target
 from fastres.kernels.launch import Launch
 from fastres.options import DTYPE_OF, Options
+from fastres.text import progress_bar
 
 
 def launches_of(plan: Plan, constants: Packed, target: Target) -> list[tuple[str, Launch]]:
@@ -173,10 +175,11 @@ def build(
     target = Target.typical(options.sm)
     ran = dict.fromkeys((node.name for node in graph.nodes), precision)
     stored = recorded(compiled, options.target).get(shapes)
-    plan = make_plan(graph, shapes, precision, target, stored)
+    plan = make_plan(graph, shapes, precision, Tiles(target), stored)
     if stored is not None:
         known = read_plans(compiled)
         return CrossExecutable(plan, known.kernels if known else (), options.target, ran)
     constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
-    kernels = compile_plan(launches_of(plan, constants, target), target)
+    with progress_bar(f"compiling for {options.target}") as report:
+        kernels = compile_plan(launches_of(plan, constants, target), target, report)
     return CrossExecutable(plan, kernels, options.target, ran)

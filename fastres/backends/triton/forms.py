@@ -19,14 +19,15 @@ from fastres.backends.triton.plan import (
     LaunchConv2d,
     LaunchLinear,
 )
+from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.backends.triton.regions import Boundary
+from fastres.backends.triton.table import Tiles
 from fastres.errors import ArtifactError
 from fastres.graph.ir import Conv2d, Graph, Node
-from fastres.kernels import boxes, chain_tiles, tiles
-from fastres.kernels.boxes import BoxTile, Projection
+from fastres.kernels import chain_tiles
+from fastres.kernels.boxes import Projection
 from fastres.kernels.boxes import refusal as box_refusal
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
-from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
@@ -43,18 +44,20 @@ class Form:
     """
 
     kind: Kind
-    tile: ConvTile | BoxTile | ChainTile | None
+    tile: AnyTile | None
     seconds: float
+    measured: bool = False
 
     def __str__(self) -> str:
         return self.kind if self.tile is None else f"{self.kind} {self.tile}"
 
 
 class Reckoner:
-    """Chooses forms for one graph, one set of shapes and one target, and keeps the reckoning.
+    """Chooses forms for one graph and one set of shapes, and keeps the reckoning.
 
     Args:
         shapes: of every value of the graph.
+        tiles: the best tile of each problem on the target.
         recorded: a plan's steps by node, whose forms are taken over; None to choose.
     """
 
@@ -63,7 +66,7 @@ class Reckoner:
         graph: Graph,
         shapes: Mapping[str, Sizes],
         precision: Precision,
-        target: Target,
+        tiles: Tiles,
         recorded: Mapping[str, AnyStep] | None = None,
     ) -> None:
         self.choices: list[Choice] = []
@@ -71,7 +74,8 @@ class Reckoner:
         self._shapes = shapes
         self._precision = precision
         self._dtype = DTYPE_OF[precision]
-        self._target = target
+        self._tiles = tiles
+        self._target = tiles.target
         self._recorded = recorded
 
     def shape(self, node: Node) -> ConvShape:
@@ -86,12 +90,13 @@ class Reckoner:
         """The tile of a linear layer: a 1x1 convolution of a 1x1 picture."""
         k, c = self._graph.constants[node.params["weight"]].shape
         shape = ConvShape(self._shapes[node.name][0], 1, 1, c, k, 1, 1)
+        problem = Problem("pointers", shape, self._precision)
         if self._recorded is not None:
             step = self._recorded.get(node.name)
-            if not isinstance(step, LaunchLinear):
-                raise _strange(node)
-            return self._checked(node, step.tile)
-        form = self._pointers(shape)
+            if isinstance(step, LaunchLinear) and problem.takes(step.tile, self._target):
+                return step.tile
+            raise _strange(node)
+        form = self._form("pointers", problem)
         self.choices.append(_choice((node,), form, {}))
         assert isinstance(form.tile, ConvTile)
         return form.tile
@@ -149,11 +154,10 @@ class Reckoner:
         return chained, taken.tile
 
     def _chain(self, boundary: Boundary) -> Form:
-        shape, size = self.chain_shape(boundary), self._dtype.itemsize
-        tile = chain_tiles.choose_chain_tile(shape, size, self._target)
-        return Form(
-            _kind(boundary), tile, chain_tiles.chain_seconds(tile, shape, size, self._target)
-        )
+        return self._form(_kind(boundary), self._chain_problem(boundary))
+
+    def _chain_problem(self, boundary: Boundary) -> Problem:
+        return Problem("chain", self.chain_shape(boundary), self._precision)
 
     def _rest(self, whole: Boundary, part: Boundary) -> float:
         """Seconds of what a shorter boundary leaves out."""
@@ -166,10 +170,8 @@ class Reckoner:
         if not isinstance(step, LaunchChain):
             return None
         chained = boundary if step.next_target is not None else boundary.shorter or boundary
-        size = self._dtype.itemsize
-        if self._chain_reason(chained) is not None or not chain_tiles.is_valid(
-            step.tile, self.chain_shape(chained), size, self._target
-        ):
+        possible = self._chain_reason(chained) is None
+        if not (possible and self._chain_problem(chained).takes(step.tile, self._target)):
             raise _strange(boundary.conv3)
         return chained, step.tile
 
@@ -229,30 +231,34 @@ class Reckoner:
     def _convolution(
         self, node: Node, plain: bool, projection: Node | None
     ) -> tuple[Form, dict[str, str]]:
-        pointers = self._pointers(self.shape(node)) if projection is None else None
+        pointers = None
+        if projection is None:
+            pointers = self._form("pointers", self._problem(node, "pointers"))
         reason = self._box_reason(node, plain, projection)
         if reason is not None:
             assert pointers is not None
             return pointers, {"boxes": reason}
-        boxed = self._boxes(node, projection)
-        # a rule until a GPU has been asked: the estimates of the two forms are not of one making
-        return boxed, {str(pointers): _time(pointers)} if pointers is not None else {}
+        boxed = self._form("boxes", self._problem(node, "boxes", projection))
+        if pointers is None:
+            return boxed, {}
+        # measured times are compared; estimates of the two forms are not of one making
+        comparable = boxed.measured and pointers.measured
+        quicker = comparable and pointers.seconds < boxed.seconds
+        taken, other = (pointers, boxed) if quicker else (boxed, pointers)
+        return taken, {str(other): _time(other)}
 
-    def _pointers(self, shape: ConvShape) -> Form:
-        size, tensor_cores = self._dtype.itemsize, self._precision != "fp32"
-        tile = tiles.choose_conv_tile(shape.gemm, size, self._target, tensor_cores=tensor_cores)
-        seconds = tiles.conv_seconds(tile, shape.gemm, size, self._target, tensor_cores)
-        return Form("pointers", tile, seconds)
-
-    def _boxes(self, node: Node, projection: Node | None) -> Form:
-        shape, size = self.shape(node), self._dtype.itemsize
-        merged = self._projection(projection)
-        tile = boxes.choose_box_tile(shape, size, self._target, merged)
+    def _problem(
+        self, node: Node, kind: Literal["pointers", "boxes"], projection: Node | None = None
+    ) -> Problem:
         op = node.op
         assert isinstance(op, Conv2d)
         residual = op.epilogue.residual and projection is None
-        seconds = boxes.box_seconds(tile, shape, size, self._target, merged, residual=residual)
-        return Form("boxes", tile, seconds)
+        merged = self._projection(projection)
+        return Problem(kind, self.shape(node), self._precision, merged, residual)
+
+    def _form(self, kind: Kind, problem: Problem) -> Form:
+        best = self._tiles.best(problem)
+        return Form(kind, best.tile, best.seconds, best.measured)
 
     def _projection(self, node: Node | None) -> Projection | None:
         if node is None:
@@ -274,17 +280,12 @@ class Reckoner:
     def _recorded_form(self, node: Node, plain: bool, projection: Node | None) -> Form:
         step = (self._recorded or {}).get(node.name)
         if isinstance(step, LaunchConv2d) and projection is None:
-            return Form("pointers", self._checked(node, step.tile), 0.0)
-        if isinstance(step, LaunchBoxConv2d) and not self._box_reason(node, plain, projection):
-            size, merged = self._dtype.itemsize, self._projection(projection)
-            if not boxes.tile_refusal(step.tile, self.shape(node), size, self._target, merged):
+            if self._problem(node, "pointers").takes(step.tile, self._target):
+                return Form("pointers", step.tile, 0.0)
+        elif isinstance(step, LaunchBoxConv2d) and not self._box_reason(node, plain, projection):
+            if self._problem(node, "boxes", projection).takes(step.tile, self._target):
                 return Form("boxes", step.tile, 0.0)
         raise _strange(node)
-
-    def _checked(self, node: Node, tile: ConvTile) -> ConvTile:
-        if not tiles.is_valid(tile, self._dtype.itemsize, self._precision != "fp32", self._target):
-            raise _strange(node)
-        return tile
 
 
 def _kind(boundary: Boundary) -> Kind:
@@ -292,11 +293,13 @@ def _kind(boundary: Boundary) -> Kind:
 
 
 def _choice(nodes: tuple[Node, ...], taken: Form, others: dict[str, str]) -> Choice:
-    return Choice(tuple(n.name for n in nodes), str(taken), 1e6 * taken.seconds, others)
+    return Choice(
+        tuple(n.name for n in nodes), str(taken), 1e6 * taken.seconds, taken.measured, others
+    )
 
 
 def _time(form: Form) -> str:
-    return f"{1e6 * form.seconds:.1f} us"
+    return f"{1e6 * form.seconds:.1f} us {'measured' if form.measured else 'estimated'}"
 
 
 def _strange(node: Node) -> ArtifactError:

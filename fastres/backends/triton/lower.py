@@ -31,6 +31,7 @@ from fastres.backends.triton.regions import (
     projections,
     shortcuts,
 )
+from fastres.backends.triton.table import Tiles
 from fastres.errors import ArtifactError
 from fastres.graph.ir import (
     DTYPE_NAMES,
@@ -46,7 +47,6 @@ from fastres.graph.shapes import infer_shapes
 from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.conv2d_tma import conv2d_tma_workspace
-from fastres.kernels.cost import Target
 from fastres.kernels.geometry import Pair
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
@@ -79,21 +79,22 @@ def make_plan(
     graph: Graph,
     input_shapes: tuple[Sizes, ...],
     precision: Precision,
-    target: Target,
+    tiles: Tiles,
     recorded: Plan | None = None,
 ) -> Plan:
     """Plans a graph whose nodes are all taken, for fixed input shapes.
 
     Args:
+        tiles: the best tile of each problem on the target.
         recorded: a plan of the same graph from a file, whose forms are taken over.
 
     Raises:
         ArtifactError: the recorded plan is not one of this graph's.
     """
     if recorded is None:
-        return _Planner(graph, input_shapes, precision, target, None).plan()
+        return _Planner(graph, input_shapes, precision, tiles, None).plan()
     steps = {step.node: step for step in recorded.steps}
-    plan = _Planner(graph, input_shapes, precision, target, steps).plan()
+    plan = _Planner(graph, input_shapes, precision, tiles, steps).plan()
     if replace(plan, choices=recorded.choices) != recorded:
         raise ArtifactError("a stored plan does not follow from the graph: copy the engine anew")
     return recorded
@@ -105,7 +106,7 @@ class _Planner:
         graph: Graph,
         input_shapes: tuple[Sizes, ...],
         precision: Precision,
-        target: Target,
+        tiles: Tiles,
         recorded: Mapping[str, AnyStep] | None,
     ) -> None:
         self.graph = graph
@@ -113,7 +114,7 @@ class _Planner:
         self.precision = precision
         self.dtype = DTYPE_OF[precision]
         self.shapes = infer_shapes(graph, input_shapes)
-        self.reckoner = Reckoner(graph, self.shapes, precision, target, recorded)
+        self.reckoner = Reckoner(graph, self.shapes, precision, tiles, recorded)
         self.shortcuts = shortcuts(graph)
         self.covered = {name for view in self.shortcuts.values() for name in view.covers}
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3

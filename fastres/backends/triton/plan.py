@@ -192,13 +192,15 @@ class Choice(msgspec.Struct, frozen=True):
     Args:
         nodes: the graph's nodes that it is about.
         taken: the form taken, with its tile.
-        microseconds: its estimated time, or what a table of measurements says.
+        microseconds: its time, estimated or measured.
+        measured: whether a table of measurements says so.
         others: form → its time in words, or why it was not possible.
     """
 
     nodes: tuple[str, ...]
     taken: str
     microseconds: float
+    measured: bool
     others: dict[str, str]
 
 

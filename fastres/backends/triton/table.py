@@ -1,8 +1,7 @@
 """Which tile was fastest: tables of measurements by GPU, shipped or in the user's cache.
 
 A table belongs to one kind of GPU, one version of Triton and one state of the kernels' sources. An
-entry says which tile a step is best cut into, and how long it took; what a step is, its key says:
-shapes, strides, epilogue and dtype, but no names.
+entry says which tile is best for a problem, and how long it took.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,16 +18,25 @@ from typing import Any
 
 import msgspec
 
-from fastres.backends.triton.plan import AnyStep
-from fastres.errors import ArtifactError, InputError
-from fastres.options import PathLike, Sizes
+from fastres.backends.triton.problems import TILE_OF, AnyTile, Problem
+from fastres.errors import ArtifactError
+from fastres.kernels.cost import Target
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fastest tile of one step, and the median of its time in microseconds."""
+    """The fastest tile of one problem, and the median of its time in microseconds."""
 
     tile: dict[str, Any]
     microseconds: float
+
+
+@dataclass(frozen=True)
+class Best:
+    """A tile and its time, measured or estimated."""
+
+    tile: AnyTile
+    seconds: float
+    measured: bool
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,7 +62,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Table(msgspec.Struct, forbid_unknown_fields=True):
-    """Measurements of one machine, by the key of a step."""
+    """Measurements of one machine, by the key of a problem."""
 
     machine: Machine
     entries: dict[str, Entry] = {}
@@ -62,29 +71,50 @@ class Table(msgspec.Struct, forbid_unknown_fields=True):
         return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=1) + b"\n"
 
 
-def key_of(step: AnyStep, shapes: Mapping[str, Sizes], precision: str) -> str:
-    """What a step is, without the names of its tensors: equal for steps of equal cost.
+class Tiles:
+    """The best known tile of each problem: measured where a table has it, estimated elsewhere.
 
     Args:
-        shapes: of the plan's tensors and of the packed constants.
+        tables: asked in this order.
     """
-    fields = msgspec.to_builtins(step)
-    parts = [fields.pop("type"), precision]
-    for name, value in fields.items():
-        if name in ("node", "tile"):
-            continue
-        parts.append(f"{name}={_anonymous(value, shapes)}")
-    return " ".join(parts)
 
+    def __init__(self, target: Target, tables: Sequence[Table] = ()) -> None:
+        self.target = target
+        self._tables = tables
+        self._known: dict[Problem, Best] = {}
 
-def _anonymous(value: object, shapes: Mapping[str, Sizes]) -> str:
-    if isinstance(value, str) and value in shapes:
-        return "x".join(str(size) for size in shapes[value])
-    if isinstance(value, Mapping):
-        return ",".join(f"{k}:{_anonymous(v, shapes)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return ",".join(_anonymous(v, shapes) for v in value)
-    return str(value)
+    def best(self, problem: Problem) -> Best:
+        """The tile to take.
+
+        Raises:
+            ValueError: no tile can run the problem.
+        """
+        if problem not in self._known:
+            self._known[problem] = self._measured(problem) or self._estimated(problem)
+        return self._known[problem]
+
+    def asked(self) -> list[Problem]:
+        """Every problem so far, in order."""
+        return list(self._known)
+
+    def _measured(self, problem: Problem) -> Best | None:
+        for table in self._tables:
+            entry = table.entries.get(problem.key)
+            if entry is None:
+                continue
+            try:
+                tile = msgspec.convert(entry.tile, TILE_OF[problem.kind])
+            except msgspec.ValidationError:
+                continue  # of another version of the kernels
+            if problem.takes(tile, self.target):
+                return Best(tile, entry.microseconds * 1e-6, measured=True)
+        return None
+
+    def _estimated(self, problem: Problem) -> Best:
+        candidates = problem.candidates(self.target)
+        if not candidates:
+            raise ValueError(f"no tile can run {problem.key} on sm_{self.target.sm}")
+        return Best(candidates[0], problem.seconds(candidates[0], self.target), measured=False)
 
 
 def read_table(path: Path, machine: Machine) -> Table:
@@ -121,20 +151,10 @@ def write_table(path: Path, table: Table) -> None:
         raise ArtifactError(f"{path} cannot be written: {error}") from error
 
 
-def cache_path(machine: Machine, cache_dir: PathLike | None = None) -> Path:
-    """Where the user's own measurements lie: `cache_dir`, else $XDG_CACHE_HOME or ~/.cache.
-
-    Raises:
-        InputError: `cache_dir` is no path.
-    """
-    if cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres"
-    else:
-        try:
-            root = Path(cache_dir)
-        except TypeError:
-            raise InputError(f"cache_dir is {cache_dir!r}; give a folder") from None
-    return root / machine.file
+def cache_path(machine: Machine, cache_dir: str | None = None) -> Path:
+    """Where the user's own measurements lie: `cache_dir`, else $XDG_CACHE_HOME or ~/.cache."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres"
+    return (usual if cache_dir is None else Path(cache_dir)) / machine.file
 
 
 def shipped(machine: Machine) -> Table:

@@ -16,6 +16,7 @@ from fastres.backends.triton import cross
 from fastres.backends.triton.backend import TritonExecutable
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.stored import PLANS, read_plans, recorded, write_plans
+from fastres.backends.triton.table import Tiles
 from fastres.errors import (
     ArtifactError,
     BackendUnavailable,
@@ -95,7 +96,7 @@ def test_a_plan_is_taken_over_with_its_choices(engine: fastres.Engine) -> None:
     step = stored.steps[1]
     tile = msgspec.structs.replace(step, tile=type(step.tile)(64, 16, 16, 4, 3))
     other = msgspec.structs.replace(stored, steps=(stored.steps[0], tile, *stored.steps[2:]))
-    plan = make_plan(engine.graph, stored.input_shapes, "fp16", Target.typical(90), other)
+    plan = make_plan(engine.graph, stored.input_shapes, "fp16", Tiles(Target.typical(90)), other)
     assert plan == other != stored
 
 
@@ -134,7 +135,7 @@ def test_no_plan_from_a_file_is_trusted(
     files = {PLANS: change(engine.compiled_parts()[PLANS])}
     with pytest.raises(ArtifactError, match=message):
         plan = recorded(files, "sm_90")[((8, 3, 32, 32),)]
-        make_plan(engine.graph, plan.input_shapes, "fp16", Target.typical(90), plan)
+        make_plan(engine.graph, plan.input_shapes, "fp16", Tiles(Target.typical(90)), plan)
 
 
 def test_a_loaded_engine_uses_the_stored_choices(engine: fastres.Engine) -> None:
@@ -142,8 +143,8 @@ def test_a_loaded_engine_uses_the_stored_choices(engine: fastres.Engine) -> None
     stored = next(iter(recorded(engine.compiled_parts(), "sm_90").values()))
     files = write_plans("sm_90", [stored], ())
     assert read_plans(files) is not None
-    executable = TritonExecutable(engine.graph, engine.options, torch.device("cpu"), files)
-    executable.prepare(((8, 3, 32, 32),))
+    shapes = ((8, 3, 32, 32),)
+    executable = TritonExecutable(engine.graph, engine.options, torch.device("cpu"), shapes, files)
     assert executable._runner(((8, 3, 32, 32),)).plan == stored
 
 

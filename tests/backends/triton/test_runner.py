@@ -15,6 +15,7 @@ from fastres.backends.triton.backend import TritonExecutable, bucket
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.run import PlanRunner
+from fastres.backends.triton.table import Tiles
 from fastres.errors import OutOfMemory
 from fastres.graph.architecture import ResNetSpec
 from fastres.graph.builder import build_graph
@@ -38,7 +39,7 @@ def small_graph() -> Graph:
 
 def runner_of(batch: int, record: Callable[..., Callable[[], None]] | None = None) -> PlanRunner:
     graph = small_graph()
-    plan = make_plan(graph, ((batch, 3, 8, 8),), "fp32", Target(90, 1))
+    plan = make_plan(graph, ((batch, 3, 8, 8),), "fp32", Tiles(Target(90, 1)))
     return PlanRunner(plan, Packed(graph, torch.float32, CPU), CPU, record)
 
 
@@ -106,7 +107,6 @@ class TestInterpreted:
             assert again in (one, other)
 
     def test_executable_plans_by_bucket(self) -> None:
-        executable = TritonExecutable(
-            small_graph(), replace(fastres.options.Options(), precision="fp32"), CPU
-        )
+        options = replace(fastres.options.Options(), precision="fp32")
+        executable = TritonExecutable(small_graph(), options, CPU, ((17, 3, 8, 8),))
         assert executable._runner(((17, 3, 8, 8),)) is executable._runner(((18, 3, 8, 8),))

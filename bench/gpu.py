@@ -1,0 +1,299 @@
+"""Everything that a GPU is to be asked, in one run: right first, then tuned, then how fast.
+
+python bench/gpu.py [--out DIR] [--budget SECONDS] [--only SECTION,...]     (or: make gpu)
+
+Each section runs in a process of its own and adds lines to DIR/gpu.jsonl; a run that was broken
+off goes on where it was. It needs PyTorch, Triton and this package, no network and no OpenVINO. The
+exit status is 1 if a result was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import photographs
+from torch import Tensor, nn
+
+import fastres
+from fastres import models
+from fastres.backends.triton.choosing import tiles_for
+from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.problems import Problem
+from fastres.backends.triton.table import Table, Tiles, cache_path, read_table, write_table
+from fastres.backends.triton.tune import this_machine, tune
+from fastres.bench_report import machine
+from fastres.benchmarking import Target, benchmark
+from fastres.graph.passes.pipeline import optimise
+from fastres.options import Options, Precision
+
+Row = dict[str, Any]
+NETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "wide_resnet50")
+PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "tf32", "fp32")
+POWER = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for, and when to stop."""
+
+    out: Path
+    device: torch.device
+    nets: Sequence[str]
+    batch_sizes: Sequence[int]
+    image_size: int
+    until: float
+
+    def rows(self, section: str) -> list[Row]:
+        """Lines of earlier runs."""
+        path = self.out / "gpu.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [row for row in map(json.loads, lines) if row["section"] == section]
+
+    def keep(self, section: str, row: Row) -> None:
+        with (self.out / "gpu.jsonl").open("a") as file:
+            file.write(json.dumps({"section": section, **row}) + "\n")
+
+
+def settled(name: str, version: str, run: Run) -> nn.Module:
+    """A network whose statistics fit the photographs, so that its numbers can go wrong."""
+    model = _make(name, version)
+    return models.settle(model, photographs(3, run.image_size))
+
+
+def _make(name: str, version: str) -> nn.Module:
+    factory, _, depth = name.partition(":")
+    arguments = (int(depth),) if depth else ()
+    more = {"version": version} if name.startswith("resnet") and name[6:] in _BOTTLENECKS else {}
+    model: nn.Module = getattr(models, factory)(*arguments, seed=0, **more)
+    return model
+
+
+_BOTTLENECKS = ("50", "101", "152")
+
+
+def _versions(name: str) -> tuple[str, ...]:
+    return ("v1.5", "v1") if name.startswith("resnet") and name[6:] in _BOTTLENECKS else ("v1.5",)
+
+
+def facts(run: Run) -> Iterator[Row]:
+    """The machine: GPU, driver, clocks, versions."""
+    found: Row = {"name": "machine", **vars(machine()), "argv": sys.argv[1:]}
+    if run.device.type == "cuda":
+        query = ["nvidia-smi", f"--query-gpu={POWER}", "--format=csv,noheader"]
+        found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    yield found
+
+
+def tests(run: Run) -> Iterator[Row]:
+    """The tests marked gpu."""
+    left = max(30.0, run.until - time.time())
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        tail = done.stdout.strip().splitlines()[-30:]
+        yield {"name": "pytest", "right": done.returncode == 0, "tail": tail}
+    except subprocess.TimeoutExpired as error:
+        text = error.stdout.decode() if isinstance(error.stdout, bytes) else str(error.stdout)
+        yield {"name": "pytest", "error": "out of time", "tail": text.strip().splitlines()[-30:]}
+
+
+def parity(run: Run) -> Iterator[Row]:
+    """Every network in every precision against PyTorch in float64."""
+    x = photographs(4, run.image_size)
+    for net in sorted(run.nets, key=lambda name: name != "resnet50"):
+        for version in _versions(net):
+            model = settled(net, version, run)
+            for precision in PRECISIONS:
+                name = f"{net} {version} {precision}"
+                if (yield {"name": name, "asked": True}):
+                    continue
+                with _engine(model, x, precision, run) as engine:
+                    report = fastres.verify(model, engine, [x])
+                    yield {"name": name, "right": report.passed, "report": str(report)}
+
+
+def tuning(run: Run) -> Iterator[Row]:
+    """The fastest right tile of every problem of ResNet-50, and which form of it is fastest."""
+    this = this_machine(run.device)
+    path = cache_path(this, str(run.out))
+    table = read_table(path, this)
+    for batch in sorted(run.batch_sizes, reverse=True):
+        for version in ("v1.5", "v1"):
+            for problem in _problems(version, batch, run):
+                if problem.key in table.entries:
+                    continue
+                yield _tuned(problem, table, path, run)
+
+
+def _tuned(problem: Problem, table: Table, path: Path, run: Run) -> Row:
+    attempts = tune([problem], table, run.device, keep=lambda t: write_table(path, t), tried=10)
+    tried = [
+        {"tile": str(a.tile), "ms": a.milliseconds, "why": a.reason} for a in attempts[problem]
+    ]
+    wrong = [a for a in tried if "wrong" in a["why"] or "not written" in a["why"]]
+    best = table.entries.get(problem.key)
+    return {
+        "name": problem.key,
+        "us": None if best is None else best.microseconds,
+        "right": not wrong,
+        "attempts": tried,
+    }
+
+
+def _problems(version: str, batch: int, run: Run) -> list[Problem]:
+    weights = models.resnet50(version=version, seed=0).state_dict()
+    shape = (batch, 3, run.image_size, run.image_size)
+    graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
+    tiles = Tiles(tiles_for(Options(), run.device).target)
+    make_plan(graph, (shape,), "fp16", tiles)
+    return tiles.asked()
+
+
+def speed(run: Run) -> Iterator[Row]:
+    """Ours beside PyTorch's own ways, interleaved, in fp16."""
+    for batch in run.batch_sizes:
+        for version in ("v1.5", "v1"):
+            x = photographs(batch, run.image_size).half().to(run.device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            model = settled("resnet50", version, run).half()
+            ours = _engine(model, x, "fp16", run, cache_dir=str(run.out))
+            theirs = model.to(run.device).to(memory_format=torch.channels_last)
+            targets = [Target("fastres", ours), Target("eager channels_last", theirs)]
+            for mode in ("reduce-overhead", "max-autotune") if version == "v1.5" else ():
+                torch._dynamo.reset()
+                name = f"torch.compile {mode}"
+                targets.append(Target(name, torch.compile(theirs, mode=mode)))
+            name = f"{version} batch {batch}"
+            if (yield {"name": name, "asked": True}):
+                continue
+            report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
+            yield {"name": name, "table": str(report), **report.to_dict()}
+            ours.close()
+
+
+def profile(run: Run) -> Iterator[Row]:
+    """Where the time of ResNet-50 goes, step by step."""
+    for batch in run.batch_sizes:
+        x = photographs(batch, run.image_size).half().to(run.device)
+        model = settled("resnet50", "v1.5", run).half()
+        with _engine(model, x, "fp16", run, cache_dir=str(run.out)) as engine:
+            found = engine.profile(x)
+        yield {"name": f"batch {batch}", "table": str(found), **found.to_dict()}
+
+
+def _engine(
+    model: nn.Module, x: Tensor, precision: Precision, run: Run, **more: Any
+) -> fastres.Engine:
+    return fastres.compile(
+        model, x.cpu(), backend="triton", precision=precision, device=run.device, **more
+    )
+
+
+SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], float]] = {
+    "facts": (facts, 20),
+    "parity": (parity, 150),
+    "tuning": (tuning, 200),
+    "speed": (speed, 240),
+    "profile": (profile, 60),
+    "tests": (tests, 200),
+}
+
+
+def work(section: str, run: Run) -> int:
+    """One section in this process: its rows, each kept as soon as it is there."""
+    known = {row["name"] for row in run.rows(section) if "error" not in row}
+    rows, known_already, status = SECTIONS[section][0](run), False, 0
+    while time.time() < run.until:
+        try:
+            row = rows.send(known_already) if known_already else next(rows)
+            known_already = False
+            if row.pop("asked", False):
+                known_already = row["name"] in known
+                continue
+            if row["name"] in known:
+                continue
+        except StopIteration:
+            return status
+        except Exception:
+            run.keep(section, {"name": "stopped", "error": traceback.format_exc()[-2000:]})
+            return 1
+        run.keep(section, row)
+        print(section, row["name"], row.get("right", ""), row.get("table", ""), flush=True)
+        status = max(status, int(row.get("right") is False))
+    run.keep(section, {"name": "stopped", "error": "out of time"})
+    return status
+
+
+def drive(given: argparse.Namespace) -> int:
+    """Every section in turn, within the budget."""
+    end, status = time.time() + given.budget, 0
+    for section in given.only.split(","):
+        left = end - time.time()
+        if left < 10:
+            print(f"{section}: no time left", flush=True)
+            continue
+        limit = min(left, SECTIONS[section][1])
+        command = [sys.executable, __file__, *_passed_on(given), "--section", section]
+        command += ["--until", str(time.time() + limit)]
+        try:
+            done = subprocess.run(command, timeout=limit + 30)
+            status = max(status, done.returncode)
+        except subprocess.TimeoutExpired:
+            print(f"{section}: hung, and was stopped", flush=True)
+            status = 1
+    return int(status != 0)
+
+
+def _passed_on(given: argparse.Namespace) -> list[str]:
+    names = ("out", "device", "nets", "batch_sizes", "image_size")
+    return [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="where results go")
+    parser.add_argument("--budget", type=float, default=520.0, help="seconds in all")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, in order")
+    parser.add_argument("--device", default="cuda", help="cpu with TRITON_INTERPRET=1, for tests")
+    parser.add_argument("--nets", default=",".join(NETS))
+    parser.add_argument("--batch-sizes", default="256,1,32,8,128")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    unknown = set(given.only.split(",")) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--only {given.only}: the sections are {', '.join(SECTIONS)}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "there is no CUDA device here; to try the script: TRITON_INTERPRET=1 and "
+            "--device cpu with small --nets and --image-size"
+        )
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.section is None:
+        return drive(given)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(given.out / "triton_cache"))
+    sizes = [int(size) for size in given.batch_sizes.split(",")]
+    device = torch.device(given.device)
+    run = Run(given.out, device, given.nets.split(","), sizes, given.image_size, given.until)
+    return work(given.section, run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

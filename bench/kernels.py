@@ -1,0 +1,151 @@
+"""Every distinct kernel of whole networks compiled for many GPUs, none of which need be here.
+
+python bench/kernels.py [--quick] [--sm 80,90] [--out FILE.json]     (or: make kernels)
+
+Checked for each: no spills, shared memory within the target's, the matrix instruction that the
+target is to have, no 2-byte loads where channels come in eights. The exit status is 1 if one fails.
+Triton's cache makes a second run quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+import fastres
+from fastres import models
+from fastres.backends.triton.cross import launches_of
+from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.pack import Packed
+from fastres.backends.triton.table import Tiles
+from fastres.graph.ir import Graph
+from fastres.graph.passes.pipeline import optimise
+from fastres.kernels.aot import KernelFacts, compile_launch, fits, key_of
+from fastres.kernels.cost import Target
+from fastres.kernels.launch import Launch
+from fastres.options import DTYPE_OF, Precision
+
+SMS = (80, 86, 89, 90, 100, 120)
+BATCHES = (1, 32, 256)
+NETS = ("resnet18", "resnet50@v1", "resnet50@v1.5", "resnet152@v1.5", "resnext50_32x4d")
+OTHERS: tuple[Precision, ...] = ("bf16", "tf32", "fp32")  # on one network; fp16 on all
+MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network in one precision at one batch size."""
+
+    net: str
+    precision: Precision
+    batch: int
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """All of them, or a few that hold every kernel family."""
+    if quick:
+        yield Case("resnet50@v1.5", "fp16", 256)
+        yield Case("resnet50@v1.5", "fp16", 1)
+        return
+    for net in NETS:
+        for batch in BATCHES:
+            yield Case(net, "fp16", batch)
+    for precision in OTHERS:
+        yield Case("resnet50@v1.5", precision, 32)
+
+
+def graph_of(net: str) -> Graph:
+    """The optimised graph of a network with random weights."""
+    name, _, version = net.partition("@")
+    more = {"version": version} if version else {}
+    weights = getattr(models, name)(seed=0, **more).state_dict()
+    return optimise(fastres.build(weights, version=version or "v1.5"))
+
+
+def launches(graph: Graph, case: Case, sm: int) -> list[tuple[str, Launch]]:
+    """Every launch of the network's plan for the target, with the node it is for."""
+    target = Target.typical(sm)
+    plan = make_plan(graph, ((case.batch, 3, 224, 224),), case.precision, Tiles(target))
+    constants = Packed(graph, DTYPE_OF[case.precision], torch.device("meta"))
+    return launches_of(plan, constants, target)
+
+
+def faults(launch: Launch, facts: KernelFacts, sm: int, precision: Precision) -> list[str]:
+    """What is not as it should be."""
+    found = []
+    if facts.spill_stores or facts.spill_loads:
+        found.append(f"{facts.spill_stores} bytes spilled")
+    if not fits(facts, sm):
+        found.append(f"{facts.shared_bytes} bytes of shared memory")
+    x = launch.arguments.get("x_ptr")
+    if isinstance(x, torch.Tensor) and launch.constants["C"] * x.element_size() % 16 == 0:
+        if narrow := facts.count("LDG", "U16"):
+            found.append(f"{narrow} loads of 2 bytes")
+    multiplies = "BLOCK_K" in launch.constants or "DEPTH" in launch.constants
+    if multiplies and precision != "fp32":
+        wanted = MATRIX[sm]
+        if not facts.count(wanted):
+            found.append(f"no {wanted}")
+        if wanted != "HMMA" and facts.count("HMMA"):
+            found.append(f"HMMA beside {wanted}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one network, fp16, batch 256 and 1")
+    parser.add_argument("--sm", default=",".join(map(str, SMS)), help="targets")
+    parser.add_argument("--out", type=Path, help="also write every kernel's facts as JSON")
+    given = parser.parse_args(arguments)
+    started, rows, bad = time.time(), [], 0
+    graphs: dict[str, Graph] = {}
+    for sm in map(int, given.sm.split(",")):
+        seen: set[str] = set()
+        for case in cases(given.quick):
+            graph = graphs.setdefault(case.net, graph_of(case.net))
+            for node, launch in launches(graph, case, sm):
+                key = key_of(launch)
+                if key in seen:
+                    continue
+                seen.add(key)
+                row = _row(case, node, launch, sm)
+                rows.append(row)
+                bad += bool(row["faults"])
+                if row["faults"]:
+                    print(
+                        f"sm_{sm} {case.net} {case.batch} {case.precision} {node}: {row['faults']}"
+                    )
+        print(f"sm_{sm}: {len(seen)} kernels, {time.time() - started:.0f} s so far", flush=True)
+    print(f"{len(rows)} kernels with Triton {triton.__version__}, {bad} with faults")
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
+    return int(bad > 0)
+
+
+def _row(case: Case, node: str, launch: Launch, sm: int) -> dict[str, Any]:
+    facts = compile_launch(launch, sm)
+    blocks = {k: v for k, v in launch.constants.items() if k.startswith(("BLOCK", "BOX", "CHUNK"))}
+    return {
+        "sm": sm,
+        **vars(case),
+        "node": node,
+        "kernel": launch.kernel.__name__,
+        "tile": {**blocks, "warps": launch.num_warps, "stages": launch.num_stages},
+        "registers": facts.registers,
+        "shared_bytes": facts.shared_bytes,
+        "faults": faults(launch, facts, sm, case.precision),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Where the tiles of an engine come from: the user's measurements, the shipped ones, estimates."""
+
+from __future__ import annotations
+
+import torch
+
+from fastres.backends.shape_cache import Shapes
+from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.table import (
+    Table,
+    Tiles,
+    cache_path,
+    read_table,
+    shipped,
+    write_table,
+)
+from fastres.backends.triton.tune import this_machine, tune
+from fastres.graph.ir import Graph
+from fastres.kernels.cost import Target
+from fastres.kernels.launch import target_of
+from fastres.options import Options
+from fastres.text import progress_bar
+
+
+def tiles_for(options: Options, device: torch.device) -> Tiles:
+    """The best known tiles on a device.
+
+    Raises:
+        ArtifactError: the user's table is damaged.
+    """
+    if device.type != "cuda":
+        # the interpreter runs one block after the other, like a GPU with a single SM
+        return Tiles(Target(90, 1))
+    machine = this_machine(device)
+    own = read_table(cache_path(machine, options.cache_dir), machine)
+    return Tiles(target_of(device), [own, shipped(machine)])
+
+
+def tuned(graph: Graph, options: Options, device: torch.device, shapes: Shapes) -> Tiles:
+    """The same after everything has been measured that a plan for these shapes may want.
+
+    What is measured is kept in the user's table.
+
+    Raises:
+        ArtifactError: that table is damaged, or cannot be written.
+    """
+    machine = this_machine(device)
+    path = cache_path(machine, options.cache_dir)
+    table = read_table(path, machine)
+    tiles = tiles_for(options, device)
+    make_plan(graph, shapes, options.precision or "fp32", tiles)  # asks for every form there is
+
+    def keep(table: Table) -> None:
+        write_table(path, table)
+
+    with progress_bar("tuning") as report:
+        tune(tiles.asked(), table, device, keep=keep, progress=report)
+    return Tiles(tiles.target, [table, shipped(machine)])

@@ -1,0 +1,104 @@
+"""What is asked of a kernel, without names: sizes, precision, epilogue. It has tiles and a time.
+
+A problem is the key under which measurements are kept, and what tuning measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from fastres.kernels import boxes, chain_tiles, tiles
+from fastres.kernels.boxes import BoxTile, Projection
+from fastres.kernels.chain_tiles import ChainShape, ChainTile
+from fastres.kernels.cost import Target
+from fastres.kernels.geometry import ConvShape
+from fastres.kernels.tiles import ConvTile
+from fastres.options import DTYPE_OF, Precision
+
+Kind = Literal["pointers", "boxes", "chain"]
+AnyTile = ConvTile | BoxTile | ChainTile
+TILE_OF: dict[Kind, type[AnyTile]] = {"pointers": ConvTile, "boxes": BoxTile, "chain": ChainTile}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution through pointers or boxes, or a chain.
+
+    Args:
+        kind: which kernel.
+        shape: a ChainShape for a chain, else a ConvShape.
+        projection: of boxes: the 1x1 merged into the same accumulator.
+        residual: of pointers and boxes: whether a tensor is added in the epilogue.
+    """
+
+    kind: Kind
+    shape: ConvShape | ChainShape
+    precision: Precision
+    projection: Projection | None = None
+    residual: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """A line of text, equal for equal problems, that a person can read."""
+        fields = {**vars(self.shape)}
+        text = " ".join(f"{name}={_text(value)}" for name, value in fields.items())
+        more = ""
+        if self.projection is not None:
+            more += f" projected={self.projection.channels}/{_text(self.projection.stride)}"
+        if self.residual:
+            more += " residual"
+        return f"{self.kind} {self.precision} {text}{more}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return DTYPE_OF[self.precision].itemsize
+
+    def candidates(self, target: Target) -> list[AnyTile]:
+        """The tiles that can run it there, the best by estimate first."""
+        found: list[AnyTile]
+        if isinstance(self.shape, ChainShape):
+            found = [*chain_tiles.chain_candidates(self.shape, self.itemsize, target)]
+        elif self.kind == "boxes":
+            found = [*boxes.box_candidates(self.shape, self.itemsize, target, self.projection)]
+        else:
+            found = [
+                *tiles.conv_candidates(
+                    self.shape.gemm, self.itemsize, target, tensor_cores=self._tensor_cores
+                )
+            ]
+        return sorted(found, key=lambda tile: self.seconds(tile, target))
+
+    def seconds(self, tile: AnyTile, target: Target) -> float:
+        """The estimate by which tiles and forms are ranked."""
+        if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
+            return chain_tiles.chain_seconds(tile, self.shape, self.itemsize, target)
+        assert isinstance(self.shape, ConvShape)
+        if isinstance(tile, BoxTile):
+            return boxes.box_seconds(
+                tile, self.shape, self.itemsize, target, self.projection, residual=self.residual
+            )
+        assert isinstance(tile, ConvTile)
+        return tiles.conv_seconds(tile, self.shape.gemm, self.itemsize, target, self._tensor_cores)
+
+    def takes(self, tile: AnyTile, target: Target) -> bool:
+        """Whether a tile, perhaps from a file, can run it there."""
+        if not isinstance(tile, TILE_OF[self.kind]):
+            return False
+        if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
+            return chain_tiles.is_valid(tile, self.shape, self.itemsize, target)
+        assert isinstance(self.shape, ConvShape)
+        if isinstance(tile, BoxTile):
+            return not boxes.tile_refusal(tile, self.shape, self.itemsize, target, self.projection)
+        assert isinstance(tile, ConvTile)
+        return tiles.is_valid(tile, self.itemsize, self._tensor_cores, target)
+
+    @property
+    def _tensor_cores(self) -> bool:
+        return self.precision != "fp32"
+
+
+def _text(value: object) -> str:
+    return "x".join(str(v) for v in value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,230 @@
+"""A problem with operands: random data, outputs to be poisoned, and what PyTorch makes of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastres.backends.triton.problems import AnyTile, Problem
+from fastres.kernels.bottleneck_chain import chain_launch
+from fastres.kernels.boxes import BoxTile
+from fastres.kernels.chain_tiles import ChainShape, ChainTile
+from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.conv2d_tma import conv2d_tma_launches, conv2d_tma_workspace
+from fastres.kernels.cost import Target
+from fastres.kernels.geometry import ConvShape, Pair
+from fastres.kernels.launch import Launch
+from fastres.kernels.tiles import ConvTile
+from fastres.options import DTYPE_OF
+from fastres.tolerances import errors
+
+_IMAGES = 2  # compared with the oracle, from each end of the batch
+
+
+class Trial:
+    """One problem on one device.
+
+    Values are scaled as in a trained network: products neither vanish nor overflow.
+    """
+
+    def __init__(self, problem: Problem, device: torch.device) -> None:
+        self.problem = problem
+        self.device = device
+        self._dtype = DTYPE_OF[problem.precision]
+        self._generator = torch.Generator(device).manual_seed(0)
+        shape = problem.shape
+        if isinstance(shape, ChainShape):
+            self._make_chain(shape)
+        else:
+            self._make_convolution(shape)
+
+    def poison(self) -> None:
+        """Fills the outputs with NaN."""
+        for out in self._outputs:
+            out.fill_(float("nan"))
+
+    def launches(self, tile: AnyTile, target: Target) -> tuple[Launch, ...]:
+        """The calls that compute the outputs."""
+        shape = self.problem.shape
+        if isinstance(shape, ChainShape):
+            assert isinstance(tile, ChainTile)
+            return (self._chain_launch(shape, tile, target),)
+        if isinstance(tile, BoxTile):
+            return self._box_launches(shape, tile, target)
+        assert isinstance(tile, ConvTile)
+        launch = conv2d_launch(
+            self._x,
+            self._filters,
+            self._bias,
+            self._residual,
+            self._outputs[0],
+            shape=shape,
+            target=target,
+            activation="relu",
+            tile=tile,
+            allow_tf32=self.problem.precision == "tf32",
+        )
+        return (launch,)
+
+    def difference(self) -> str | None:
+        """How far the outputs are from PyTorch's in float64; None if within the policy.
+
+        The first and the last images are compared; every element must have been written.
+        """
+        for i, out in enumerate(self._outputs):
+            if bool(torch.isnan(out).any()):
+                return f"output {i} has elements that were not written, or NaN"
+        images = out.shape[0]
+        ends = sorted({*range(min(_IMAGES, images)), *range(max(0, images - _IMAGES), images)})
+        chosen = torch.tensor(ends, device=self.device)
+        with torch.backends.cudnn.flags(enabled=False):  # no TF32, no algorithm that rounds
+            oracle, baseline = (
+            self._reference(chosen, dtype) for dtype in (torch.float64, self._dtype)
+        )
+        for i, (out, exact, usual) in enumerate(zip(self._outputs, oracle, baseline, strict=True)):
+            found = errors(out[chosen], exact)
+            if not found.within(errors(usual, exact), self._dtype):
+                return f"output {i} is wrong: {found}"
+        return None
+
+    def _make_convolution(self, shape: ConvShape) -> None:
+        n, k, depth = shape.n, shape.k, shape.r * shape.s * shape.c // shape.groups
+        projection = self.problem.projection
+        total = depth + (projection.channels if projection else 0)
+        pixels = (n, shape.p, shape.q)
+        self._x = self._random(n, shape.h, shape.w, shape.c).relu_()
+        self._filters = self._random(k, shape.r, shape.s, shape.c // shape.groups, depth=total)
+        self._bias = self._random(k, dtype=torch.float32)
+        self._residual = self._random(*pixels, k) if self.problem.residual else None
+        self._x2: torch.Tensor | None = None
+        self._matrix = self._filters.flatten(1)
+        self._stride2: Pair = (1, 1)
+        if projection is not None:
+            self._stride2 = projection.stride
+            h2, w2 = (p * s for p, s in zip(pixels[1:], projection.stride, strict=True))
+            self._x2 = self._random(n, h2, w2, projection.channels).relu_()
+            self._weight2 = self._random(k, projection.channels, depth=total)
+            self._matrix = torch.cat([self._matrix, self._weight2], 1)
+        self._outputs = [self._random(*pixels, k)]
+
+    def _make_chain(self, s: ChainShape) -> None:
+        pixels = (s.n, s.p, s.q)
+        self._x = self._random(s.n, s.h, s.w, s.mid).relu_()
+        self._w2 = self._random(s.mid, 3, 3, s.mid, depth=9 * s.mid)
+        self._w3 = self._random(s.ko, 1, 1, s.mid + s.projected, depth=s.mid + s.projected)
+        self._w1 = self._random(s.next_mid, 1, 1, s.ko, depth=s.ko) if s.next_mid else None
+        self._b2, self._b3 = (self._random(k, dtype=torch.float32) for k in (s.mid, s.ko))
+        self._b1 = self._random(s.next_mid, dtype=torch.float32) if s.next_mid else None
+        step = s.shortcut_stride
+        sizes = (s.n, step * s.p, step * s.q, s.projected) if s.projected else (*pixels, s.ko)
+        self._shortcut = self._random(*sizes).relu_()
+        self._outputs = [self._random(*pixels, s.ko)]
+        if s.next_mid:
+            self._outputs.append(self._random(*pixels, s.next_mid))
+
+    def _box_launches(self, shape: ConvShape, tile: BoxTile, target: Target) -> tuple[Launch, ...]:
+        size = conv2d_tma_workspace(shape, tile) // 4
+        workspace = torch.empty(size, dtype=torch.float32, device=self.device) if size else None
+        return conv2d_tma_launches(
+            self._x,
+            self._matrix,
+            self._bias,
+            self._residual,
+            self._outputs[0],
+            shape=shape,
+            target=target,
+            x2=self._x2,
+            stride2=self._stride2,
+            activation="relu",
+            tile=tile,
+            workspace=workspace,
+            allow_tf32=self.problem.precision == "tf32",
+        )
+
+    def _chain_launch(self, shape: ChainShape, tile: ChainTile, target: Target) -> Launch:
+        out, a_next = (*self._outputs, None)[:2]
+        assert out is not None
+        return chain_launch(
+            self._x,
+            self._w2,
+            self._w3,
+            self._shortcut,
+            self._w1,
+            self._b2,
+            self._b3,
+            self._b1,
+            out,
+            a_next,
+            shape=shape,
+            target=target,
+            activation="relu",
+            tile=tile,
+        )
+
+    def _reference(self, chosen: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        shape = self.problem.shape
+        if isinstance(shape, ChainShape):
+            return self._chain_reference(shape, chosen, dtype)
+        narrow = self.problem.precision == "tf32"
+        x = self._x[chosen]
+        y = _conv(x, self._filters, dtype, shape.stride, shape.padding, shape, narrow)
+        if self._x2 is not None:
+            weight2 = self._weight2[:, None, None, :]
+            y = y + _conv(self._x2[chosen], weight2, dtype, self._stride2, narrow=narrow)
+        y = y + self._bias.to(dtype)
+        if self._residual is not None:
+            y = y + self._residual[chosen].to(dtype)
+        return [y.relu()]
+
+    def _chain_reference(
+        self, s: ChainShape, chosen: torch.Tensor, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        stride = (s.stride, s.stride)
+        b = _conv(self._x[chosen], self._w2, dtype, stride, (1, 1)) + self._b2.to(dtype)
+        w3, shortcut = self._w3[..., : s.mid], self._shortcut[chosen]
+        y = _conv(b.relu(), w3, dtype)
+        if s.projected:
+            step = (s.shortcut_stride, s.shortcut_stride)
+            y = y + _conv(shortcut, self._w3[..., s.mid :], dtype, step)
+        else:
+            y = y + shortcut.to(dtype)
+        found = [(y + self._b3.to(dtype)).relu()]
+        if self._w1 is not None and self._b1 is not None:
+            found.append((_conv(found[0], self._w1, dtype) + self._b1.to(dtype)).relu())
+        return found
+
+    def _random(
+        self, *sizes: int, depth: int | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        values = torch.randn(sizes, generator=self._generator, device=self.device)
+        if depth is not None:
+            values *= (2 / depth) ** 0.5
+        return values.to(dtype or self._dtype)
+
+
+def _conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    shape: ConvShape | None = None,
+    narrow: bool = False,
+) -> torch.Tensor:
+    """The convolution of NHWC pixels with KRSC weights, in PyTorch.
+
+    Args:
+        narrow: whether fp32 operands are rounded to TF32 first, as tensor cores do.
+    """
+    dilation, groups = (shape.dilation, shape.groups) if shape is not None else ((1, 1), 1)
+    if dtype == torch.float32 and narrow:
+        x, weight = _tf32(x), _tf32(weight)
+    planes, filters = x.to(dtype).permute(0, 3, 1, 2), weight.to(dtype).permute(0, 3, 1, 2)
+    y = F.conv2d(planes, filters, None, stride, padding, dilation, groups)
+    return y.permute(0, 2, 3, 1)
+
+
+def _tf32(x: torch.Tensor) -> torch.Tensor:
+    """The nearest values of ten bits behind the point."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & -0x2000).view(torch.float32)

@@ -1,0 +1,111 @@
+"""Measuring the tiles of problems on the GPU that is here; what was wrong is never fast.
+
+Each problem runs on random data over poisoned outputs: a tile whose result differs from PyTorch's
+is left out, whatever its time. Results are kept after every problem, so that a run can be broken
+off and taken up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fastres.backends.triton.problems import AnyTile, Problem
+from fastres.backends.triton.table import Entry, Machine, Table, kernels_digest
+from fastres.backends.triton.timing import milliseconds
+from fastres.backends.triton.trial import Trial
+from fastres.kernels.cost import Target
+from fastres.kernels.launch import target_of
+
+_TRIED = 16  # tiles a problem: the best by estimate
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One tile of one problem: its time, or why it has none."""
+
+    tile: AnyTile
+    milliseconds: float | None
+    reason: str = ""
+
+
+def this_machine(device: torch.device) -> Machine:
+    """What measurements made here hold for."""
+    import triton
+
+    if device.type != "cuda":
+        return Machine("interpreter", 1, str(triton.__version__), kernels_digest())
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(
+        properties.name,
+        properties.multi_processor_count,
+        str(triton.__version__),
+        kernels_digest(),
+    )
+
+
+def tune(
+    problems: Iterable[Problem],
+    table: Table,
+    device: torch.device,
+    *,
+    keep: Callable[[Table], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    tried: int = _TRIED,
+) -> dict[Problem, list[Attempt]]:
+    """Measures every problem that the table does not hold, and enters the fastest right tile.
+
+    Args:
+        table: is added to.
+        keep: called with the table after each problem.
+        progress: called before each problem with how many of how many are done.
+        tried: tiles a problem.
+
+    Returns:
+        Every attempt, by problem.
+    """
+    target = target_of(device) if device.type == "cuda" else Target(90, 1)
+    missing = [problem for problem in problems if problem.key not in table.entries]
+    attempts = {}
+    for done, problem in enumerate(missing):
+        progress(done, len(missing))
+        attempts[problem] = measure(problem, device, target, tried)
+        timed = {a.tile: a.milliseconds for a in attempts[problem] if a.milliseconds is not None}
+        if timed:
+            best = min(timed, key=timed.__getitem__)
+            table.entries[problem.key] = Entry(_fields(best), 1e3 * timed[best])
+            keep(table)
+    progress(len(missing), len(missing))
+    return attempts
+
+
+def measure(
+    problem: Problem, device: torch.device, target: Target, tried: int = _TRIED
+) -> list[Attempt]:
+    """Tries the best tiles by estimate, one after the other."""
+    trial = Trial(problem, device)
+    return [_attempt(trial, tile, target) for tile in problem.candidates(target)[:tried]]
+
+
+def _attempt(trial: Trial, tile: AnyTile, target: Target) -> Attempt:
+    try:
+        trial.poison()
+        launches = trial.launches(tile, target)
+
+        def work() -> None:
+            for launch in launches:
+                launch.run()
+
+        work()
+        wrong = trial.difference()
+        if wrong is not None:
+            return Attempt(tile, None, wrong)
+        return Attempt(tile, milliseconds(work, trial.device))
+    except Exception as error:  # of Triton, its compiler or the driver: they raise many kinds
+        return Attempt(tile, None, f"{type(error).__name__}: {str(error).strip()[:200]}")
+
+
+def _fields(tile: AnyTile) -> dict[str, object]:
+    return dict(vars(tile))

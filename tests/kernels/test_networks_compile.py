@@ -1,0 +1,58 @@
+"""Every kernel of a whole network compiled: the quick part of `make kernels`, with its checks."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fastres.kernels.aot import KernelFacts
+
+pytestmark = pytest.mark.compile
+SCRIPT = Path(__file__).parents[2] / "bench" / "kernels.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_kernels", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_kernels"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_resnet50_at_batch_256_and_1(
+    script: ModuleType, sm: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["--quick", "--sm", str(sm)]) == 0, capsys.readouterr().out
+    assert ", 0 with faults" in capsys.readouterr().out
+
+
+def test_each_fault_is_seen(script: ModuleType) -> None:
+    case = next(script.cases(quick=True))
+    graph = script.graph_of(case.net)
+    launch = next(x for node, x in script.launches(graph, case, 80) if "layer1" in node)
+    good = KernelFacts(128, 0, 0, 50_000, 4, {"HMMA.16816": 8, "LDGSTS.E.128": 4})
+    assert script.faults(launch, good, 80, "fp16") == []
+    for bad, word in (
+        (replace(good, spill_loads=4), "spilled"),
+        (replace(good, shared_bytes=200_000), "shared memory"),
+        (replace(good, instructions={"FFMA": 8}), "no HMMA"),
+        (replace(good, instructions={**good.instructions, "LDG.E.U16": 1}), "of 2 bytes"),
+    ):
+        assert word in script.faults(launch, bad, 80, "fp16")[0]
+    mixed = replace(good, instructions={"HMMA.16816": 8, "HGMMA.64x64x16": 8})
+    assert "HMMA beside HGMMA" in script.faults(launch, mixed, 90, "fp16")
+
+
+def test_the_full_table_covers_what_it_promises(script: ModuleType) -> None:
+    cases = list(script.cases(quick=False))
+    assert {case.batch for case in cases} == {1, 32, 256}
+    assert {case.precision for case in cases} == {"fp16", "bf16", "tf32", "fp32"}
+    assert len({case.net for case in cases}) == 5 and script.SMS == (80, 86, 89, 90, 100, 120)
