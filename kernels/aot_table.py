@@ -22,7 +22,8 @@ from fastres.kernels.launch import Launch
 from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import max_pool_launch
-from fastres.kernels.stem import packed_shape, space_to_depth_launch, stem_launch
+from fastres.kernels.space_to_depth import packed_shape, space_to_depth_launch
+from fastres.kernels.stem import stem_box_tile, stem_launch
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,10 @@ def stem_cases(sm: int) -> Iterator[CompileCase]:
         out = _meta(n, 112, 112, 64, dtype=half)
         launch = stem_launch(packed, weight, bias, out, target=target)
         yield CompileCase(f"conv1.folded-b{n}-fp16", launch)
+        if sm >= 90:
+            box = stem_box_tile(n, 112, 112, 64, half.itemsize, target)
+            launch = stem_launch(packed, weight, bias, out, target=target, tile=box)
+            yield CompileCase(f"conv1.folded.boxes-b{n}-fp16", launch)
 
 
 def all_cases(sm: int) -> Iterator[CompileCase]:
