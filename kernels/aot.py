@@ -21,7 +21,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+}
 _REGISTERS = re.compile(r"\bREG:(\d+)")
 MATRIX = re.compile(r"U?T?C?[HIQ]G?MMA\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.M)

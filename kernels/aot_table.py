@@ -19,8 +19,11 @@ from fastres.kernels.cost import Target
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
+from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import max_pool_launch
+from fastres.kernels.space_to_depth import packed_shape, space_to_depth_launch
+from fastres.kernels.stem import stem_box_tile, stem_launch
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,48 @@ def conv2d_tma_cases(sm: int) -> Iterator[CompileCase]:
             yield from _conv2d_tma_cases(name, _BOXES[name], 256, dtype, sm)
 
 
+def layout_cases() -> Iterator[CompileCase]:
+    """Pictures on their way in, and maps both ways."""
+    half = torch.float16
+    picture, y = _meta(256, 3, 224, 224, dtype=torch.float32), _meta(256, 224, 224, 3, dtype=half)
+    yield CompileCase("picture.to_nhwc-b256-fp16", to_nhwc_launch(picture, y))
+    rgb = _meta(256, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    normalise = _meta(2, 3, dtype=torch.float32)
+    launch = to_nhwc_launch(rgb, y, normalise=normalise)
+    yield CompileCase("bytes.to_nhwc-b256-fp16", launch)
+    nchw, nhwc = _meta(256, 64, 56, 56, dtype=half), _meta(256, 56, 56, 64, dtype=half)
+    yield CompileCase("map.to_nhwc-b256-fp16", to_nhwc_launch(nchw, nhwc))
+    yield CompileCase("map.to_nchw-b256-fp16", to_nchw_launch(nhwc, nchw))
+
+
+def stem_cases(sm: int) -> Iterator[CompileCase]:
+    """The ImageNet stem over folded pixels, from fp32 and from bytes, at batch 256 and 1."""
+    half, target = torch.float16, Target.typical(sm)
+    for n in (256, 1):
+        packed = _meta(*packed_shape(n, 224, 224), dtype=half)
+        launch = space_to_depth_launch(_meta(n, 3, 224, 224, dtype=torch.float32), packed)
+        yield CompileCase(f"conv1.fold-b{n}-fp16", launch)
+        rgb = _meta(n, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        normalise = _meta(2, 3, dtype=torch.float32)
+        launch = space_to_depth_launch(rgb, packed, normalise=normalise)
+        yield CompileCase(f"conv1.fold-bytes-b{n}-fp16", launch)
+        weight, bias = _meta(64, 256, dtype=half), _meta(64, dtype=torch.float32)
+        out = _meta(n, 112, 112, 64, dtype=half)
+        launch = stem_launch(packed, weight, bias, out, target=target)
+        yield CompileCase(f"conv1.folded-b{n}-fp16", launch)
+        if sm >= 90:
+            box = stem_box_tile(n, 112, 112, 64, half.itemsize, target)
+            launch = stem_launch(packed, weight, bias, out, target=target, tile=box)
+            yield CompileCase(f"conv1.folded.boxes-b{n}-fp16", launch)
+
+
 def all_cases(sm: int) -> Iterator[CompileCase]:
     """Every family's cases for one target."""
     yield from conv2d_cases(sm)
     yield from pool_cases()
     yield from linear_cases()
+    yield from layout_cases()
+    yield from stem_cases(sm)
     yield from chain_cases(sm)
     yield from conv2d_tma_cases(sm)
 

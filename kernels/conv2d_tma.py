@@ -97,7 +97,9 @@ def conv2d_tma(
     outside x. Every tensor starts at a multiple of 16 bytes.
 
     Args:
-        x: [N, H, W, C] fp16, bf16 or, with allow_tf32, fp32, contiguous; C a multiple of 16.
+        x: [N, H, W, C] fp16, bf16 or, with allow_tf32, fp32, contiguous; C a multiple of 16. For a
+            filter of several taps at stride 1 only channels must be packed: the other strides are
+            free multiples of 16 bytes.
         weight: [K, R, S, C] of x's dtype; K a multiple of 8.
         bias: [K] fp32 or of x's dtype, contiguous.
         stride: (1, 1), or (2, 2) where H and W are even; any for a 1x1 without padding.
@@ -179,7 +181,9 @@ def conv2d_tma_launches(
         ValueError: operands that do not fit together, or that `boxes.refusal` refuses.
     """
     check_nhwc("x", x)
-    check_like("x", x, (shape.n, shape.h, shape.w, shape.c), x, [x.dtype])
+    strided = shape.stride == (1, 1) and walk_shape(shape) == shape  # x is seen as it is
+    sizes = (shape.n, shape.h, shape.w, shape.c)
+    check_like("x", x, sizes, x, [x.dtype], contiguous=not strided)
     projection = None
     if x2 is not None:
         projection = _projection(x2, stride2, x, shape)
@@ -270,6 +274,9 @@ def _descriptor(name: str, view: torch.Tensor, box: Sequence[int]) -> TensorDesc
         raise ValueError(
             f"{name} starts {view.data_ptr() % 16} bytes past a multiple of 16, expected a multiple"
         )
+    strides = [stride * view.element_size() for stride in view.stride()[:-1]]
+    if any(stride % 16 for stride in strides):
+        raise ValueError(f"{name} has strides of {strides} bytes, expected multiples of 16")
     return TensorDescriptor.from_tensor(view, list(box))
 
 

@@ -35,7 +35,14 @@ SHIFTED = torch.zeros(X.numel() + 1, dtype=HALF)[1:].view(X.shape)
         ({"x": X[0]}, r"x has shape \[8, 8, 16\], expected \[N, H, W, C\]"),
         ({"x": X.double()}, "x has dtype torch.float64"),
         ({"x": X.mT.contiguous().mT}, "x has stride 8 in its last dimension, expected 1"),
-        ({"x": X.transpose(1, 2)}, r"x has strides .*, expected it contiguous"),
+        (
+            {"x": X.transpose(1, 2), "stride": (2, 2)},
+            r"x has strides .*, expected it contiguous",
+        ),
+        (
+            {"x": torch.zeros(1, 8, 8, 20, dtype=HALF)[..., :16]},
+            "x has strides of .* bytes, expected multiples of 16",
+        ),
         ({"x": SHIFTED}, "x starts 2 bytes past a multiple of 16"),
         ({"x": X.float(), "weight": W.float()}, "cannot take this convolution: fp32 in full"),
         ({"weight": W[0]}, r"weight has shape \[3, 3, 16\], expected \[K, R, S, C\]"),

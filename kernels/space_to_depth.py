@@ -1,0 +1,169 @@
+"""space_to_depth: folds 2x2 pixels of a picture into one of 16 channels, with a margin of zeros.
+
+What the stem (`stem.py`) reads; casts and normalises on the way, so that a caller's picture is read
+once and written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastres.kernels.launch import Launch
+from fastres.kernels.layout import (
+    check_first_images,
+    check_normalise,
+    check_picture,
+    layout_cost,
+    normalised,
+)
+from fastres.kernels.tiles import PoolTile
+
+FOLDED = 16  # channels of a folded pixel: 2 x 2 pixels of up to 4 channels
+MARGIN = (2, 1)  # folded pixels of zeros before and after: 4 taps reach from -2 to +1
+
+
+def fold_refusal(c: int, h: int, w: int) -> str | None:
+    """Why a picture cannot be folded; None when it can."""
+    if not 1 <= c <= 4:
+        return f"the picture has {c} channels, expected 1 to 4: folded they must fit into {FOLDED}"
+    if h < 2 or w < 2 or h % 2 or w % 2:
+        return f"the picture has {h}x{w} pixels, expected even numbers, to fold 2x2 into one"
+    return None
+
+
+def packed_shape(n: int, h: int, w: int) -> tuple[int, int, int, int]:
+    """Sizes of a folded picture with its margin: [N, H/2 + 3, W/2 + 3, 16]."""
+    return n, h // 2 + sum(MARGIN), w // 2 + sum(MARGIN), FOLDED
+
+
+@triton.jit
+def _space_to_depth_kernel(
+    x_ptr,
+    normalise_ptr,
+    y_ptr,
+    PH,  # folded rows, margin included
+    PW,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    C: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(PH * PW, BLOCK_M)
+    n = (pid // tiles).to(tl.int64)
+    pixel = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    h = pixel // PW - BEFORE
+    w = pixel % PW - BEFORE
+    # channel (c, dh, dw): two neighbours of a row lie side by side, so a load may take both
+    j = tl.arange(0, BLOCK_C)
+    c = j // 4
+    dh = j // 2 % 2
+    dw = j % 2
+
+    pixel_ok = pixel < PH * PW
+    inside = (h >= 0) & (h < PH - BEFORE - AFTER) & (w >= 0) & (w < PW - BEFORE - AFTER) & pixel_ok
+    ok = inside[:, None] & (j < 4 * C)[None, :]
+    x_pixels = (2 * h).to(tl.int64) * stride_xh + (2 * w).to(tl.int64) * stride_xw
+    x_parts = c.to(tl.int64) * stride_xc + dh.to(tl.int64) * stride_xh + dw.to(tl.int64) * stride_xw
+    v = tl.load(x_ptr + n * stride_xn + x_pixels[:, None] + x_parts[None, :], mask=ok, other=0)
+    v = normalised(v, normalise_ptr, c, c < C, C)
+    v = tl.where(ok, v, 0.0)  # the padding is of the normalised picture
+    y_pixels = y_ptr + (n * PH * PW + pixel) * BLOCK_C
+    tl.store(y_pixels[:, None] + j[None, :], v.to(y_ptr.dtype.element_ty), mask=pixel_ok[:, None])
+
+
+def space_to_depth(
+    x: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float16,
+    normalise: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    tile: PoolTile | None = None,
+) -> torch.Tensor:
+    """Folds 2x2 pixels into one, in fp32 and rounded once, with a margin of zeros.
+
+    y[n, i + 2, j + 2, 4c + 2a + b] = x[n, c, 2i + a, 2j + b] * scale[c] + shift[c]
+
+    and 0 elsewhere: in 2 rows and columns before, 1 after, and in channels from 4C on.
+
+    Args:
+        x: [N, C, H, W] fp16, bf16, fp32 or uint8, any strides, C up to 4, H and W even: an NHWC
+            picture is the view `picture.permute(0, 3, 1, 2)`.
+        dtype: of y when it is allocated: fp16, bf16 or fp32.
+        normalise: [2, C] fp32, contiguous: scale and shift (see `layout.normalisation`).
+        out: [N', H/2 + 3, W/2 + 3, 16], contiguous, with N' >= N: pictures from N on are left
+            alone; allocated when None.
+        tile: how to cut the work; 128 folded pixels of 16 channels a block when None.
+
+    Returns:
+        [N, H/2 + 3, W/2 + 3, 16], or out.
+
+    Raises:
+        ValueError: operands that do not fit together, or that `fold_refusal` refuses.
+        RuntimeError: CPU tensors while Triton's interpreter is off.
+    """
+    check_picture("x", x)
+    if out is None:
+        n, _, h, w = x.shape
+        out = torch.empty(packed_shape(n, h, w), dtype=dtype, device=x.device)
+    launch = space_to_depth_launch(x, out, normalise=normalise, tile=tile)
+    if x.numel() > 0:
+        launch.run()
+    return out
+
+
+def space_to_depth_launch(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    normalise: torch.Tensor | None = None,
+    tile: PoolTile | None = None,
+) -> Launch:
+    """The call `space_to_depth` makes, not yet made; tensors may be on the meta device.
+
+    Raises:
+        ValueError: operands that do not fit together, or that `fold_refusal` refuses.
+    """
+    check_picture("x", x)
+    n, c, h, w = x.shape
+    reason = fold_refusal(c, h, w)
+    if reason is not None:
+        raise ValueError(f"x cannot be folded: {reason}")
+    sizes = packed_shape(n, h, w)
+    check_first_images("out", out, sizes, x)
+    check_normalise(normalise, x)
+    if tile is None:
+        tile = PoolTile(128, FOLDED, num_warps=4)
+    if tile.block_c != FOLDED:
+        raise ValueError(f"tile has {tile.block_c} channels, expected {FOLDED}")
+    elements = n * sizes[1] * sizes[2] * FOLDED
+    return Launch(
+        kernel=_space_to_depth_kernel,
+        programs=n * tile.programs(sizes[1] * sizes[2], FOLDED),
+        arguments={
+            "x_ptr": x,
+            "normalise_ptr": normalise,
+            "y_ptr": out,
+            "PH": sizes[1],
+            "PW": sizes[2],
+            "stride_xn": x.stride(0),
+            "stride_xc": x.stride(1),
+            "stride_xh": x.stride(2),
+            "stride_xw": x.stride(3),
+        },
+        constants={
+            "C": c,
+            "BEFORE": MARGIN[0],
+            "AFTER": MARGIN[1],
+            "BLOCK_M": tile.block_m,
+            "BLOCK_C": FOLDED,
+        },
+        num_warps=tile.num_warps,
+        num_stages=1,
+        cost=layout_cost(x, elements, out.element_size(), normalise is not None),
+    )

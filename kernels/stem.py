@@ -1,0 +1,207 @@
+"""The ImageNet stem, 7x7 stride 2 padding 3, as a dense 4x4 stride 1 product over folded pixels.
+
+Space-to-depth folds 2x2 pixels of up to 4 channels into 16, so that a row of 4 filter taps is 64
+contiguous elements: the convolution reads the overlapping view [N, H/2+3, W/2, 64] of the folded
+picture with a 4x1 filter, 16 bytes at a time and without a test for the padding, which is stored.
+
+Source: space-to-depth as in the MLPerf TPU ResNet; the overlapping view is this project's.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from fastres.kernels.boxes import BoxTile, box_candidates, box_seconds
+from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.conv2d_tma import conv2d_tma_launches
+from fastres.kernels.cost import Cost, Target
+from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.geometry import ConvShape, Pair
+from fastres.kernels.launch import FLOAT_DTYPES, Launch, check_like, target_of
+from fastres.kernels.space_to_depth import FOLDED, fold_refusal
+from fastres.kernels.tiles import ConvTile
+
+_TAPS = 4
+
+
+def stem_refusal(c: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair) -> str | None:
+    """Why a convolution is no stem of this kind; None when it is one.
+
+    A planner then takes the convolution over pointers, which takes every one.
+    """
+    if (taps, stride, padding) != ((7, 7), (2, 2), (3, 3)):
+        return (
+            f"the filter is {taps}, stride {stride}, padding {padding}; expected 7x7, 2 and 3, "
+            "whose taps fold into 4x4"
+        )
+    return fold_refusal(c, h, w)
+
+
+def pack_stem_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Folds a stem's filter: [K, C, 7, 7], as PyTorch keeps it, to [K, 4*4*16].
+
+    Tap r of 7 is row (r + 1) % 2 of folded tap (r + 1) // 2, since 2p - 3 + r = 2(p - 2) + r + 1;
+    channels of a folded tap lie as `space_to_depth` lays them, those beyond 4C are zero.
+
+    Raises:
+        ValueError: no 7x7 filter of 1 to 4 channels.
+    """
+    if weight.ndim != 4 or tuple(weight.shape[2:]) != (7, 7) or not 1 <= weight.shape[1] <= 4:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [K, 1 to 4, 7, 7]")
+    k, c = weight.shape[:2]
+    eight = weight.new_zeros(k, c, 8, 8)
+    eight[:, :, 1:, 1:] = weight
+    packed = weight.new_zeros(k, _TAPS, _TAPS, FOLDED)
+    # k, c, (tap, dh), (tap, dw) -> k, tap, tap, (c, dh, dw)
+    folded = eight.view(k, c, _TAPS, 2, _TAPS, 2).permute(0, 2, 4, 1, 3, 5)
+    packed[..., : 4 * c] = folded.reshape(k, _TAPS, _TAPS, 4 * c)
+    return packed.view(k, _TAPS * _TAPS * FOLDED)
+
+
+def stem_cost(n: int, p: int, q: int, k: int, itemsize: int) -> Cost:
+    """FLOPs, those with the zeros of the folding included, and compulsory bytes of one call."""
+    depth = _TAPS * _TAPS * FOLDED
+    x = n * (p + _TAPS - 1) * (q + _TAPS - 1) * FOLDED
+    return Cost(2 * n * p * q * k * depth, itemsize * (x + k * depth + n * p * q * k))
+
+
+def stem(
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: ActivationKind | None = "relu",
+    out: torch.Tensor | None = None,
+    tile: ConvTile | BoxTile | None = None,
+    allow_tf32: bool = False,
+) -> torch.Tensor:
+    """A 7x7 stride 2 padding 3 convolution of a folded picture, with bias and activation.
+
+    y[n, p, q, k] = act(sum_rsc packed[n, p + r, q + s, c] * weight[k, 64r + 16s + c] + bias[k])
+
+    The folded filter has an eighth row and column of zeros, and zero times NaN is NaN: a pixel that
+    is no number reaches one more row and column of outputs than through 7x7 taps.
+
+    Args:
+        packed: [N, P + 3, Q + 3, 16] fp16, bf16 or fp32, contiguous, from `space_to_depth`.
+        weight: [K, 256] of that dtype, contiguous, from `pack_stem_weight`.
+        bias: [K] fp32 or of that dtype, contiguous.
+        out: [N, P, Q, K] of that dtype, contiguous; allocated when None.
+        tile: how to cut the work, and which form to take, see `stem_launch`; a ConvTile chosen
+            from shape and device when None.
+        allow_tf32: for fp32, tensor cores at reduced precision.
+
+    Returns:
+        [N, P, Q, K] of packed's dtype.
+
+    Raises:
+        ValueError: operands that do not fit together.
+        RuntimeError: CPU tensors while Triton's interpreter is off.
+    """
+    if out is None:
+        n, p, q = _output_pixels(packed)
+        out = torch.empty((n, p, q, len(weight)), dtype=packed.dtype, device=packed.device)
+    launch = stem_launch(
+        packed,
+        weight,
+        bias,
+        out,
+        activation=activation,
+        tile=tile,
+        allow_tf32=allow_tf32,
+        target=target_of(packed.device),
+    )
+    if out.numel() > 0:
+        launch.run()
+    return out
+
+
+def stem_launch(
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    target: Target,
+    activation: ActivationKind | None = "relu",
+    tile: ConvTile | BoxTile | None = None,
+    allow_tf32: bool = False,
+) -> Launch:
+    """The call `stem` makes, not yet made; tensors may be on the meta device.
+
+    Args:
+        target: the GPU it is meant for.
+        tile: a ConvTile loads through pointers; a BoxTile, for sm_90 and newer, through the copy
+            engine (see `stem_box_tile`). Its pixels are 128 bytes long and 32 apart; the reference
+            of `cuTensorMapEncodeTiled` has strides no shorter than what they step over, and no
+            driver has been asked yet, so that form is taken only on request.
+
+    Raises:
+        ValueError: operands that do not fit together.
+    """
+    n, p, q = _output_pixels(packed)
+    depth = _TAPS * _TAPS * FOLDED
+    check_like("weight", weight, (weight.shape[0], depth), packed, [packed.dtype])
+    k, row = len(weight), _TAPS * FOLDED
+    shape = _product(n, p, q, k)
+    # a row of 4 folded pixels at every folded pixel: neighbours share 3 of them
+    rows = packed.as_strided((n, p + _TAPS - 1, q, row), packed.stride())
+    if isinstance(tile, BoxTile) and n > 0:
+        if tile.split_k != 1:
+            raise ValueError(f"tile splits the depth into {tile.split_k} parts, expected 1")
+        (launch,) = conv2d_tma_launches(
+            rows,
+            weight,
+            bias,
+            None,
+            out,
+            shape=shape,
+            target=target,
+            activation=activation,
+            tile=tile,
+            allow_tf32=allow_tf32,
+        )
+    else:
+        launch = conv2d_launch(
+            rows,
+            weight.view(k, _TAPS, 1, row),
+            bias,
+            None,
+            out,
+            shape=shape,
+            target=target,
+            activation=activation,
+            tile=None if isinstance(tile, BoxTile) else tile,
+            allow_tf32=allow_tf32,
+        )
+    return replace(launch, cost=stem_cost(n, p, q, k, packed.element_size()))
+
+
+def stem_box_tile(n: int, p: int, q: int, k: int, itemsize: int, target: Target) -> BoxTile:
+    """The box of least estimated time for a stem of batch n, p x q output pixels and k channels.
+
+    Raises:
+        ValueError: a batch of 0, which has no boxes.
+    """
+    if n < 1:
+        raise ValueError(f"the batch is {n}, expected at least 1")
+    shape = _product(n, p, q, k)
+    whole = [box for box in box_candidates(shape, itemsize, target) if box.split_k == 1]
+    return min(whole, key=lambda box: box_seconds(box, shape, itemsize, target))
+
+
+def _product(n: int, p: int, q: int, k: int) -> ConvShape:
+    """The stem as a 4x1 convolution of rows of 4 folded pixels."""
+    return ConvShape(n, p + _TAPS - 1, q, _TAPS * FOLDED, k, _TAPS, 1)
+
+
+def _output_pixels(packed: torch.Tensor) -> tuple[int, int, int]:
+    """N, P and Q of a folded picture."""
+    least = _TAPS
+    if packed.ndim != 4 or packed.shape[3] != FOLDED or min(packed.shape[1:3]) < least:
+        raise ValueError(
+            f"packed has shape {list(packed.shape)}, expected [N, P + 3, Q + 3, {FOLDED}]"
+        )
+    check_like("packed", packed, packed.shape, packed, FLOAT_DTYPES)
+    n, h, w, _ = packed.shape
+    return n, h - _TAPS + 1, w - _TAPS + 1
