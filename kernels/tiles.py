@@ -94,8 +94,8 @@ def is_valid(tile: ConvTile, itemsize: int, tensor_cores: bool, target: Target) 
         return False
     if not tensor_cores:  # plain multiply-adds hold the operands in registers as well
         return tile.accumulators() <= 32
-    if target.sm == 90 and (tile.block_m < 64 or tile.num_warps < 4):
-        return False  # a warpgroup of four warps takes 64 rows; less falls back to sm_80's HMMA
+    if 90 <= target.sm < 120 and (tile.block_m < 64 or tile.num_warps < 4):
+        return False  # four warps take 64 rows together; less falls back to sm_80's HMMA
     # older matrix instructions take their operands from registers: with four warps, 64 results a
     # thread and a residual spilled on sm_86
     operands_in_shared_memory = 90 <= target.sm < 120

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from fastres.backends.base import NodeTime
-from fastres.backends.triton.bind import bind
+from fastres.backends.triton.bind import bind, load
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.backends.triton.timing import milliseconds
@@ -144,9 +144,7 @@ class PlanRunner:
             self._load_one(step, inputs, context)
 
     def _load_one(self, step: LoadInput, inputs: Sequence[torch.Tensor], context: Context) -> None:
-        given = inputs[self._loads.index(step)]
-        target = context.tensors[step.target][: given.shape[0]]
-        target.copy_(given.permute(0, 2, 3, 1) if given.dim() == 4 else given)
+        load(step, inputs[self._loads.index(step)], context.tensors[step.target])
 
     def _outputs(self, context: Context, batch: int) -> list[torch.Tensor]:
         return [
