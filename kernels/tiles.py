@@ -93,7 +93,8 @@ def is_valid(tile: ConvTile, itemsize: int, tensor_cores: bool, target: Target) 
     if tile.shared_bytes(itemsize) > target.shared_bytes:
         return False
     if not tensor_cores:  # plain multiply-adds hold the operands in registers as well
-        return tile.accumulators() <= 32
+        # at 32x64 ptxas settles for 96 registers and spills a residual
+        return tile.accumulators() <= 32 and (tile.block_m, tile.block_n) != (32, 64)
     if 90 <= target.sm < 120 and (tile.block_m < 64 or tile.num_warps < 4):
         return False  # four warps take 64 rows together; less falls back to sm_80's HMMA
     # older matrix instructions take their operands from registers: with four warps, 64 results a

@@ -48,6 +48,7 @@ class Choice(msgspec.Struct, frozen=True):
         taken: the form taken, with its tile.
         microseconds: its time, estimated or measured.
         measured: whether a table of measurements says so.
+        problem: the key under which tables know it; empty for several kernels.
         others: form → its time in words, or why it was not possible.
     """
 
@@ -55,6 +56,7 @@ class Choice(msgspec.Struct, frozen=True):
     taken: str
     microseconds: float
     measured: bool
+    problem: str
     others: dict[str, str]
 
 

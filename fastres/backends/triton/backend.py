@@ -10,16 +10,13 @@ import torch
 
 from fastres.backends.base import Account, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
-from fastres.errors import UnsupportedError, missing
+from fastres.errors import missing
 from fastres.graph.ir import Graph, Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
 if TYPE_CHECKING:
     from fastres.backends.triton.cross import CrossExecutable
-    from fastres.backends.triton.plan import AnyStep
     from fastres.backends.triton.run import PlanRunner
-    from fastres.backends.triton.table import Tiles
-    from fastres.kernels.launch import LaunchError
 
 _OLDEST = 80
 _NEWEST = 130  # exclusive: nothing is known of what comes after sm_12x
@@ -110,7 +107,7 @@ class TritonExecutable:
         shapes: Shapes,
         compiled: Mapping[str, bytes] | None = None,
     ) -> None:
-        from fastres.backends.triton.choosing import tiles_for, tuned
+        from fastres.backends.triton.choosing import ban, tiles_for, tuned
         from fastres.backends.triton.lower import make_plan
         from fastres.backends.triton.pack import Packed
         from fastres.backends.triton.run import PlanRunner
@@ -140,7 +137,8 @@ class TritonExecutable:
                 failed = runner.failing() if check else None
                 if failed is None:
                     return runner
-                _ban(tiles, *failed)
+                step, error = failed
+                ban(tiles, plan, step.node, str(error))
                 given = None
 
         self._runners = ShapeCache(make, options.cache_size)
@@ -171,18 +169,6 @@ class TritonExecutable:
             return shapes
         n = bucket(shapes[0][0])
         return tuple((n, *shape[1:]) for shape in shapes)
-
-
-def _ban(tiles: Tiles, step: AnyStep, error: LaunchError) -> None:
-    """Takes the tile of a step that cannot be launched out of every choice.
-
-    Raises:
-        UnsupportedError: the step has no tile that could be another.
-    """
-    tile = getattr(step, "tile", None)
-    if tile is None:
-        raise UnsupportedError(f"{step.node} cannot run on this GPU: {error}") from error
-    tiles.ban(tile, f"{step.node}: {error}")
 
 
 def _checks_kernels(device: torch.device) -> bool:

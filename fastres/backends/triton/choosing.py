@@ -6,6 +6,7 @@ import torch
 
 from fastres.backends.shape_cache import Shapes
 from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.table import (
     Table,
     Tiles,
@@ -15,6 +16,7 @@ from fastres.backends.triton.table import (
     write_table,
 )
 from fastres.backends.triton.tune import this_machine, tune
+from fastres.errors import UnsupportedError
 from fastres.graph.ir import Graph
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import target_of
@@ -34,6 +36,19 @@ def tiles_for(options: Options, device: torch.device) -> Tiles:
     machine = this_machine(device)
     own = read_table(cache_path(machine, options.cache_dir), machine)
     return Tiles(target_of(device), [own, shipped(machine)])
+
+
+def ban(tiles: Tiles, plan: Plan, node: str, reason: str) -> None:
+    """Takes the tile with which a plan runs a node out of the choice for its problem.
+
+    Raises:
+        UnsupportedError: the node has no tile that could be another.
+    """
+    tile = next((getattr(s, "tile", None) for s in plan.steps if s.node == node), None)
+    problem = next((c.problem for c in plan.choices if node in c.nodes and c.problem), None)
+    if tile is None or problem is None:
+        raise UnsupportedError(f"{node} cannot run on sm_{tiles.target.sm}: {reason}")
+    tiles.ban(problem, tile, f"{node}: {reason}")
 
 
 def tuned(graph: Graph, options: Options, device: torch.device, shapes: Shapes) -> Tiles:

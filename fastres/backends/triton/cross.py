@@ -10,19 +10,23 @@ import torch
 from fastres.backends.base import Account, KernelInfo, NodeTime
 from fastres.backends.shape_cache import Shapes
 from fastres.backends.triton.bind import bind
+from fastres.backends.triton.choosing import ban
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.run import views
 from fastres.backends.triton.stored import read_plans, recorded, write_plans
 from fastres.backends.triton.table import Tiles
-from fastres.errors import BackendUnavailable, UnsupportedError
+from fastres.errors import BackendUnavailable
 from fastres.graph.ir import Graph
 from fastres.kernels.aot import MATRIX, KernelFacts, compile_launch, fits, key_of
 from fastres.kernels.cost import Cost, Target
 from fastres.kernels.launch import Launch
-from fastres.options import DTYPE_OF, Options
+from fastres.options import DTYPE_OF, Options, Precision
 from fastres.text import progress_bar
+
+# sm_120 keeps a few addresses of the box kernels' epilogues in local memory, outside the loops
+_SPILL = {False: 0, True: 64}  # bytes, by whether the target is that
 
 
 def launches_of(plan: Plan, constants: Packed, target: Target) -> list[tuple[str, Launch]]:
@@ -35,44 +39,89 @@ def launches_of(plan: Plan, constants: Packed, target: Target) -> list[tuple[str
     ]
 
 
-def compile_plan(
+class Unfit(Exception):
+    """A kernel is not what it should be: it does not compile, does not fit, or spills."""
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"{node}: {reason}")
+        self.node = node
+        self.reason = reason
+
+
+def compiled_plan(
+    graph: Graph,
+    shapes: Shapes,
+    precision: Precision,
+    tiles: Tiles,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Plan, tuple[KernelInfo, ...]]:
+    """A plan whose every kernel compiles, fits, and keeps its values in registers.
+
+    A tile that does not lead to one gives way to the next.
+
+    Raises:
+        UnsupportedError: a problem has no such tile left; all that were tried are named.
+    """
+    constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
+    facts: dict[str, KernelFacts] = {}
+    while True:
+        plan = make_plan(graph, shapes, precision, tiles)
+        launches = launches_of(plan, constants, tiles.target)
+        try:
+            return plan, compile_launches(launches, tiles.target, facts, progress)
+        except Unfit as unfit:
+            ban(tiles, plan, unfit.node, unfit.reason)
+
+
+def compile_launches(
     launches: Sequence[tuple[str, Launch]],
     target: Target,
+    known: dict[str, KernelFacts],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[KernelInfo, ...]:
     """Compiles each distinct kernel once.
 
     Args:
+        known: by the kernel's key, what was compiled before; is added to.
         progress: called with how many of how many kernels are compiled.
 
     Raises:
-        UnsupportedError: a kernel does not compile, or asks for more shared memory than there is.
+        Unfit: by a kernel that is not what it should be.
     """
     groups: dict[str, list[tuple[str, Launch]]] = {}
     for node, launch in launches:
         groups.setdefault(key_of(launch), []).append((node, launch))
     reports = []
-    for done, group in enumerate(groups.values()):
+    for done, (key, group) in enumerate(groups.items()):
         progress(done, len(groups))
-        reports.append(_report(group, target))
+        if key not in known:
+            known[key] = _compiled(*group[0], target)
+        reports.append(_report(group, known[key], target))
     progress(len(groups), len(groups))
     return tuple(reports)
 
 
-def _report(group: Sequence[tuple[str, Launch]], target: Target) -> KernelInfo:
-    node, launch = group[0]
-    what = f"{node}: {launch.kernel.__name__} with {_tile(launch)}"
+def _compiled(node: str, launch: Launch, target: Target) -> KernelFacts:
+    what = f"{launch.kernel.__name__} with {_tile(launch)}"
     try:
         facts = compile_launch(launch, target.sm)
     except Exception as error:  # Triton raises many kinds
-        raise UnsupportedError(
-            f"{what} does not compile for sm_{target.sm}: {type(error).__name__}: {error}"
+        raise Unfit(
+            node, f"{what} does not compile for sm_{target.sm}: {type(error).__name__}: {error}"
         ) from error
     if not fits(facts, target.sm):
-        raise UnsupportedError(
+        raise Unfit(
+            node,
             f"{what} asks for {facts.shared_bytes} bytes of shared memory; sm_{target.sm} has "
-            f"{target.shared_bytes}"
+            f"{target.shared_bytes}",
         )
+    if facts.spill_stores > _SPILL[target.sm >= 120]:
+        raise Unfit(node, f"{what} spills {facts.spill_stores} bytes of registers")
+    return facts
+
+
+def _report(group: Sequence[tuple[str, Launch]], facts: KernelFacts, target: Target) -> KernelInfo:
+    launch = group[0][1]
     microseconds, bound = max(_times(other.cost, launch, target) for _, other in group)
     return KernelInfo(
         kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
@@ -175,11 +224,12 @@ def build(
     target = Target.typical(options.sm)
     ran = dict.fromkeys((node.name for node in graph.nodes), precision)
     stored = recorded(compiled, options.target).get(shapes)
-    plan = make_plan(graph, shapes, precision, Tiles(target), stored)
     if stored is not None:
-        known = read_plans(compiled)
+        plan, known = (
+            make_plan(graph, shapes, precision, Tiles(target), stored),
+            read_plans(compiled),
+        )
         return CrossExecutable(plan, known.kernels if known else (), options.target, ran)
-    constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
     with progress_bar(f"compiling for {options.target}") as report:
-        kernels = compile_plan(launches_of(plan, constants, target), target, report)
+        plan, kernels = compiled_plan(graph, shapes, precision, Tiles(target), report)
     return CrossExecutable(plan, kernels, options.target, ran)

@@ -56,6 +56,7 @@ class Form:
     tile: AnyTile | None
     seconds: float
     measured: bool = False
+    problem: str = ""
 
     def __str__(self) -> str:
         return self.kind if self.tile is None else f"{self.kind} {self.tile}"
@@ -295,7 +296,7 @@ class Reckoner:
             best = self._tiles.best(problem)
         except ValueError as error:
             raise UnsupportedError(str(error)) from error
-        return Form(kind, best.tile, best.seconds, best.measured)
+        return Form(kind, best.tile, best.seconds, best.measured, problem.key)
 
     def _projection(self, node: Node | None) -> Projection | None:
         if node is None:
@@ -330,9 +331,9 @@ def _kind(boundary: Boundary) -> Kind:
 
 
 def _choice(nodes: tuple[Node, ...], taken: Form, others: dict[str, str]) -> Choice:
-    return Choice(
-        tuple(n.name for n in nodes), str(taken), 1e6 * taken.seconds, taken.measured, others
-    )
+    names = tuple(node.name for node in nodes)
+    time = 1e6 * taken.seconds
+    return Choice(names, str(taken), time, taken.measured, taken.problem, others)
 
 
 def _time(form: Form) -> str:

@@ -26,6 +26,7 @@ from fastres.errors import (
 from fastres.graph.ir import Flatten, Pad, Slice
 from fastres.kernels.aot import KernelFacts
 from fastres.kernels.cost import Target
+from fastres.kernels.launch import Launch
 
 pytestmark = [
     pytest.mark.compile,
@@ -173,12 +174,39 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("ptxas died")
 
     monkeypatch.setattr(cross, "compile_launch", broken)
-    with pytest.raises(UnsupportedError, match=r"conv1: _conv2d_kernel with .* does not .* ptxas"):
+    with pytest.raises(UnsupportedError, match=r"(?s)no tile .*conv1: _conv2d_kernel with .*ptxas"):
         fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, target="sm_90")
 
 
-def test_a_kernel_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = KernelFacts(32, 0, 0, 300_000, 4, {})
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (KernelFacts(32, 0, 0, 300_000, 4, {}), "asks for 300000 bytes of shared memory; sm_90"),
+        (KernelFacts(255, 16, 16, 1000, 4, {}), "spills 16 bytes of registers"),
+    ],
+    ids=["too large", "spills"],
+)
+def test_a_kernel_that_does_not_fit_is_named(
+    facts: KernelFacts, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cross, "compile_launch", lambda launch, sm: facts)
-    with pytest.raises(UnsupportedError, match="asks for 300000 bytes of shared memory; sm_90 has"):
+    with pytest.raises(UnsupportedError, match=message):
         fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, target="sm_90")
+
+
+def test_a_tile_that_spills_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(launch: Launch, sm: int) -> KernelFacts:
+        return KernelFacts(
+            64,
+            8 * (launch.num_warps == 4 and "BLOCK_N" in launch.constants),
+            0,
+            1000,
+            launch.num_warps,
+            {},
+        )
+
+    monkeypatch.setattr(cross, "compile_launch", compiled)
+    net = fastres.models.cifar_resnet(8).eval()
+    engine = fastres.compile(net, SHAPE, target="sm_80", precision="fp16")
+    convolutions = [k for k in engine.info.account.kernels if k.kernel == "conv2d"]
+    assert convolutions and all(" w8 " in kernel.tile for kernel in convolutions)
