@@ -22,7 +22,7 @@ from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
-from fastres.kernels.pool import max_pool_launch
+from fastres.kernels.pool import avg_pool_launch, max_pool_launch
 from fastres.kernels.space_to_depth import packed_shape, space_to_depth_launch
 from fastres.kernels.stem import stem_box_tile, stem_launch
 
@@ -85,11 +85,17 @@ def conv2d_cases(sm: int) -> Iterator[CompileCase]:
 
 
 def pool_cases() -> Iterator[CompileCase]:
-    """ResNet's only max pool."""
+    """ResNet's only max pool, and the average pool of a ResNet-D shortcut."""
     shape = PoolShape(256, 112, 112, 64, (3, 3), (2, 2), (1, 1))
     for dtype in (torch.float16, torch.bfloat16):
         x, y = _meta(256, 112, 112, 64, dtype=dtype), _meta(256, 56, 56, 64, dtype=dtype)
         yield CompileCase(f"maxpool-b256-{TYPES[dtype]}", max_pool_launch(x, y, shape=shape))
+    shape = PoolShape(256, 56, 56, 256, (2, 2), (2, 2))
+    x, y = (
+        _meta(256, 56, 56, 256, dtype=torch.float16),
+        _meta(256, 28, 28, 256, dtype=torch.float16),
+    )
+    yield CompileCase("resnet-d.avgpool-b256-fp16", avg_pool_launch(x, y, shape=shape))
 
 
 def linear_cases() -> Iterator[CompileCase]:
