@@ -167,12 +167,12 @@ def elementwise_launch(
             check_like(name, operand, sizes, x, [torch.float32, x.dtype])
     if all(picture.is_contiguous() for picture in pictures):
         per_image = any(v is not None and v.ndim == 2 for v in (scale, shift))
-        sizes = (n, h * w, 1, c) if per_image else (n * h * w, 1, 1, c)
-        pictures = [picture.view(sizes) for picture in pictures]
+        pixels = (n, h * w, 1, c) if per_image else (n * h * w, 1, 1, c)
+        pictures = [picture.view(pixels) for picture in pictures]
     if tile is None:
         tile = choose_pool_tile(c, x.element_size())
     x_strides = pictures[0].stride()
-    r_strides = pictures[1].stride() if residual is not None else (0, 0, 0, 0)
+    r_strides = pictures[1].stride() if residual is not None else x_strides
     operations = sum(part is not None for part in (scale, shift, residual, activation))
     return Launch(
         kernel=_elementwise_kernel,

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -187,3 +187,11 @@ def test_machine_code(sm, case):
     if case.name.startswith("map"):
         assert facts.count("LDG", "128") > 0 and facts.count("STG", "128") > 0
         assert facts.count("LDG", "U16") == 0 and facts.count("STG", "U16") == 0
+
+
+@pytest.mark.compile
+def test_strides_beyond_32_bits_compile():
+    case = next(case for case in layout_cases() if case.name.startswith("map"))
+    arguments = {**case.launch.arguments, "stride_xn": 2**31, "stride_yn": 2**33}
+    facts = compile_launch(replace(case.launch, arguments=arguments), 90)
+    assert facts.spill_stores == 0 and facts.count("LDG", "128") > 0

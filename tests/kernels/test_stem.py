@@ -259,3 +259,11 @@ def test_machine_code(sm, case):
         assert facts.count("LDG", "U16") == facts.count("LDGSTS", "64") == 0
         matrix = {80: "HMMA", 90: "HGMMA"}
         assert facts.count(matrix[sm]) > 0 and facts.count(matrix[170 - sm]) == 0
+
+
+@pytest.mark.compile
+def test_strides_beyond_32_bits_compile():
+    case = next(case for case in stem_cases(90) if "fold-" in case.name)
+    arguments = {**case.launch.arguments, "stride_xn": 2**31, "stride_xc": 2**32}
+    facts = compile_launch(replace(case.launch, arguments=arguments), 90)
+    assert facts.spill_stores == 0 and facts.count("LDG", "64") > 0
