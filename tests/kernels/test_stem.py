@@ -230,6 +230,7 @@ def test_refusal_names_the_reason():
     seven = ((7, 7), (2, 2), (3, 3))
     assert stem_refusal(3, 224, 224, *seven) is None
     assert "expected even numbers" in stem_refusal(3, 225, 224, *seven)
+    assert "expected under 2**31" in stem_refusal(3, 2**16, 2**15, *seven)
     assert "16" in stem_refusal(8, 224, 224, *seven)
     assert "expected 7x7" in stem_refusal(3, 224, 224, (3, 3), (2, 2), (1, 1))
 
