@@ -14,5 +14,5 @@ setup(
         "fastres.kernels",
     ],
     package_dir={"fastres.kernels": "kernels", "fastres.calib": "calib"},
-    package_data={"fastres": ["py.typed"]},
+    package_data={"fastres": ["py.typed", "backends/triton/tables/*.json"]},
 )

@@ -219,7 +219,7 @@ class Engine:
             ran=lowered.executable.precisions(),
             refused=lowered.refused,
             passed_over=self.passed_over,
-            kernels=lowered.executable.kernels(),
+            account=lowered.executable.account(),
         )
 
     def profile(self, *inputs: torch.Tensor) -> Profile:

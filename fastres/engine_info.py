@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from fastres.backends.base import KernelInfo, Refusal
+from fastres.backends.base import Account, Choice, KernelInfo, Refusal
 from fastres.graph.ir import Graph, op_name
 from fastres.text import json_text, render
 
@@ -43,7 +43,7 @@ class EngineInfo:
     precision: str
     nodes: tuple[NodeInfo, ...]
     passed_over: tuple[str, ...]
-    kernels: tuple[KernelInfo, ...] = ()
+    account: Account = Account()
 
     @property
     def fallbacks(self) -> tuple[NodeInfo, ...]:
@@ -57,8 +57,10 @@ class EngineInfo:
         return tuple(name for name, _ in counted.most_common())
 
     def to_dict(self) -> dict[str, Any]:
-        kernels = [msgspec.to_builtins(kernel) for kernel in self.kernels]
-        return {**asdict(replace(self, kernels=())), "kernels": kernels}
+        account = msgspec.to_builtins(self.account)
+        fields = asdict(replace(self, account=Account()))
+        del fields["account"]
+        return {**fields, **account}
 
     def to_json(self) -> str:
         return json_text(self.to_dict())
@@ -71,11 +73,30 @@ class EngineInfo:
             fused = " + ".join(name.rsplit(".", 1)[-1] for name in node.fused)
             table.add_row(node.name, node.op, fused, node.output, node.backend, node.precision)
         lines = [render(table)]
-        if self.kernels:
-            lines.append(render(kernel_table(self.kernels)))
+        if self.account.choices:
+            lines.append(render(choice_table(self.account.choices)))
+        if self.account.kernels:
+            lines.append(render(kernel_table(self.account.kernels)))
         lines += [f"fallback {node.name}: {node.reason}" for node in self.fallbacks]
+        lines += [f"note: {note}" for note in self.account.notes]
         lines += [f"passed over: {reason}" for reason in self.passed_over]
         return "\n".join(lines)
+
+
+def choice_table(choices: Sequence[Choice]) -> Table:
+    """One row for each choice; us: estimated, or measured where a star stands."""
+    table = Table(title="what runs in which form, and what else there was (us; * measured)")
+    table.add_column("nodes", overflow="fold")
+    table.add_column("taken")
+    table.add_column("us", justify="right")
+    table.add_column("instead of", overflow="fold")
+    for choice in choices:
+        others = "\n".join(f"{form}: {why}" for form, why in choice.others.items())
+        star = "*" if choice.measured else ""
+        table.add_row(
+            ", ".join(choice.nodes), choice.taken, f"{choice.microseconds:.1f}{star}", others
+        )
+    return table
 
 
 def kernel_table(kernels: Sequence[KernelInfo]) -> Table:
@@ -102,7 +123,7 @@ def describe(
     ran: Mapping[str, str],
     refused: Sequence[Refusal],
     passed_over: Sequence[str],
-    kernels: tuple[KernelInfo, ...] = (),
+    account: Account,
 ) -> EngineInfo:
     """Puts together what the graph, the executable and the choice of backend know."""
     reasons = {refusal.node: refusal.reason for refusal in refused}
@@ -116,4 +137,4 @@ def describe(
                 node.name, op_name(node.op), node.origins, str(node.spec), where, actual, reason
             )
         )
-    return EngineInfo(backend, precision, tuple(nodes), tuple(passed_over), kernels)
+    return EngineInfo(backend, precision, tuple(nodes), tuple(passed_over), account)

@@ -9,13 +9,20 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.cost import Cost, Target
 
+_SIDES = ("BLOCK", "BOX", "CHUNK", "SPLIT")  # constants that a tile brings
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Argument: TypeAlias = Any  # torch.Tensor | TensorDescriptor (untyped) | int | float | None
+
+
+class LaunchError(RuntimeError):
+    """A kernel does not compile for this GPU, or asks for more of it than there is."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Launch:
         """Launches on the current stream of the first tensor's device.
 
         Raises:
+            LaunchError: the kernel cannot be compiled or loaded; another tile may do.
             RuntimeError: tensors on the CPU while Triton's interpreter is off.
         """
         first = next(self.tensors())
@@ -70,7 +78,14 @@ class Launch:
                 "fastres.kernels is imported"
             )
         with torch.cuda.device_of(first):
-            self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
+            try:
+                self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
+            except (CompilationError, OutOfResources, PTXASError) as error:
+                blocks = {k: v for k, v in self.constants.items() if k.startswith(_SIDES)}
+                raise LaunchError(
+                    f"{self.kernel.__name__} with {blocks}, {self.num_warps} warps and "
+                    f"{self.num_stages} stages: {type(error).__name__}: {error}"
+                ) from error
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """The tensors among the arguments, those behind descriptors included."""

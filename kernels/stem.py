@@ -143,7 +143,7 @@ def stem_launch(
     depth = _TAPS * _TAPS * FOLDED
     check_like("weight", weight, (weight.shape[0], depth), packed, [packed.dtype])
     k, row = len(weight), _TAPS * FOLDED
-    shape = _product(n, p, q, k)
+    shape = stem_shape(n, p, q, k)
     # a row of 4 folded pixels at every folded pixel: neighbours share 3 of them
     rows = packed.as_strided((n, p + _TAPS - 1, q, row), packed.stride())
     if isinstance(tile, BoxTile) and n > 0:
@@ -185,12 +185,12 @@ def stem_box_tile(n: int, p: int, q: int, k: int, itemsize: int, target: Target)
     """
     if n < 1:
         raise ValueError(f"the batch is {n}, expected at least 1")
-    shape = _product(n, p, q, k)
+    shape = stem_shape(n, p, q, k)
     whole = [box for box in box_candidates(shape, itemsize, target) if box.split_k == 1]
     return min(whole, key=lambda box: box_seconds(box, shape, itemsize, target))
 
 
-def _product(n: int, p: int, q: int, k: int) -> ConvShape:
+def stem_shape(n: int, p: int, q: int, k: int) -> ConvShape:
     """The stem as a 4x1 convolution of rows of 4 folded pixels."""
     return ConvShape(n, p + _TAPS - 1, q, _TAPS * FOLDED, k, _TAPS, 1)
 

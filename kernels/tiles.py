@@ -94,9 +94,13 @@ def is_valid(tile: ConvTile, itemsize: int, tensor_cores: bool, target: Target) 
         return False
     if not tensor_cores:  # plain multiply-adds hold the operands in registers as well
         return tile.accumulators() <= 32
-    if target.sm == 90 and (tile.block_m < 64 or tile.num_warps < 4):
-        return False  # a warpgroup of four warps takes 64 rows; less falls back to sm_80's HMMA
-    return tile.accumulators() <= 64
+    if 90 <= target.sm < 120 and (tile.block_m < 64 or tile.num_warps < 4):
+        return False  # four warps take 64 rows together; less falls back to sm_80's HMMA
+    # older matrix instructions take their operands from registers: with four warps, 64 results a
+    # thread and a residual spilled on sm_86
+    operands_in_shared_memory = 90 <= target.sm < 120
+    wide = operands_in_shared_memory or tile.num_warps >= 8
+    return tile.accumulators() <= (64 if wide else 32)
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,13 @@ def conv_candidates(
         for block_m, block_n, num_warps in _BLOCKS
         for num_stages in _STAGES
     ]
-    return [tile for tile in tiles if is_valid(tile, itemsize, tensor_cores, target)]
+    return [
+        tile
+        for tile in tiles
+        if is_valid(tile, itemsize, tensor_cores, target)
+        # without tensor cores, a filter tap computed for each element takes registers too
+        and (tensor_cores or tile.stays_in_tap(shape.channels) or tile.accumulators() <= 16)
+    ]
 
 
 def _depth(channels: int, itemsize: int) -> int:

@@ -40,6 +40,38 @@ class KernelInfo(msgspec.Struct, frozen=True):
     bound: Literal["arithmetic", "memory"]
 
 
+class Choice(msgspec.Struct, frozen=True):
+    """How some nodes are run, and what else there was.
+
+    Args:
+        nodes: the graph's nodes that it is about.
+        taken: the form taken, with its tile.
+        microseconds: its time, estimated or measured.
+        measured: whether a table of measurements says so.
+        others: form → its time in words, or why it was not possible.
+    """
+
+    nodes: tuple[str, ...]
+    taken: str
+    microseconds: float
+    measured: bool
+    others: dict[str, str]
+
+
+class Account(msgspec.Struct, frozen=True):
+    """What an executable tells of its own making; empty where a backend has nothing to tell.
+
+    Args:
+        kernels: what each distinct kernel was compiled to.
+        choices: in which form nodes run, and what else there was.
+        notes: what went otherwise than it should have, and what was done.
+    """
+
+    kernels: tuple[KernelInfo, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class NodeTime:
     """Time of one graph node in one run, in milliseconds; `ran_as` is the kernel that ran.
@@ -78,8 +110,8 @@ class Executable(Protocol):
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         """The time of each node in one run."""
 
-    def kernels(self) -> tuple[KernelInfo, ...]:
-        """What its kernels were compiled to, as far as that is known; () where it is not."""
+    def account(self) -> Account:
+        """Kernels and choices, as far as they are known."""
 
     def compiled(self) -> dict[str, bytes]:
         """Files that spare `lower` some work when they are given back to it; {} if there are none.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastres.backends.base import HERE_ONLY, KernelInfo, NodeTime, Refusal
+from fastres.backends.base import HERE_ONLY, Account, NodeTime, Refusal
 from fastres.backends.openvino_runtime import PRECISIONS, core, cpu_config, openvino, refusing
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
@@ -139,8 +139,8 @@ class CpuExecutable:
         shapes = tuple(tuple(a.shape) for a in arrays)
         return self._compile(shapes, counters=True).profile(arrays)
 
-    def kernels(self) -> tuple[KernelInfo, ...]:
-        return ()
+    def account(self) -> Account:
+        return Account()
 
     def compiled(self) -> dict[str, bytes]:
         return {}

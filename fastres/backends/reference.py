@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fastres.backends.base import HERE_ONLY, KernelInfo, NodeTime, Refusal
+from fastres.backends.base import HERE_ONLY, Account, NodeTime, Refusal
 from fastres.graph import aten
 from fastres.graph.export import no_autocast
 from fastres.graph.ir import (
@@ -106,8 +106,8 @@ class ReferenceExecutable:
         self._walk(inputs, keep=self._graph.outputs, times=times)
         return times
 
-    def kernels(self) -> tuple[KernelInfo, ...]:
-        return ()
+    def account(self) -> Account:
+        return Account()
 
     def compiled(self) -> dict[str, bytes]:
         return {}

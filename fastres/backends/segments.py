@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.utils._pytree as pytree
 
-from fastres.backends.base import Backend, Executable, KernelInfo, NodeTime, Refusal
+from fastres.backends.base import Account, Backend, Executable, NodeTime, Refusal
 from fastres.backends.reference import ReferenceExecutable
 from fastres.graph.ir import Graph, Node, Value
 from fastres.graph.shapes import infer_shapes
@@ -140,8 +140,8 @@ class SegmentedExecutable:
             values.update(zip(part.outputs, executable.run(given), strict=True))
         return times
 
-    def kernels(self) -> tuple[KernelInfo, ...]:
-        return ()
+    def account(self) -> Account:
+        return Account()
 
     def compiled(self) -> dict[str, bytes]:
         return {}

@@ -55,7 +55,7 @@ def compile_model(
     from fastres.text import render
 
     text = render(_table(facts))
-    if kernels := engine.info.kernels:
+    if kernels := engine.info.account.kernels:
         text = f"{render(kernel_table(kernels))}\n{text}"
     emit("compile", text, facts, as_json=as_json)
 
@@ -76,6 +76,7 @@ def _facts(engine: Engine, name: str, seconds: float, saved: Path | None) -> dic
         "passed_over": list(info.passed_over),
         "target": engine.options.target,
         "kernels": info.to_dict()["kernels"],
+        "choices": info.to_dict()["choices"],
         "compile_seconds": round(seconds, 3),
         "saved": None if saved is None else str(saved),
     }

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastres.backends.base import KernelInfo, NodeTime, Refusal
+from fastres.backends.base import Account, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
-from fastres.errors import missing
+from fastres.errors import UnsupportedError, missing
 from fastres.graph.ir import Graph, Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
 if TYPE_CHECKING:
     from fastres.backends.triton.cross import CrossExecutable
+    from fastres.backends.triton.plan import AnyStep
     from fastres.backends.triton.run import PlanRunner
+    from fastres.backends.triton.table import Tiles
+    from fastres.kernels.launch import LaunchError
 
 _OLDEST = 80
 _NEWEST = 130  # exclusive: nothing is known of what comes after sm_12x
@@ -124,18 +127,28 @@ class TritonExecutable:
         tiles = tiles_for(options, device)
         if options.tune:
             tiles = tuned(graph, options, device, self._planned(shapes))
+        self._tiles = tiles
+        check = _checks_kernels(device)
         record = record_cuda_graph if _wants_graph(options, device) else None
         stored = recorded(compiled or {}, f"sm_{tiles.target.sm}")
 
         def make(shapes: Shapes) -> PlanRunner:
-            plan = make_plan(graph, shapes, self._precision, tiles, stored.get(shapes))
-            return PlanRunner(plan, constants, device, record)
+            given = stored.get(shapes)
+            while True:
+                plan = make_plan(graph, shapes, self._precision, tiles, given)
+                runner = PlanRunner(plan, constants, device, record)
+                failed = runner.failing() if check else None
+                if failed is None:
+                    return runner
+                _ban(tiles, *failed)
+                given = None
 
         self._runners = ShapeCache(make, options.cache_size)
         self._runner(shapes)
 
-    def kernels(self) -> tuple[KernelInfo, ...]:
-        return ()
+    def account(self) -> Account:
+        notes = tuple(f"not used: {why}" for why in self._tiles.banned.values())
+        return Account(choices=self._runners.latest().plan.choices, notes=notes)
 
     def compiled(self) -> dict[str, bytes]:
         return {}
@@ -158,6 +171,24 @@ class TritonExecutable:
             return shapes
         n = bucket(shapes[0][0])
         return tuple((n, *shape[1:]) for shape in shapes)
+
+
+def _ban(tiles: Tiles, step: AnyStep, error: LaunchError) -> None:
+    """Takes the tile of a step that cannot be launched out of every choice.
+
+    Raises:
+        UnsupportedError: the step has no tile that could be another.
+    """
+    tile = getattr(step, "tile", None)
+    if tile is None:
+        raise UnsupportedError(f"{step.node} cannot run on this GPU: {error}") from error
+    tiles.ban(tile, f"{step.node}: {error}")
+
+
+def _checks_kernels(device: torch.device) -> bool:
+    """Whether there is something to find out before the first call: the interpreter compiles
+    nothing."""
+    return device.type == "cuda"
 
 
 def _wants_graph(options: Options, device: torch.device) -> bool:

@@ -18,6 +18,8 @@ from fastres.backends.triton.plan import (
     LaunchGlobalAvgPool,
     LaunchLinear,
     LaunchMaxPool,
+    LaunchStem,
+    LoadInput,
 )
 from fastres.kernels.bottleneck_chain import chain_launch, chain_shape
 from fastres.kernels.conv2d import conv2d_launch
@@ -25,8 +27,11 @@ from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
+from fastres.kernels.layout import PICTURE_DTYPES, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import max_pool_launch
+from fastres.kernels.space_to_depth import space_to_depth_launch
+from fastres.kernels.stem import stem_launch
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -43,6 +48,8 @@ def bind(
     """
     if isinstance(step, LaunchConv2d):
         return (_conv2d(step, at, constants, target, allow_tf32),)
+    if isinstance(step, LaunchStem):
+        return (_stem(step, at, constants, target, allow_tf32),)
     if isinstance(step, LaunchBoxConv2d):
         return _box_conv2d(step, at, constants, target, allow_tf32)
     if isinstance(step, LaunchChain):
@@ -54,6 +61,17 @@ def bind(
     if isinstance(step, LaunchLinear):
         return (_linear(step, at, constants, target, allow_tf32),)
     return ()
+
+
+def load(step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
+    """Brings an input of the caller's into the plan's memory; `given` may have fewer images."""
+    if given.dim() != 4:
+        target[: given.shape[0]].copy_(given)
+        return
+    if given.dtype not in PICTURE_DTYPES:
+        given = given.float()  # of a model in float64, which runs in fp32
+    launch = space_to_depth_launch if step.folded else to_nhwc_launch
+    launch(given, target).run()
 
 
 def _conv2d(
@@ -75,6 +93,21 @@ def _conv2d(
         shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, step.groups),
         target=target,
         residual_channel_offset=offset,
+        activation=step.activation,
+        tile=step.tile,
+        allow_tf32=allow_tf32,
+    )
+
+
+def _stem(
+    step: LaunchStem, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
+) -> Launch:
+    return stem_launch(
+        at[step.source],
+        constants.stem(step.weight),
+        constants.bias([step.bias]),
+        at[step.target],
+        target=target,
         activation=step.activation,
         tile=step.tile,
         allow_tf32=allow_tf32,

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from fastres.backends.base import KernelInfo, NodeTime
+from fastres.backends.base import Account, KernelInfo, NodeTime
 from fastres.backends.shape_cache import Shapes
 from fastres.backends.triton.bind import bind
 from fastres.backends.triton.lower import make_plan
@@ -144,8 +144,8 @@ class CrossExecutable:
     def precisions(self) -> dict[str, str]:
         return dict(self._precisions)
 
-    def kernels(self) -> tuple[KernelInfo, ...]:
-        return self._kernels
+    def account(self) -> Account:
+        return Account(self._kernels, self.plan.choices)
 
     def compiled(self) -> dict[str, bytes]:
         return write_plans(self._target, [self.plan], self._kernels)

@@ -11,28 +11,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastres.backends.base import Choice
 from fastres.backends.triton.plan import (
     AnyStep,
-    Choice,
     LaunchBoxConv2d,
     LaunchChain,
     LaunchConv2d,
     LaunchLinear,
+    LaunchStem,
 )
 from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.backends.triton.regions import Boundary
 from fastres.backends.triton.table import Tiles
-from fastres.errors import ArtifactError
+from fastres.errors import ArtifactError, UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Node
 from fastres.kernels import chain_tiles
 from fastres.kernels.boxes import Projection
 from fastres.kernels.boxes import refusal as box_refusal
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
 from fastres.kernels.geometry import ConvShape
+from fastres.kernels.stem import stem_refusal, stem_shape
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
 
-Kind = Literal["pointers", "boxes", "chain", "chain without the next 1x1", "kernels of their own"]
+Kind = Literal[
+    "pointers",
+    "folded stem",
+    "boxes",
+    "chain",
+    "chain without the next 1x1",
+    "kernels of their own",
+]
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,31 @@ class Reckoner:
         nodes = (node,) if projection is None else (projection, node)
         self.choices.append(_choice(nodes, form, others))
         return form
+
+    def stem(self, node: Node) -> ConvTile | None:
+        """The tile with which a stem reads its picture folded; None if it runs as any other."""
+        shape = self.shape(node)
+        step = None if self._recorded is None else self._recorded.get(node.name)
+        if self._recorded is not None and not isinstance(step, LaunchStem):
+            return None
+        filters = (shape.r, shape.s), shape.stride, shape.padding
+        problem = Problem(
+            "pointers", stem_shape(shape.n, shape.p, shape.q, shape.k), self._precision
+        )
+        possible = stem_refusal(shape.c, shape.h, shape.w, *filters) is None
+        if isinstance(step, LaunchStem):
+            if possible and problem.takes(step.tile, self._target):
+                return step.tile
+            raise _strange(node)
+        if not possible:
+            return None
+        folded = replace(self._form("pointers", problem), kind="folded stem")
+        plain = self._form("pointers", self._problem(node, "pointers"))
+        if plain.seconds <= folded.seconds:
+            return None  # the choice is written down where it is planned as a convolution
+        self.choices.append(_choice((node,), folded, {str(plain): _time(plain)}))
+        assert isinstance(folded.tile, ConvTile)
+        return folded.tile
 
     def merges(self, node: Node, projection: Node) -> bool:
         """Whether a projection runs within the convolution that adds it."""
@@ -257,7 +291,10 @@ class Reckoner:
         return Problem(kind, self.shape(node), self._precision, merged, residual)
 
     def _form(self, kind: Kind, problem: Problem) -> Form:
-        best = self._tiles.best(problem)
+        try:
+            best = self._tiles.best(problem)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from error
         return Form(kind, best.tile, best.seconds, best.measured)
 
     def _projection(self, node: Node | None) -> Projection | None:

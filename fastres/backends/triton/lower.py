@@ -19,6 +19,7 @@ from fastres.backends.triton.plan import (
     LaunchGlobalAvgPool,
     LaunchLinear,
     LaunchMaxPool,
+    LaunchStem,
     LoadInput,
     Place,
     Plan,
@@ -30,6 +31,7 @@ from fastres.backends.triton.regions import (
     boundaries,
     projections,
     shortcuts,
+    stems,
 )
 from fastres.backends.triton.table import Tiles
 from fastres.errors import ArtifactError
@@ -48,6 +50,7 @@ from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.conv2d_tma import conv2d_tma_workspace
 from fastres.kernels.geometry import Pair
+from fastres.kernels.space_to_depth import packed_shape
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
 
@@ -117,6 +120,7 @@ class _Planner:
         self.reckoner = Reckoner(graph, self.shapes, precision, tiles, recorded)
         self.shortcuts = shortcuts(graph)
         self.covered = {name for view in self.shortcuts.values() for name in view.covers}
+        self.folded: dict[str, tuple[str, ConvTile]] = {}  # by graph input: its stem and tile
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
         self.merged: dict[str, Node] = {}  # by the name of a convolution: its projection
         self.tensor_of: dict[str, str] = {}  # a graph value → the tensor that holds it
@@ -126,9 +130,12 @@ class _Planner:
     def plan(self) -> Plan:
         self._decide_regions()
         for value in self.graph.inputs:
-            self.tensor_of[value.name] = value.name
             self._place(value.name)
-            self.steps.append(LoadInput(value.name, value.name, value.name))
+            folded = value.name in self.folded
+            if folded:
+                n, _, h, w = self.shapes[value.name]
+                self.places[value.name] = packed_shape(n, h, w), self.dtype
+            self.steps.append(LoadInput(value.name, value.name, value.name, folded))
         for node in self.graph.nodes:
             if node.name not in self.covered:
                 self._node(node)
@@ -148,7 +155,12 @@ class _Planner:
         )
 
     def _decide_regions(self) -> None:
-        """Which boundaries become one kernel, and which projections are merged."""
+        """Which stems read folded pictures, which boundaries become one kernel, and which
+        projections are merged."""
+        for name, stem in stems(self.graph).items():
+            stem_tile = self.reckoner.stem(stem)
+            if stem_tile is not None:
+                self.folded[name] = stem.name, stem_tile
         for boundary in boundaries(self.graph):
             chain = self.reckoner.chains(boundary)
             if chain is not None:
@@ -168,7 +180,14 @@ class _Planner:
             self.tensor_of[node.name] = source
             return
         self._place(node.name)
-        if node.name in self.chains:
+        stem_tile = dict(self.folded.values()).get(node.name)
+        if stem_tile is not None and isinstance(op, Conv2d):
+            weight, bias = node.params["weight"], node.params.get("bias")
+            activation = op.epilogue.activation
+            self.steps.append(
+                LaunchStem(node.name, source, node.name, weight, bias, activation, stem_tile)
+            )
+        elif node.name in self.chains:
             self.steps.append(self._chain(*self.chains[node.name]))
         elif isinstance(op, Conv2d):
             self.steps.append(self._conv2d(node, op, source))

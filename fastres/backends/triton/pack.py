@@ -53,6 +53,14 @@ class Packed:
             ),
         )
 
+    def stem(self, name: str) -> torch.Tensor:
+        """[K, 256] of a 7x7 stem, folded as its picture is (`fastres.kernels.stem`)."""
+        from fastres.kernels.stem import pack_stem_weight
+
+        return self._once(
+            ("stem", name), lambda: self._rounded(pack_stem_weight(self._constants[name]))
+        )
+
     def rows(self, name: str) -> torch.Tensor:
         """[K, C] of a linear layer."""
         return self._once(("rows", name), lambda: self._rounded(self._constants[name]))

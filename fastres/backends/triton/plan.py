@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from fastres.backends.base import Choice
 from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.epilogue import ActivationKind
@@ -51,10 +52,16 @@ class Step(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadInput(Step, frozen=True, tag=True):
-    """target = the input `source`, NCHW in the caller's dtype, as NHWC in the plan's."""
+    """target = the input `source`, NCHW in the caller's dtype, as NHWC in the plan's.
+
+    Args:
+        folded: 2x2 pixels are one of four times the channels, with a margin, as a stem reads them
+            (`fastres.kernels.space_to_depth`).
+    """
 
     source: str
     target: str
+    folded: bool = False
 
     def reads(self) -> tuple[str, ...]:
         return ()
@@ -89,6 +96,15 @@ class LaunchConv2d(_OneToOne, frozen=True, tag=True):
 
     def reads(self) -> tuple[str, ...]:
         return (self.source,) if self.shortcut is None else (self.source, self.shortcut.source)
+
+
+class LaunchStem(_OneToOne, frozen=True, tag=True):
+    """target = act(the 7x7 stride 2 convolution of a folded picture + bias)."""
+
+    weight: str
+    bias: str | None
+    activation: ActivationKind | None
+    tile: ConvTile
 
 
 class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
@@ -178,30 +194,13 @@ class LaunchLinear(_OneToOne, frozen=True, tag=True):
 AnyStep = (
     LoadInput
     | LaunchConv2d
+    | LaunchStem
     | LaunchBoxConv2d
     | LaunchChain
     | LaunchMaxPool
     | LaunchGlobalAvgPool
     | LaunchLinear
 )
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """How some nodes are run, and what else there was.
-
-    Args:
-        nodes: the graph's nodes that it is about.
-        taken: the form taken, with its tile.
-        microseconds: its time, estimated or measured.
-        measured: whether a table of measurements says so.
-        others: form → its time in words, or why it was not possible.
-    """
-
-    nodes: tuple[str, ...]
-    taken: str
-    microseconds: float
-    measured: bool
-    others: dict[str, str]
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -60,6 +60,21 @@ def _subsamples(op: Slice) -> bool:
     return whole and op.steps[:2] == (1, 1) and op.steps[2] == op.steps[3]
 
 
+def stems(graph: Graph) -> dict[str, Node]:
+    """By the name of a graph input: the 7x7 convolution of stride 2 that alone reads it."""
+    users = graph.users()
+    found = {}
+    for value in graph.inputs:
+        node = graph.sole_user(users, value.name)
+        if node is None or not isinstance(node.op, Conv2d) or node.op.epilogue.residual:
+            continue
+        weight = graph.constants[node.params["weight"]]
+        plain = node.op.groups == 1 and node.op.dilation == (1, 1)
+        if plain and tuple(weight.shape[2:]) == (7, 7) and weight.shape[1] <= 4:
+            found[value.name] = node
+    return found
+
+
 @dataclass(frozen=True)
 class Boundary:
     """A 3x3, the block's last 1x1 with its shortcut, and the next block's first 1x1, if it fits.

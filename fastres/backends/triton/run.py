@@ -15,13 +15,13 @@ from queue import Empty, SimpleQueue
 import torch
 
 from fastres.backends.base import NodeTime
-from fastres.backends.triton.bind import bind
+from fastres.backends.triton.bind import bind, load
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.backends.triton.timing import milliseconds
 from fastres.errors import OutOfMemory
 from fastres.graph.ir import DTYPES
-from fastres.kernels.launch import Launch, target_of
+from fastres.kernels.launch import Launch, LaunchError, target_of
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -88,6 +88,17 @@ class PlanRunner:
             context.replay()
             return self._outputs(context, inputs[0].shape[0])
 
+    def failing(self) -> tuple[AnyStep, LaunchError] | None:
+        """Launches each step once on what the arena holds; the first that cannot, and why."""
+        with self.context() as context:
+            for step, launches in context.bound:
+                try:
+                    for launch in launches:
+                        launch.run()
+                except LaunchError as error:
+                    return step, error
+        return None
+
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         """Time, work and traffic of each step, each timed by itself after one run to warm up."""
         self.run(inputs)
@@ -133,9 +144,7 @@ class PlanRunner:
             self._load_one(step, inputs, context)
 
     def _load_one(self, step: LoadInput, inputs: Sequence[torch.Tensor], context: Context) -> None:
-        given = inputs[self._loads.index(step)]
-        target = context.tensors[step.target][: given.shape[0]]
-        target.copy_(given.permute(0, 2, 3, 1) if given.dim() == 4 else given)
+        load(step, inputs[self._loads.index(step)], context.tensors[step.target])
 
     def _outputs(self, context: Context, batch: int) -> list[torch.Tensor]:
         return [

@@ -82,6 +82,7 @@ class Tiles:
         self.target = target
         self._tables = tables
         self._known: dict[Problem, Best] = {}
+        self.banned: dict[AnyTile, str] = {}  # that do not compile here, and why
 
     def best(self, problem: Problem) -> Best:
         """The tile to take.
@@ -92,6 +93,11 @@ class Tiles:
         if problem not in self._known:
             self._known[problem] = self._measured(problem) or self._estimated(problem)
         return self._known[problem]
+
+    def ban(self, tile: AnyTile, reason: str) -> None:
+        """Takes a tile out of every choice from now on."""
+        self.banned[tile] = reason
+        self._known.clear()
 
     def asked(self) -> list[Problem]:
         """Every problem so far, in order."""
@@ -106,14 +112,16 @@ class Tiles:
                 tile = msgspec.convert(entry.tile, TILE_OF[problem.kind])
             except msgspec.ValidationError:
                 continue  # of another version of the kernels
-            if problem.takes(tile, self.target):
+            if tile not in self.banned and problem.takes(tile, self.target):
                 return Best(tile, entry.microseconds * 1e-6, measured=True)
         return None
 
     def _estimated(self, problem: Problem) -> Best:
-        candidates = problem.candidates(self.target)
+        every = problem.candidates(self.target)
+        candidates = [tile for tile in every if tile not in self.banned]
         if not candidates:
-            raise ValueError(f"no tile can run {problem.key} on sm_{self.target.sm}")
+            tried = "".join(f"\n  {self.banned[tile]}" for tile in every)
+            raise ValueError(f"no tile can run {problem.key} on sm_{self.target.sm}{tried}")
         return Best(candidates[0], problem.seconds(candidates[0], self.target), measured=False)
 
 

@@ -79,8 +79,8 @@ class Trial:
         chosen = torch.tensor(ends, device=self.device)
         with torch.backends.cudnn.flags(enabled=False):  # no TF32, no algorithm that rounds
             oracle, baseline = (
-            self._reference(chosen, dtype) for dtype in (torch.float64, self._dtype)
-        )
+                self._reference(chosen, dtype) for dtype in (torch.float64, self._dtype)
+            )
         for i, (out, exact, usual) in enumerate(zip(self._outputs, oracle, baseline, strict=True)):
             found = errors(out[chosen], exact)
             if not found.within(errors(usual, exact), self._dtype):

@@ -43,7 +43,7 @@ def engine() -> fastres.Engine:
 
 
 def test_every_launch_stands_in_one_kernel(engine: fastres.Engine) -> None:
-    kernels = engine.info.kernels
+    kernels = engine.info.account.kernels
     nodes = [name for kernel in kernels for name in kernel.nodes]
     runs = [n.name for n in engine.graph if not isinstance(n.op, Flatten | Pad | Slice)]
     assert sorted(nodes) == sorted(runs) and len(kernels) < len(nodes)
@@ -55,13 +55,13 @@ def test_every_launch_stands_in_one_kernel(engine: fastres.Engine) -> None:
 
 def test_the_account_shows_them(engine: fastres.Engine) -> None:
     text, fields = str(engine.info), engine.info.to_dict()
-    assert f"{len(engine.info.kernels)} kernels, 15 launches" in text and "HGMMA" in text
+    assert f"{len(engine.info.account.kernels)} kernels, 15 launches" in text and "HGMMA" in text
     assert fields["kernels"][0]["kernel"] == "conv2d"
 
 
 def test_an_older_target_gets_its_own_instructions() -> None:
     net = fastres.models.cifar_resnet(8, seed=0).eval()
-    kernels = fastres.compile(net, SHAPE, target="sm_80", precision="bf16").info.kernels
+    kernels = fastres.compile(net, SHAPE, target="sm_80", precision="bf16").info.account.kernels
     found = {name for kernel in kernels for name in kernel.instructions}
     assert "HMMA" in found and "HGMMA" not in found
 

@@ -179,3 +179,21 @@ def test_what_is_no_boundary_and_no_projection() -> None:
     assert all(node.op.epilogue.activation is None for node in projections(graph).values())
     plan = make_plan(graph, ((1, 3, 32, 32),), "fp16", HOPPER)
     assert not any(isinstance(step, LaunchChain) for step in plan.steps)
+
+
+def seconds(plan: Plan) -> float:
+    """Of everything that a plan's choices stand for."""
+    return 1e-6 * sum(
+        choice.microseconds for choice in plan.choices if not choice.taken.startswith("kernels of")
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "slowest", "fastest"),
+    [(HOPPER, 30_000, 90_300), (AMPERE, 7_000, 27_000)],
+    ids=["H200", "A100"],
+)
+def test_estimates_stay_within_the_ceilings(target: Tiles, slowest: int, fastest: int) -> None:
+    """No faster than memory and arithmetic allow with every fusion there is (docs/kernels.md)."""
+    plan = make_plan(bottleneck("v1.5"), ((256, 3, 224, 224),), "fp16", target)
+    assert slowest < 256 / seconds(plan) < fastest

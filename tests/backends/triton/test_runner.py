@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from msgspec import structs
+from triton.runtime.errors import OutOfResources
 
 import fastres
+from fastres.backends.triton import backend
 from fastres.backends.triton.backend import TritonExecutable, bucket
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
+from fastres.backends.triton.plan import LaunchConv2d
 from fastres.backends.triton.run import PlanRunner
 from fastres.backends.triton.table import Tiles
-from fastres.errors import OutOfMemory
+from fastres.errors import OutOfMemory, UnsupportedError
 from fastres.graph.architecture import ResNetSpec
 from fastres.graph.builder import build_graph
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.cost import Target
+from fastres.kernels.launch import Launch, LaunchError
 
 CPU = torch.device("cpu")
+FP32 = fastres.options.Options(precision="fp32")
 interpreted = [
     pytest.mark.interpret,
     pytest.mark.skipif(
@@ -107,6 +111,53 @@ class TestInterpreted:
             assert again in (one, other)
 
     def test_executable_plans_by_bucket(self) -> None:
-        options = replace(fastres.options.Options(), precision="fp32")
-        executable = TritonExecutable(small_graph(), options, CPU, ((17, 3, 8, 8),))
+        executable = TritonExecutable(small_graph(), FP32, CPU, ((17, 3, 8, 8),))
         assert executable._runner(((17, 3, 8, 8),)) is executable._runner(((18, 3, 8, 8),))
+
+    def test_a_tile_that_does_not_compile_gives_way_to_the_next(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x = torch.randn(1, 3, 8, 8)
+        plain = TritonExecutable(small_graph(), FP32, CPU, ((1, 3, 8, 8),))
+        expected = plain.run([x])[0]
+        first = convolutions(plain)[0].tile.block_m
+        executable = self.on_a_gpu(
+            monkeypatch, lambda launch: launch.constants.get("BLOCK_M") == first
+        )
+        assert any("not used: conv1: " in note for note in executable.account().notes)
+        assert "out of resource: shared memory" in executable.account().notes[0]
+        assert not any(step.tile.block_m == first for step in convolutions(executable))
+        assert torch.allclose(executable.run([x])[0], expected, atol=1e-4)
+
+    def test_where_no_tile_compiles_there_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(UnsupportedError, match=r"(?s)no tile can run pointers fp32 .*conv1: "):
+            self.on_a_gpu(monkeypatch, lambda launch: "BLOCK_N" in launch.constants)
+
+    def test_a_kernel_without_tiles_that_does_not_compile_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(UnsupportedError, match="avgpool cannot run on this GPU: "):
+            self.on_a_gpu(monkeypatch, lambda launch: "PIXELS" in launch.constants)
+
+    def on_a_gpu(
+        self, monkeypatch: pytest.MonkeyPatch, broken: Callable[[Launch], bool]
+    ) -> TritonExecutable:
+        """An executable that checks its kernels, as on a GPU, where some do not load."""
+        run = Launch.run
+
+        def or_fail(launch: Launch) -> None:
+            if broken(launch):
+                why = OutOfResources(300_000, 232_448, "shared memory")
+                raise LaunchError(f"{launch.kernel.__name__}: {why}")
+            run(launch)
+
+        monkeypatch.setattr(Launch, "run", or_fail)
+        monkeypatch.setattr(backend, "_checks_kernels", lambda device: True)
+        return TritonExecutable(small_graph(), FP32, CPU, ((1, 3, 8, 8),))
+
+
+def convolutions(executable: TritonExecutable) -> list[LaunchConv2d]:
+    steps = executable._runner(((1, 3, 8, 8),)).plan.steps
+    return [step for step in steps if isinstance(step, LaunchConv2d)]
