@@ -16,12 +16,13 @@ from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches, conv2d_tma_workspace
 from fastres.kernels.cost import Target
+from fastres.kernels.elementwise import elementwise_launch
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
-from fastres.kernels.pool import max_pool_launch
+from fastres.kernels.pool import avg_pool_launch, max_pool_launch
 from fastres.kernels.space_to_depth import packed_shape, space_to_depth_launch
 from fastres.kernels.stem import stem_box_tile, stem_launch
 
@@ -84,11 +85,17 @@ def conv2d_cases(sm: int) -> Iterator[CompileCase]:
 
 
 def pool_cases() -> Iterator[CompileCase]:
-    """ResNet's only max pool."""
+    """ResNet's only max pool, and the average pool of a ResNet-D shortcut."""
     shape = PoolShape(256, 112, 112, 64, (3, 3), (2, 2), (1, 1))
     for dtype in (torch.float16, torch.bfloat16):
         x, y = _meta(256, 112, 112, 64, dtype=dtype), _meta(256, 56, 56, 64, dtype=dtype)
         yield CompileCase(f"maxpool-b256-{TYPES[dtype]}", max_pool_launch(x, y, shape=shape))
+    shape = PoolShape(256, 56, 56, 256, (2, 2), (2, 2))
+    x, y = (
+        _meta(256, 56, 56, 256, dtype=torch.float16),
+        _meta(256, 28, 28, 256, dtype=torch.float16),
+    )
+    yield CompileCase("resnet-d.avgpool-b256-fp16", avg_pool_launch(x, y, shape=shape))
 
 
 def linear_cases() -> Iterator[CompileCase]:
@@ -198,6 +205,21 @@ def stem_cases(sm: int) -> Iterator[CompileCase]:
             yield CompileCase(f"conv1.folded.boxes-b{n}-fp16", launch)
 
 
+def elementwise_cases() -> Iterator[CompileCase]:
+    """What a plan may not be able to fold: a sum, a BatchNorm, and squeeze-and-excitation."""
+    half = torch.float16
+    x, r, y = (_meta(256, 56, 56, 256, dtype=half) for _ in range(3))
+    launch = elementwise_launch(x, y, residual=r, activation="relu")
+    yield CompileCase("add_relu-b256-fp16", launch)
+    scale, shift = _meta(256, dtype=torch.float32), _meta(256, dtype=torch.float32)
+    launch = elementwise_launch(x, y, scale=scale, shift=shift, activation="relu")
+    yield CompileCase("batch_norm-b256-fp16", launch)
+    launch = elementwise_launch(
+        x, y, scale=_meta(256, 256, dtype=half), residual=r, activation="relu"
+    )
+    yield CompileCase("squeeze_excite-b256-fp16", launch)
+
+
 def all_cases(sm: int) -> Iterator[CompileCase]:
     """Every family's cases for one target."""
     yield from conv2d_cases(sm)
@@ -205,6 +227,7 @@ def all_cases(sm: int) -> Iterator[CompileCase]:
     yield from linear_cases()
     yield from layout_cases()
     yield from stem_cases(sm)
+    yield from elementwise_cases()
     yield from chain_cases(sm)
     yield from conv2d_tma_cases(sm)
 

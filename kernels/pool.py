@@ -1,4 +1,6 @@
-"""max_pool: y = largest value in each window, NHWC."""
+"""max_pool and avg_pool: y = largest value, or mean, of each window, NHWC."""
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -155,4 +157,147 @@ def max_pool_launch(
         num_warps=tile.num_warps,
         num_stages=1,
         cost=max_pool_cost(shape, x.element_size()),
+    )
+
+
+@triton.jit
+def _avg_pool_kernel(
+    x_ptr,
+    y_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    stride_xn,
+    stride_xh,
+    stride_xw,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    COUNT_PADDING: tl.constexpr,
+    DIVISOR: tl.constexpr,  # 0 for the size of the window
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    rows = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = (rows < M)[:, None] & (c < C)[None, :]
+    q = rows % Q
+    p = rows // Q % P
+    n = rows // Q // P
+    h0 = p * STRIDE_H - PAD_H
+    w0 = q * STRIDE_W - PAD_W
+    x_images = x_ptr + n.to(tl.int64) * stride_xn
+
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for r in tl.static_range(R):  # unrolled, so that a window's loads are in flight together
+        for s in tl.static_range(S):
+            h = h0 + r
+            w = w0 + s
+            inside = ok & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+            x_rows = x_images + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+            v = tl.load(x_rows[:, None] + c[None, :], mask=inside, other=0.0)
+            total += v.to(tl.float32)
+    if DIVISOR != 0:
+        mean = total / DIVISOR
+    else:
+        # a window may overhang by ceil_mode: what lies beyond the padding never counts
+        if COUNT_PADDING:
+            high = tl.minimum(h0 + R, H + PAD_H) - h0
+            wide = tl.minimum(w0 + S, W + PAD_W) - w0
+        else:
+            high = tl.minimum(h0 + R, H) - tl.maximum(h0, 0)
+            wide = tl.minimum(w0 + S, W) - tl.maximum(w0, 0)
+        # a window of padding alone has the sum 0 and, without padding, the count 0
+        mean = total / tl.maximum(high * wide, 1).to(tl.float32)[:, None]
+    y_tile = y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(y_tile, mean.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+def avg_pool_cost(shape: PoolShape, itemsize: int) -> Cost:
+    """Additions and compulsory bytes of one call."""
+    return max_pool_cost(shape, itemsize)
+
+
+def avg_pool(
+    x: torch.Tensor,
+    *,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+    out: torch.Tensor | None = None,
+    tile: PoolTile | None = None,
+) -> torch.Tensor:
+    """Mean over each window, summed in fp32.
+
+    y[n, p, q, c] = sum_rs x[n, p*u + r - h0, q*v + s - w0, c] / divisor
+
+    with (u, v) the stride, (h0, w0) the padding, zero outside x.
+
+    Args:
+        x: [N, H, W, C] fp16, bf16 or fp32; channels packed, other strides free.
+        padding: at most half of the kernel, as in PyTorch.
+        ceil_mode: whether a last window that overhangs the input counts.
+        count_include_pad: whether the window's size counts its padding; never what lies beyond.
+        divisor: takes the place of the window's size.
+        out: [N, P, Q, C] of x's dtype, contiguous; allocated when None.
+        tile: how to cut the work; chosen from the shape when None.
+
+    Returns:
+        [N, P, Q, C] of x's dtype.
+
+    Raises:
+        ValueError: operands that do not fit together.
+        RuntimeError: CPU tensors while Triton's interpreter is off.
+    """
+    check_nhwc("x", x)
+    n, h, w, c = x.shape
+    shape = PoolShape(n, h, w, c, kernel, stride, padding, ceil_mode=ceil_mode)
+    if out is None:
+        out = torch.empty((n, shape.p, shape.q, c), dtype=x.dtype, device=x.device)
+    launch = avg_pool_launch(
+        x, out, shape=shape, count_include_pad=count_include_pad, divisor=divisor, tile=tile
+    )
+    if out.numel() > 0:
+        launch.run()
+    return out
+
+
+def avg_pool_launch(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    shape: PoolShape,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+    tile: PoolTile | None = None,
+) -> Launch:
+    """The call `avg_pool` makes, not yet made; tensors may be on the meta device.
+
+    Raises:
+        ValueError: operands that do not fit together.
+    """
+    if shape.dilation != (1, 1):
+        raise ValueError(f"dilation is {shape.dilation}, expected (1, 1): a mean has none")
+    if divisor == 0:
+        raise ValueError("divisor is 0, expected another number, or None for the window's size")
+    launch = max_pool_launch(x, out, shape=shape, tile=tile)
+    constants = {
+        name: value for name, value in launch.constants.items() if not name.startswith("DILATION")
+    }
+    return replace(
+        launch,
+        kernel=_avg_pool_kernel,
+        constants={**constants, "COUNT_PADDING": count_include_pad, "DIVISOR": divisor or 0},
+        cost=avg_pool_cost(shape, x.element_size()),
     )

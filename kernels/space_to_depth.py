@@ -28,6 +28,8 @@ def fold_refusal(c: int, h: int, w: int) -> str | None:
         return f"the picture has {c} channels, expected 1 to 4: folded they must fit into {FOLDED}"
     if h < 2 or w < 2 or h % 2 or w % 2:
         return f"the picture has {h}x{w} pixels, expected even numbers, to fold 2x2 into one"
+    if h * w >= 2**31:
+        return f"the picture has {h}x{w} pixels, expected under 2**31"
     return None
 
 

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ CASES = (
 )
 
 
-def picture(case: Case, embed) -> torch.Tensor:
+def picture(case: Case, device: torch.device, embed) -> torch.Tensor:
     """x as the case wants it to lie in memory."""
     random = torch.Generator().manual_seed(0)
     n, c, h, w = case.x
@@ -59,6 +59,7 @@ def picture(case: Case, embed) -> torch.Tensor:
         values = torch.randn(sizes, generator=random).to(case.source)
     if case.memory == "nhwc":
         values = values.permute(0, 2, 3, 1).contiguous()
+    values = values.to(device)
     values = values if case.source == BYTE else embed(values)  # bytes have no NaN to lie between
     return values.permute(0, 3, 1, 2) if case.memory == "nhwc" else values[:, :, ::step]
 
@@ -79,7 +80,7 @@ def meaning(case: Case, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_to_nhwc_matches_pytorch(case, device, guarded, poisoned, assert_parity):
     n, c, h, w = case.x
-    x = picture(case, guarded).to(device)
+    x = picture(case, device, guarded)
     out = poisoned((n + case.spare, h, w, case.channels or c), case.dtype, device)
     given_out = to_nhwc(x, normalise=scales(case, device), out=out, tile=case.tile)
     assert given_out is out
@@ -94,7 +95,7 @@ def test_to_nhwc_matches_pytorch(case, device, guarded, poisoned, assert_parity)
 )
 def test_to_nchw_turns_back(case, device, guarded, poisoned, assert_parity):
     n, c, h, w = case.x
-    x = picture(case, guarded).to(device).permute(0, 2, 3, 1)
+    x = picture(case, device, guarded).permute(0, 2, 3, 1)
     out = poisoned((n + case.spare, c, h, w), case.dtype, device)
     assert to_nchw(x, out=out, tile=case.tile) is out
     assert out[n:].isnan().all(), "pictures beyond the batch were touched"
@@ -121,7 +122,7 @@ def test_keeps_nan_and_infinities(device):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_cast(transposed, device, guarded):
-    x = guarded(torch.randn(33, 21)).to(device)
+    x = guarded(torch.randn(33, 21).to(device))
     x = x.T if transposed else x
     y = cast(x, dtype=HALF)
     assert y.is_contiguous() and torch.equal(y.cpu(), x.cpu().half())
@@ -129,6 +130,7 @@ def test_cast(transposed, device, guarded):
 
 X = torch.zeros(2, 3, 4, 4)
 Y = torch.zeros(2, 4, 4, 3)
+HUGE = torch.empty(2**31, 1, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,7 @@ Y = torch.zeros(2, 4, 4, 3)
         ),
         (lambda: cast(X, dtype=HALF), r"x has shape \[2, 3, 4, 4\], expected \[M, C\]"),
         (lambda: cast(X[0, 0], dtype=BYTE), "out has dtype torch.uint8"),
+        (lambda: cast(HUGE, dtype=HALF), "x has 1x2147483648 pixels an image"),
         (lambda: normalisation(MEAN, STD[:2]), "mean has 3 values and std 2"),
         (lambda: normalisation(MEAN, (1.0, 0.0, 1.0)), "expected positive values"),
     ],
@@ -187,3 +190,11 @@ def test_machine_code(sm, case):
     if case.name.startswith("map"):
         assert facts.count("LDG", "128") > 0 and facts.count("STG", "128") > 0
         assert facts.count("LDG", "U16") == 0 and facts.count("STG", "U16") == 0
+
+
+@pytest.mark.compile
+def test_strides_beyond_32_bits_compile():
+    case = next(case for case in layout_cases() if case.name.startswith("map"))
+    arguments = {**case.launch.arguments, "stride_xn": 2**31, "stride_yn": 2**33}
+    facts = compile_launch(replace(case.launch, arguments=arguments), 90)
+    assert facts.spill_stores == 0 and facts.count("LDG", "128") > 0

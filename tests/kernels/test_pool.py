@@ -5,7 +5,7 @@ import torch
 
 from fastres.kernels import reference
 from fastres.kernels.geometry import PoolShape
-from fastres.kernels.pool import max_pool, max_pool_cost
+from fastres.kernels.pool import avg_pool, avg_pool_cost, avg_pool_launch, max_pool, max_pool_cost
 from fastres.kernels.tiles import PoolTile
 
 Pair = tuple[int, int]
@@ -117,3 +117,99 @@ def test_cost():
     cost = max_pool_cost(PoolShape(1, 112, 112, 64, (3, 3), (2, 2), (1, 1)), itemsize=2)
     assert cost.flops == 9 * 56 * 56 * 64
     assert cost.bytes == 2 * 64 * (112 * 112 + 56 * 56)
+
+
+@dataclass(frozen=True)
+class MeanCase:
+    name: str
+    x: tuple[int, int, int, int]  # N, H, W, C
+    kernel: Pair = (2, 2)
+    stride: Pair = (2, 2)
+    padding: Pair = (0, 0)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor: int | None = None
+    dtype: torch.dtype = torch.float16
+    tile: PoolTile | None = None
+
+
+MEANS = (
+    MeanCase("resnet-d", (2, 14, 14, 64)),
+    MeanCase("resnet-d-odd", (2, 7, 7, 64), ceil_mode=True, count_include_pad=False),
+    MeanCase("bf16", (1, 8, 8, 32), dtype=torch.bfloat16),
+    MeanCase("fp32", (1, 8, 8, 32), dtype=torch.float32),
+    MeanCase("padded", (2, 7, 9, 20), (3, 3), (2, 2), (1, 1)),
+    MeanCase("padding-left-out", (2, 7, 9, 20), (3, 3), (2, 2), (1, 1), count_include_pad=False),
+    MeanCase("ceil", (1, 8, 8, 16), (3, 3), (2, 2), (1, 1), ceil_mode=True),
+    MeanCase("ceil-no-padding", (1, 8, 8, 16), (3, 3), (2, 2), ceil_mode=True),
+    MeanCase("ceil-left-out", (1, 8, 8, 16), (3, 3), (2, 2), (1, 1), True, count_include_pad=False),
+    MeanCase("dropped-window", (1, 6, 6, 16), (2, 2), (3, 3), (1, 1), ceil_mode=True),
+    MeanCase("divisor", (1, 8, 8, 16), (3, 3), (2, 2), (1, 1), divisor=5),
+    MeanCase("divisor-ceil", (1, 7, 7, 16), ceil_mode=True, divisor=-3),
+    MeanCase("all-unequal", (2, 9, 8, 8), (2, 3), (3, 1), (1, 0), count_include_pad=False),
+    MeanCase("whole-picture", (2, 7, 7, 24), (7, 7), (1, 1)),
+    MeanCase("many-channel-tiles", (1, 5, 5, 40), tile=PoolTile(4, 16, 1)),
+    MeanCase("batch-0", (0, 8, 8, 16)),
+)
+
+
+def mean_of(case: MeanCase, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    options = (case.padding, case.ceil_mode, case.count_include_pad, case.divisor)
+    nchw = x.cpu().to(dtype).permute(0, 3, 1, 2)
+    y = torch.nn.functional.avg_pool2d(nchw, case.kernel, case.stride, *options)
+    return y.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("case", MEANS, ids=lambda case: case.name)
+def test_mean_equals_pytorch(case, device, guarded, poisoned, assert_parity):
+    values = torch.randn(case.x, generator=torch.Generator().manual_seed(0))
+    x = guarded(values.to(case.dtype).to(device))
+    oracle = mean_of(case, x, torch.float64)
+    out = poisoned(oracle.shape, case.dtype, device)
+    given_out = avg_pool(
+        x,
+        kernel=case.kernel,
+        stride=case.stride,
+        padding=case.padding,
+        ceil_mode=case.ceil_mode,
+        count_include_pad=case.count_include_pad,
+        divisor=case.divisor,
+        out=out,
+        tile=case.tile,
+    )
+    assert given_out is out
+    assert_parity(out, oracle, mean_of(case, x, torch.float32).to(case.dtype))
+
+
+def test_mean_keeps_nan_and_infinities(device):
+    x = torch.zeros(1, 4, 4, 8, device=device)
+    x[0, 0, 0, 1], x[0, 3, 3, 2] = float("nan"), float("-inf")
+    y = avg_pool(x, kernel=(2, 2), stride=(2, 2))
+    assert y[0, 0, 0, 1].isnan() and y[0, 1, 1, 2] == float("-inf")
+    assert y.isfinite().sum() == y.numel() - 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": X[0]}, r"x has shape \[8, 8, 16\]"),
+        ({"padding": (2, 0)}, r"padding is \(2, 0\), expected 0 to half of the kernel \(3, 3\)"),
+        ({"divisor": 0}, "divisor is 0"),
+        ({"out": torch.zeros(1, 3, 3, 8)}, r"out has shape \[1, 3, 3, 8\], expected"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "-".join(value),
+)
+def test_mean_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        avg_pool(**{"x": X, "kernel": (3, 3), "stride": (2, 2)} | arguments)
+
+
+def test_mean_has_no_dilation():
+    shape = PoolShape(1, 8, 8, 16, (3, 3), (2, 2), dilation=(2, 2))
+    with pytest.raises(ValueError, match=r"dilation is \(2, 2\), expected \(1, 1\)"):
+        avg_pool_launch(X, X, shape=shape)
+
+
+def test_mean_cost():
+    cost = avg_pool_cost(PoolShape(1, 8, 8, 16, (2, 2), (2, 2)), itemsize=2)
+    assert (cost.flops, cost.bytes) == (4 * 16 * 16, 2 * 16 * (64 + 16))
