@@ -2,7 +2,8 @@
 
 python bench/kernels.py [--quick] [--sm 80,90] [--out FILE.json]     (or: make kernels)
 
-Checked for each: no spills, shared memory within the target's, the matrix instruction that the
+A tile whose kernel spills or does not fit gives way to the next, which is said. Checked for each
+kernel of the plans that come out: no spills, shared memory within the target's, the matrix instruction that the
 target is to have, no 2-byte loads where channels come in eights. The exit status is 1 if one fails.
 Triton's cache makes a second run quick.
 """
@@ -23,13 +24,12 @@ import triton
 
 import fastres
 from fastres import models
-from fastres.backends.triton.cross import launches_of
-from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.cross import compiled_plan, launches_of, spill_limit
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.table import Tiles
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
-from fastres.kernels.aot import KernelFacts, compile_launch, fits, key_of
+from fastres.kernels.aot import KernelFacts, fits, key_of
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 from fastres.options import DTYPE_OF, Precision
@@ -71,18 +71,23 @@ def graph_of(net: str) -> Graph:
     return optimise(fastres.build(weights, version=version or "v1.5"))
 
 
-def launches(graph: Graph, case: Case, sm: int) -> list[tuple[str, Launch]]:
-    """Every launch of the network's plan for the target, with the node it is for."""
-    target = Target.typical(sm)
-    plan = make_plan(graph, ((case.batch, 3, 224, 224),), case.precision, Tiles(target))
+def kernels(
+    graph: Graph, case: Case, tiles: Tiles, known: dict[str, KernelFacts]
+) -> list[tuple[str, str, Launch]]:
+    """Every launch of the network's plan: the node it is for, the kernel's key, the call."""
+    shape = (case.batch, 3, 224, 224)
+    plan, _ = compiled_plan(graph, (shape,), case.precision, tiles, known)
     constants = Packed(graph, DTYPE_OF[case.precision], torch.device("meta"))
-    return launches_of(plan, constants, target)
+    return [
+        (node, key_of(launch), launch)
+        for node, launch in launches_of(plan, constants, tiles.target)
+    ]
 
 
 def faults(launch: Launch, facts: KernelFacts, sm: int, precision: Precision) -> list[str]:
     """What is not as it should be."""
     found = []
-    if facts.spill_stores or facts.spill_loads:
+    if max(facts.spill_stores, facts.spill_loads) > spill_limit(sm):
         found.append(f"{facts.spill_stores} bytes spilled")
     if not fits(facts, sm):
         found.append(f"{facts.shared_bytes} bytes of shared memory")
@@ -109,21 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started, rows, bad = time.time(), [], 0
     graphs: dict[str, Graph] = {}
     for sm in map(int, given.sm.split(",")):
-        seen: set[str] = set()
+        tiles, known, seen = Tiles(Target.typical(sm)), dict[str, KernelFacts](), set[str]()
         for case in cases(given.quick):
             graph = graphs.setdefault(case.net, graph_of(case.net))
-            for node, launch in launches(graph, case, sm):
-                key = key_of(launch)
+            for node, key, launch in kernels(graph, case, tiles, known):
                 if key in seen:
                     continue
                 seen.add(key)
-                row = _row(case, node, launch, sm)
-                rows.append(row)
-                bad += bool(row["faults"])
-                if row["faults"]:
-                    print(
-                        f"sm_{sm} {case.net} {case.batch} {case.precision} {node}: {row['faults']}"
-                    )
+                rows.append(_row(case, node, launch, known[key], sm))
+                if found := rows[-1]["faults"]:
+                    bad += 1
+                    print(f"sm_{sm} {case.net} {case.batch} {case.precision} {node}: {found}")
+        for why in tiles.banned.values():
+            print(f"sm_{sm}, gave way to another tile: {why}")
         print(f"sm_{sm}: {len(seen)} kernels, {time.time() - started:.0f} s so far", flush=True)
     print(f"{len(rows)} kernels with Triton {triton.__version__}, {bad} with faults")
     if given.out is not None:
@@ -132,8 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bad > 0)
 
 
-def _row(case: Case, node: str, launch: Launch, sm: int) -> dict[str, Any]:
-    facts = compile_launch(launch, sm)
+def _row(case: Case, node: str, launch: Launch, facts: KernelFacts, sm: int) -> dict[str, Any]:
     blocks = {k: v for k, v in launch.constants.items() if k.startswith(("BLOCK", "BOX", "CHUNK"))}
     return {
         "sm": sm,

@@ -25,8 +25,13 @@ from fastres.kernels.launch import Launch
 from fastres.options import DTYPE_OF, Options, Precision
 from fastres.text import progress_bar
 
-# sm_120 keeps a few addresses of the box kernels' epilogues in local memory, outside the loops
-_SPILL = {False: 0, True: 64}  # bytes, by whether the target is that
+
+def spill_limit(sm: int) -> int:
+    """Bytes that a thread may keep in local memory.
+
+    On sm_120 the box kernels keep a few addresses of their epilogue there, outside the loops.
+    """
+    return 64 if sm >= 120 else 0
 
 
 def launches_of(plan: Plan, constants: Packed, target: Target) -> list[tuple[str, Launch]]:
@@ -53,22 +58,25 @@ def compiled_plan(
     shapes: Shapes,
     precision: Precision,
     tiles: Tiles,
+    known: dict[str, KernelFacts],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Plan, tuple[KernelInfo, ...]]:
     """A plan whose every kernel compiles, fits, and keeps its values in registers.
 
     A tile that does not lead to one gives way to the next.
 
+    Args:
+        known: by the kernel's key, what was compiled before; is added to.
+
     Raises:
         UnsupportedError: a problem has no such tile left; all that were tried are named.
     """
     constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
-    facts: dict[str, KernelFacts] = {}
     while True:
         plan = make_plan(graph, shapes, precision, tiles)
         launches = launches_of(plan, constants, tiles.target)
         try:
-            return plan, compile_launches(launches, tiles.target, facts, progress)
+            return plan, compile_launches(launches, tiles.target, known, progress)
         except Unfit as unfit:
             ban(tiles, plan, unfit.node, unfit.reason)
 
@@ -115,7 +123,7 @@ def _compiled(node: str, launch: Launch, target: Target) -> KernelFacts:
             f"{what} asks for {facts.shared_bytes} bytes of shared memory; sm_{target.sm} has "
             f"{target.shared_bytes}",
         )
-    if facts.spill_stores > _SPILL[target.sm >= 120]:
+    if facts.spill_stores > spill_limit(target.sm):
         raise Unfit(node, f"{what} spills {facts.spill_stores} bytes of registers")
     return facts
 
@@ -231,5 +239,5 @@ def build(
         )
         return CrossExecutable(plan, known.kernels if known else (), options.target, ran)
     with progress_bar(f"compiling for {options.target}") as report:
-        plan, kernels = compiled_plan(graph, shapes, precision, Tiles(target), report)
+        plan, kernels = compiled_plan(graph, shapes, precision, Tiles(target), {}, report)
     return CrossExecutable(plan, kernels, options.target, ran)
