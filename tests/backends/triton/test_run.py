@@ -176,3 +176,15 @@ def test_pooled_values_as_maps_and_as_rows() -> None:
         poison(engine, x)
         report = fastres.verify(model, engine, [x], layerwise=True)
         assert report.passed, str(report)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="streams are a GPU's")
+def test_map_copies_and_computes_on_streams(photo_batch: PhotoBatch) -> None:
+    model = fastres.models.settle(fastres.models.cifar_resnet(8), photo_batch(16, 16))
+    batches = [photo_batch(n, 16) for n in (4, 1, 3, 4, 2, 4)]
+    with compile(model, batches[0], "fp16") as engine:
+        expected = [engine(x.to(DEVICE)) for x in batches]
+        mixed = [x if i % 2 else x.to(DEVICE) for i, x in enumerate(batches)]
+        for _ in range(20):
+            found = list(engine.map(iter(mixed), depth=3))
+            assert all(torch.equal(y, z) for y, z in zip(found, expected, strict=True))
