@@ -106,16 +106,21 @@ def fits(facts: KernelFacts, sm: int) -> bool:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The specialisation Triton's JIT makes for the launch: by dtype, by 1, by divisor 16."""
+    """The specialisation Triton's JIT makes for the launch: by dtype, by 1, by divisor 16.
+
+    It is the JIT's own to the letter, so that what was compiled here is found in Triton's cache
+    there, on the same machine.
+    """
     signature: dict[str, str] = {}
     constants: dict[str, int | bool | str | None] = dict(launch.constants)
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if not isinstance(value, TensorDescriptor):
+            attributes[(index,)] = []
         if name in launch.constants:
             signature[name] = "constexpr"
-            continue
-        value = launch.arguments[name]
-        if isinstance(value, torch.Tensor):
+        elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):

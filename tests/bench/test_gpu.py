@@ -55,7 +55,7 @@ def test_time_that_is_up_is_said(tmp_path: Path) -> None:
 
 def test_wrong_use(tmp_path: Path) -> None:
     unknown = run(tmp_path, "--only=speeed")
-    assert unknown.returncode == 2 and "the sections are facts, parity" in unknown.stderr
+    assert unknown.returncode == 2 and "the sections are facts, compile, parity" in unknown.stderr
     if not os.path.exists("/dev/nvidia0"):
         nowhere = run(tmp_path, interpret=False)
         assert nowhere.returncode == 2 and "there is no CUDA device here" in nowhere.stderr

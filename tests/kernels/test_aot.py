@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from fastres.kernels import aot_table
-from fastres.kernels.aot import KernelFacts, compile_launch, fits
+from fastres.kernels.aot import KernelFacts, compile_kernel, compile_launch, fits
 from fastres.kernels.aot_table import all_cases
 from fastres.kernels.tiles import ConvTile
 
@@ -88,3 +90,30 @@ def test_cases_are_never_run():
     for case in all_cases(90):
         for value in case.launch.arguments.values():
             assert not isinstance(value, torch.Tensor) or value.device.type == "meta"
+
+
+class OnHopper:
+    """As much of a driver as Triton's JIT needs to compile for a GPU that is not here."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in all_cases(90) if "-b1-" in case.name or "layer1.0.conv3-b256" in case.name],
+    ids=lambda case: case.name,
+)
+def test_what_is_compiled_here_is_what_the_jit_would_look_for(case, monkeypatch):
+    """The same key in Triton's cache: a GPU's first call finds what was compiled without one."""
+    monkeypatch.setattr(driver, "_active", OnHopper())
+    launch = case.launch
+    options = {**launch.arguments, **launch.constants, **launch.options}
+    theirs = launch.kernel.warmup(grid=(launch.programs,), **options)
+    assert compile_kernel(launch, 90).hash == theirs.hash

@@ -22,7 +22,7 @@ _IMAGES = 2  # compared with the oracle, from each end of the batch
 
 
 class Trial:
-    """One problem on one device.
+    """One problem on one device; on "meta" its launches can be compiled, and nothing more.
 
     Values are scaled as in a trained network: products neither vanish nor overflow.
     """
@@ -31,7 +31,9 @@ class Trial:
         self.problem = problem
         self.device = device
         self._dtype = DTYPE_OF[problem.precision]
-        self._generator = torch.Generator(device).manual_seed(0)
+        self._generator = None
+        if device.type != "meta":
+            self._generator = torch.Generator(device).manual_seed(0)
         shape = problem.shape
         if isinstance(shape, ChainShape):
             self._make_chain(shape)
@@ -196,6 +198,8 @@ class Trial:
     def _random(
         self, *sizes: int, depth: int | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
+        if self._generator is None:
+            return torch.empty(sizes, dtype=dtype or self._dtype, device=self.device)
         values = torch.randn(sizes, generator=self._generator, device=self.device)
         if depth is not None:
             values *= (2 / depth) ** 0.5

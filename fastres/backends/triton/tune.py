@@ -81,6 +81,25 @@ def tune(
     return attempts
 
 
+def precompile(problem: Problem, target: Target, tried: int = _TRIED) -> int:
+    """Compiles what `measure` will run, into Triton's cache; needs no GPU, so many can at a time.
+
+    Returns:
+        How many kernels compiled; those that do not are left for `measure` to name.
+    """
+    from fastres.kernels.aot import compile_kernel
+
+    trial, compiled = Trial(problem, torch.device("meta")), 0
+    for tile in problem.candidates(target)[:tried]:
+        try:
+            for launch in trial.launches(tile, target):
+                compile_kernel(launch, target.sm)
+                compiled += 1
+        except Exception:  # of Triton or its compiler: they raise many kinds
+            continue
+    return compiled
+
+
 def measure(
     problem: Problem, device: torch.device, target: Target, tried: int = _TRIED
 ) -> list[Attempt]:

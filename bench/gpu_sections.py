@@ -1,0 +1,332 @@
+"""The sections of gpu.py: what a GPU is asked, one generator of rows for each."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compare import photographs
+from torch import Tensor, nn
+
+import fastres
+from fastres import models
+from fastres.backends.triton.choosing import tiles_for
+from fastres.backends.triton.cross import launches_of
+from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.pack import Packed
+from fastres.backends.triton.problems import Problem
+from fastres.backends.triton.table import Table, Tiles, cache_path, read_table, write_table
+from fastres.backends.triton.timing import milliseconds
+from fastres.backends.triton.tune import precompile, this_machine, tune
+from fastres.bench_report import machine
+from fastres.benchmarking import Target, benchmark
+from fastres.graph.capture import capture
+from fastres.graph.passes.pipeline import optimise
+from fastres.kernels.aot import KernelFacts, compile_launch, key_of
+from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.geometry import ConvShape
+from fastres.kernels.launch import target_of
+from fastres.kernels.layout import to_nhwc
+from fastres.kernels.space_to_depth import space_to_depth
+from fastres.kernels.stem import pack_stem_weight, stem_box_tile, stem_launch
+from fastres.options import DTYPE_OF, Options, Precision
+from fastres.tolerances import errors
+
+Row = dict[str, Any]
+Job = tuple[Any, ...]
+PARITY_BATCH = 4
+TRIED = 10  # tiles of a problem
+NETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "wide_resnet50")
+PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "tf32", "fp32")
+POWER = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for, and when to stop."""
+
+    out: Path
+    device: torch.device
+    nets: Sequence[str]
+    precisions: Sequence[Precision]
+    batch_sizes: Sequence[int]
+    image_size: int
+    until: float
+
+    def rows(self, section: str) -> list[Row]:
+        """Lines of earlier runs."""
+        path = self.out / "gpu.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [row for row in map(json.loads, lines) if row["section"] == section]
+
+    def keep(self, section: str, row: Row) -> None:
+        with (self.out / "gpu.jsonl").open("a") as file:
+            file.write(json.dumps({"section": section, **row}) + "\n")
+
+
+def settled(name: str, version: str, run: Run) -> nn.Module:
+    """A network whose statistics fit the photographs, so that its numbers can go wrong."""
+    model = _make(name, version)
+    return models.settle(model, photographs(3, run.image_size))
+
+
+def _make(name: str, version: str) -> nn.Module:
+    factory, _, depth = name.partition(":")
+    arguments = (int(depth),) if depth else ()
+    more = {"version": version} if name.startswith("resnet") and name[6:] in _BOTTLENECKS else {}
+    model: nn.Module = getattr(models, factory)(*arguments, seed=0, **more)
+    return model
+
+
+_BOTTLENECKS = ("50", "101", "152")
+
+
+def _versions(name: str) -> tuple[str, ...]:
+    return ("v1.5", "v1") if name.startswith("resnet") and name[6:] in _BOTTLENECKS else ("v1.5",)
+
+
+def facts(run: Run) -> Iterator[Row]:
+    """The machine: GPU, driver, clocks, versions."""
+    found: Row = {"name": "machine", **vars(machine()), "argv": sys.argv[1:]}
+    if run.device.type == "cuda":
+        query = ["nvidia-smi", f"--query-gpu={POWER}", "--format=csv,noheader"]
+        found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    yield found
+
+
+def compiling(run: Run) -> Iterator[Row]:
+    """Fills Triton's cache with what the next sections launch, on every core."""
+    target = tiles_for(Options(), run.device).target
+    jobs: list[Job] = [("plan", *net, batch, target, run.image_size) for net, batch in _plans(run)]
+    for batch in run.batch_sizes:
+        for version in ("v1.5", "v1"):
+            jobs += [("tiles", p, target) for p in _problems(version, batch, run)]
+    workers = max(1, len(os.sched_getaffinity(0)) - 2)
+    context = multiprocessing.get_context("spawn")
+    started, kernels = time.time(), 0
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pending = [pool.submit(_compile, job) for job in dict.fromkeys(jobs)]
+        for future in as_completed(pending):
+            kernels += future.result()
+            if time.time() > run.until - 5:
+                pool.shutdown(cancel_futures=True)
+                break
+    seconds = time.time() - started
+    yield {"name": "compiled", "kernels": kernels, "seconds": seconds, "workers": workers}
+
+
+def _plans(run: Run) -> Iterator[tuple[tuple[str, str, Precision], int]]:
+    for net in run.nets:
+        for version in _versions(net):
+            for precision in run.precisions:
+                yield (net, version, precision), PARITY_BATCH
+    for version in ("v1.5", "v1"):
+        for batch in run.batch_sizes:
+            yield ("resnet50", version, "fp16"), batch
+
+
+def _compile(job: Job) -> int:
+    """In a process of its own, without touching the GPU."""
+    if job[0] == "tiles":
+        return precompile(*job[1:], tried=TRIED)
+    _, net, version, precision, batch, target, size = job
+    shape = (batch, 3, size, size)
+    graph = optimise(capture(_make(net, version).eval(), [fastres.Input(shape)]).graph)
+    plan = make_plan(graph, (shape,), precision, Tiles(target))
+    constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
+    known: dict[str, KernelFacts] = {}
+    launches = launches_of(plan, constants, target)
+    for key, launch in {key_of(launch): launch for _, launch in launches}.items():
+        known[key] = compile_launch(launch, target.sm)
+    return len(known)
+
+
+def tests(run: Run) -> Iterator[Row]:
+    """The tests marked gpu."""
+    left = max(30.0, run.until - time.time())
+    folders = ["tests/kernels", "tests/backends/triton"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        *folders,
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        tail = done.stdout.strip().splitlines()[-30:]
+        yield {"name": "pytest", "right": done.returncode == 0, "tail": tail}
+    except subprocess.TimeoutExpired as error:
+        text = error.stdout.decode() if isinstance(error.stdout, bytes) else str(error.stdout)
+        yield {"name": "pytest", "error": "out of time", "tail": text.strip().splitlines()[-30:]}
+
+
+def parity(run: Run) -> Iterator[Row]:
+    """Every network in every precision against PyTorch in float64."""
+    x = photographs(PARITY_BATCH, run.image_size)
+    for net in sorted(run.nets, key=lambda name: name != "resnet50"):
+        for version in _versions(net):
+            model = settled(net, version, run)
+            for precision in run.precisions:
+                name = f"{net} {version} {precision}"
+                if (yield {"name": name, "asked": True}):
+                    continue
+                with _engine(model, x, precision, run) as engine:
+                    report = fastres.verify(model, engine, [x])
+                    yield {"name": name, "right": report.passed, "report": str(report)}
+
+
+def tuning(run: Run) -> Iterator[Row]:
+    """The fastest right tile of every problem of ResNet-50, and which form of it is fastest."""
+    this = this_machine(run.device)
+    path = cache_path(this, str(run.out))
+    table = read_table(path, this)
+    for batch in sorted(run.batch_sizes, reverse=True):
+        for version in ("v1.5", "v1"):
+            for problem in _problems(version, batch, run):
+                if problem.key in table.entries:
+                    continue
+                yield _tuned(problem, table, path, run)
+
+
+def _tuned(problem: Problem, table: Table, path: Path, run: Run) -> Row:
+    attempts = tune([problem], table, run.device, keep=lambda t: write_table(path, t), tried=TRIED)
+    tried = [
+        {"tile": str(a.tile), "ms": a.milliseconds, "why": a.reason} for a in attempts[problem]
+    ]
+    wrong = [a for a in tried if "wrong" in a["why"] or "not written" in a["why"]]
+    best = table.entries.get(problem.key)
+    return {
+        "name": problem.key,
+        "us": None if best is None else best.microseconds,
+        "right": not wrong,
+        "attempts": tried,
+    }
+
+
+def _problems(version: str, batch: int, run: Run) -> list[Problem]:
+    weights = models.resnet50(version=version, seed=0).state_dict()
+    shape = (batch, 3, run.image_size, run.image_size)
+    graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
+    tiles = Tiles(tiles_for(Options(), run.device).target)
+    make_plan(graph, (shape,), "fp16", tiles)
+    return tiles.asked()
+
+
+def stem(run: Run) -> Iterator[Row]:
+    """The 7x7 stem: over pixels, over folded pixels, and folded through overlapping boxes.
+
+    Whether the driver takes a tensor map whose pixels overlap is one of the first questions.
+    """
+    generator = torch.Generator(run.device).manual_seed(0)
+    for batch in run.batch_sizes:
+        size = (batch, 3, run.image_size, run.image_size)
+        x = torch.randn(size, generator=generator, device=run.device).half()
+        weight = torch.randn(64, 3, 7, 7, generator=generator, device=run.device).half() / 12
+        bias = torch.randn(64, generator=generator, device=run.device)
+        with torch.backends.cudnn.flags(enabled=False):
+            exact = F.conv2d(x[:2].double(), weight.double(), bias.double(), 2, 3).relu()
+        for form in ("pixels", "folded", "overlapping boxes"):
+            name = f"stem batch {batch}, {form}"
+            if (yield {"name": name, "asked": True}):
+                continue
+            try:
+                yield {"name": name, **_stem(form, x, weight, bias, exact, run)}
+            except Exception as error:  # a driver that refuses is an answer
+                yield {"name": name, "refused": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def _stem(form: str, x: Tensor, weight: Tensor, bias: Tensor, exact: Tensor, run: Run) -> Row:
+    n, p, q, k = len(x), x.shape[2] // 2, x.shape[3] // 2, len(weight)
+    out = torch.full((n, p, q, k), float("nan"), dtype=x.dtype, device=x.device)
+    target = target_of(x.device)
+    if form == "pixels":
+        pixels, filters = to_nhwc(x), weight.permute(0, 2, 3, 1).contiguous()
+        shape = ConvShape(n, *x.shape[2:], 3, k, 7, 7, (2, 2), (3, 3))
+        launch = conv2d_launch(
+            pixels, filters, bias, None, out, shape=shape, target=target, activation="relu"
+        )
+    else:
+        boxed = form == "overlapping boxes"
+        tile = stem_box_tile(n, p, q, k, x.element_size(), target) if boxed else None
+        folded, filters = space_to_depth(x), pack_stem_weight(weight)
+        launch = stem_launch(folded, filters, bias, out, target=target, tile=tile)
+    launch.run()
+    found = errors(out[:2].permute(0, 3, 1, 2), exact)
+    if found.rms > 1e-3 or bool(torch.isnan(out).any()):
+        return {"right": False, "error": str(found)}
+    return {"right": True, "rms": found.rms, "us": 1e3 * milliseconds(launch.run, run.device)}
+
+
+def speed(run: Run) -> Iterator[Row]:
+    """Ours beside PyTorch's own ways, interleaved, in fp16."""
+    for batch in run.batch_sizes:
+        for version in ("v1.5", "v1"):
+            x = photographs(batch, run.image_size).half().to(run.device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            model = settled("resnet50", version, run).half()
+            ours = _engine(model, x, "fp16", run, cache_dir=str(run.out))
+            theirs = model.to(run.device).to(memory_format=torch.channels_last)
+            targets = [Target("fastres", ours), Target("eager channels_last", theirs)]
+            for mode in _modes(version, batch):
+                own = torch.compile(copy.deepcopy(theirs), mode=mode, dynamic=False)
+                targets.append(Target(f"torch.compile {mode}", own))
+            name = f"{version} batch {batch}"
+            if (yield {"name": name, "asked": True}):
+                continue
+            report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
+            yield {"name": name, "table": str(report), **report.to_dict()}
+            ours.close()
+
+
+def _modes(version: str, batch: int) -> tuple[str, ...]:
+    """Both of torch.compile's where they matter most; they take a minute each to compile."""
+    if version != "v1.5":
+        return ()
+    return ("reduce-overhead", "max-autotune") if batch in (1, 256) else ("reduce-overhead",)
+
+
+def profile(run: Run) -> Iterator[Row]:
+    """Where the time of ResNet-50 goes, step by step."""
+    for batch in run.batch_sizes:
+        x = photographs(batch, run.image_size).half().to(run.device)
+        model = settled("resnet50", "v1.5", run).half()
+        with _engine(model, x, "fp16", run, cache_dir=str(run.out)) as engine:
+            found = engine.profile(x)
+        yield {"name": f"batch {batch}", "table": str(found), **found.to_dict()}
+
+
+def _engine(
+    model: nn.Module, x: Tensor, precision: Precision, run: Run, **more: Any
+) -> fastres.Engine:
+    return fastres.compile(
+        model, x.cpu(), backend="triton", precision=precision, device=run.device, **more
+    )
+
+
+SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], float]] = {
+    "facts": (facts, 20),
+    "compile": (compiling, 150),
+    "parity": (parity, 90),
+    "stem": (stem, 30),
+    "tuning": (tuning, 120),
+    "speed": (speed, 200),
+    "profile": (profile, 40),
+    "tests": (tests, 120),
+}
