@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from compare import photographs
 from torch import Tensor, nn
 
@@ -31,11 +32,19 @@ from fastres.backends.triton.choosing import tiles_for
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.table import Table, Tiles, cache_path, read_table, write_table
+from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.tune import this_machine, tune
 from fastres.bench_report import machine
 from fastres.benchmarking import Target, benchmark
 from fastres.graph.passes.pipeline import optimise
+from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.geometry import ConvShape
+from fastres.kernels.launch import target_of
+from fastres.kernels.layout import to_nhwc
+from fastres.kernels.space_to_depth import space_to_depth
+from fastres.kernels.stem import pack_stem_weight, stem_box_tile, stem_launch
 from fastres.options import Options, Precision
+from fastres.tolerances import errors
 
 Row = dict[str, Any]
 NETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "wide_resnet50")
@@ -50,6 +59,7 @@ class Run:
     out: Path
     device: torch.device
     nets: Sequence[str]
+    precisions: Sequence[Precision]
     batch_sizes: Sequence[int]
     image_size: int
     until: float
@@ -125,7 +135,7 @@ def parity(run: Run) -> Iterator[Row]:
     for net in sorted(run.nets, key=lambda name: name != "resnet50"):
         for version in _versions(net):
             model = settled(net, version, run)
-            for precision in PRECISIONS:
+            for precision in run.precisions:
                 name = f"{net} {version} {precision}"
                 if (yield {"name": name, "asked": True}):
                     continue
@@ -171,6 +181,51 @@ def _problems(version: str, batch: int, run: Run) -> list[Problem]:
     return tiles.asked()
 
 
+def stem(run: Run) -> Iterator[Row]:
+    """The 7x7 stem: over pixels, over folded pixels, and folded through overlapping boxes.
+
+    Whether the driver takes a tensor map whose pixels overlap is one of the first questions.
+    """
+    generator = torch.Generator(run.device).manual_seed(0)
+    for batch in run.batch_sizes:
+        size = (batch, 3, run.image_size, run.image_size)
+        x = torch.randn(size, generator=generator, device=run.device).half()
+        weight = torch.randn(64, 3, 7, 7, generator=generator, device=run.device).half() / 12
+        bias = torch.randn(64, generator=generator, device=run.device)
+        with torch.backends.cudnn.flags(enabled=False):
+            exact = F.conv2d(x[:2].double(), weight.double(), bias.double(), 2, 3).relu()
+        for form in ("pixels", "folded", "overlapping boxes"):
+            name = f"stem batch {batch}, {form}"
+            if (yield {"name": name, "asked": True}):
+                continue
+            try:
+                yield {"name": name, **_stem(form, x, weight, bias, exact, run)}
+            except Exception as error:  # a driver that refuses is an answer
+                yield {"name": name, "refused": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def _stem(form: str, x: Tensor, weight: Tensor, bias: Tensor, exact: Tensor, run: Run) -> Row:
+    n, p, q, k = len(x), x.shape[2] // 2, x.shape[3] // 2, len(weight)
+    out = torch.full((n, p, q, k), float("nan"), dtype=x.dtype, device=x.device)
+    target = target_of(x.device)
+    if form == "pixels":
+        pixels, filters = to_nhwc(x), weight.permute(0, 2, 3, 1).contiguous()
+        shape = ConvShape(n, *x.shape[2:], 3, k, 7, 7, (2, 2), (3, 3))
+        launch = conv2d_launch(
+            pixels, filters, bias, None, out, shape=shape, target=target, activation="relu"
+        )
+    else:
+        boxed = form == "overlapping boxes"
+        tile = stem_box_tile(n, p, q, k, x.element_size(), target) if boxed else None
+        folded, filters = space_to_depth(x), pack_stem_weight(weight)
+        launch = stem_launch(folded, filters, bias, out, target=target, tile=tile)
+    launch.run()
+    found = errors(out[:2].permute(0, 3, 1, 2), exact)
+    if found.rms > 1e-3 or bool(torch.isnan(out).any()):
+        return {"right": False, "error": str(found)}
+    return {"right": True, "rms": found.rms, "us": 1e3 * milliseconds(launch.run, run.device)}
+
+
 def speed(run: Run) -> Iterator[Row]:
     """Ours beside PyTorch's own ways, interleaved, in fp16."""
     for batch in run.batch_sizes:
@@ -214,6 +269,7 @@ def _engine(
 SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], float]] = {
     "facts": (facts, 20),
     "parity": (parity, 150),
+    "stem": (stem, 30),
     "tuning": (tuning, 200),
     "speed": (speed, 240),
     "profile": (profile, 60),
@@ -267,7 +323,7 @@ def drive(given: argparse.Namespace) -> int:
 
 
 def _passed_on(given: argparse.Namespace) -> list[str]:
-    names = ("out", "device", "nets", "batch_sizes", "image_size")
+    names = ("out", "device", "nets", "precisions", "batch_sizes", "image_size")
     return [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in names]
 
 
@@ -278,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, in order")
     parser.add_argument("--device", default="cuda", help="cpu with TRITON_INTERPRET=1, for tests")
     parser.add_argument("--nets", default=",".join(NETS))
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--batch-sizes", default="256,1,32,8,128")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--section", help=argparse.SUPPRESS)
@@ -302,7 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", str(given.out / "triton_cache"))
     sizes = [int(size) for size in given.batch_sizes.split(",")]
     device = torch.device(given.device)
-    run = Run(given.out, device, given.nets.split(","), sizes, given.image_size, given.until)
+    nets, precisions = given.nets.split(","), given.precisions.split(",")
+    run = Run(given.out, device, nets, precisions, sizes, given.image_size, given.until)
     return work(given.section, run)
 
 

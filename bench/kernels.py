@@ -3,9 +3,9 @@
 python bench/kernels.py [--quick] [--sm 80,90] [--out FILE.json]     (or: make kernels)
 
 A tile whose kernel spills or does not fit gives way to the next, which is said. Checked for each
-kernel of the plans that come out: no spills, shared memory within the target's, the matrix instruction that the
-target is to have, no 2-byte loads where channels come in eights. The exit status is 1 if one fails.
-Triton's cache makes a second run quick.
+kernel of the plans that come out: no spills, shared memory within the target's, the matrix
+instruction that the target is to have, no 2-byte loads where channels come in eights. The exit
+status is 1 if one fails. Triton's cache makes a second run quick.
 """
 
 from __future__ import annotations

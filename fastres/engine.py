@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -22,6 +22,7 @@ from fastres.errors import FastresError, InputError
 from fastres.graph.ir import Graph, Sym, Value
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input, Options, PathLike, integer
+from fastres.streams import OnStreams
 from fastres.weights import oddity
 
 if TYPE_CHECKING:
@@ -151,7 +152,9 @@ class Engine:
     def map(self, batches: Iterable[Batch], *, depth: int = 2) -> Iterator[Any]:
         """Runs many batches with up to `depth` in flight; yields results in order.
 
-        With `hint="throughput"` the batches in flight run on streams of their own.
+        With `hint="throughput"` the batches in flight run on streams of their own. On a GPU they do
+        in any case, and batches may lie in the CPU's memory: copying one overlaps with computing
+        another.
 
         Raises:
             InputError: batches is no iterable, depth is no integer of at least 1, or a batch does
@@ -165,11 +168,13 @@ class Engine:
 
     def _map(self, batches: Iterator[Batch], depth: int) -> Iterator[Any]:
         pending: deque[Future[Any]] = deque()
+        streams = OnStreams(self, self.device) if self.device.type == "cuda" else None
         with ThreadPoolExecutor(depth, thread_name_prefix="fastres") as pool:
             try:
                 for batch in batches:
                     inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-                    pending.append(pool.submit(self, *inputs))
+                    work = partial(self, *inputs) if streams is None else streams.submission(inputs)
+                    pending.append(pool.submit(work))
                     if len(pending) > depth:
                         yield pending.popleft().result()
                 while pending:

@@ -17,7 +17,14 @@ SOURCES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("fastres.kernels",),
     ("fastres.calib",),
-    ("fastres.errors", "fastres.tolerances", "fastres.text", "fastres.settling", "fastres.blocks"),
+    (
+        "fastres.errors",
+        "fastres.streams",
+        "fastres.tolerances",
+        "fastres.text",
+        "fastres.settling",
+        "fastres.blocks",
+    ),
     ("fastres.options", "fastres.models"),
     ("fastres.weights", "fastres.graph"),
     ("fastres.backends",),

@@ -12,9 +12,11 @@ import torch
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import (
     AnyStep,
+    LaunchAvgPool,
     LaunchBoxConv2d,
     LaunchChain,
     LaunchConv2d,
+    LaunchElementwise,
     LaunchGlobalAvgPool,
     LaunchLinear,
     LaunchMaxPool,
@@ -25,11 +27,12 @@ from fastres.kernels.bottleneck_chain import chain_launch, chain_shape
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
+from fastres.kernels.elementwise import elementwise_launch
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import PICTURE_DTYPES, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
-from fastres.kernels.pool import max_pool_launch
+from fastres.kernels.pool import avg_pool_launch, max_pool_launch
 from fastres.kernels.space_to_depth import space_to_depth_launch
 from fastres.kernels.stem import stem_launch
 
@@ -56,6 +59,10 @@ def bind(
         return (_chain(step, at, constants, target),)
     if isinstance(step, LaunchMaxPool):
         return (_max_pool(step, at),)
+    if isinstance(step, LaunchAvgPool):
+        return (_avg_pool(step, at),)
+    if isinstance(step, LaunchElementwise):
+        return (_elementwise(step, at, constants),)
     if isinstance(step, LaunchGlobalAvgPool):
         return (global_avg_pool_launch(at[step.source], _rows(at[step.target])),)
     if isinstance(step, LaunchLinear):
@@ -188,6 +195,29 @@ def _max_pool(step: LaunchMaxPool, at: Tensors) -> Launch:
         n, h, w, c, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode
     )
     return max_pool_launch(x, at[step.target], shape=shape)
+
+
+def _avg_pool(step: LaunchAvgPool, at: Tensors) -> Launch:
+    x = at[step.source]
+    n, h, w, c = x.shape
+    shape = PoolShape(n, h, w, c, step.kernel, step.stride, step.padding, ceil_mode=step.ceil_mode)
+    return avg_pool_launch(
+        x, at[step.target], shape=shape, count_include_pad=step.count_include_pad
+    )
+
+
+def _elementwise(step: LaunchElementwise, at: Tensors, constants: Packed) -> Launch:
+    scale = shift = None
+    if step.norm is not None:
+        scale, shift = constants.scale_and_shift(step.norm)
+    return elementwise_launch(
+        at[step.source],
+        at[step.target],
+        scale=scale,
+        shift=shift,
+        residual=_optional(at, step.residual),
+        activation=step.activation,
+    )
 
 
 def _optional(at: Tensors, name: str | None) -> torch.Tensor | None:

@@ -13,14 +13,17 @@ from fastres.backends.triton.arena import Lifetime, place
 from fastres.backends.triton.forms import Reckoner
 from fastres.backends.triton.plan import (
     AnyStep,
+    LaunchAvgPool,
     LaunchBoxConv2d,
     LaunchChain,
     LaunchConv2d,
+    LaunchElementwise,
     LaunchGlobalAvgPool,
     LaunchLinear,
     LaunchMaxPool,
     LaunchStem,
     LoadInput,
+    Norm,
     Place,
     Plan,
     Shortcut,
@@ -37,6 +40,10 @@ from fastres.backends.triton.table import Tiles
 from fastres.errors import ArtifactError
 from fastres.graph.ir import (
     DTYPE_NAMES,
+    Activation,
+    Add,
+    AvgPool,
+    BatchNorm,
     Conv2d,
     Flatten,
     GlobalAvgPool,
@@ -64,8 +71,10 @@ def refusals(graph: Graph) -> tuple[Refusal, ...]:
 
 def _refusal(node: Node, graph: Graph) -> str | None:
     op = node.op
-    if isinstance(op, Conv2d | MaxPool | GlobalAvgPool):
+    if isinstance(op, Conv2d | MaxPool | AvgPool | GlobalAvgPool):
         return None
+    if isinstance(op, Add | BatchNorm | Activation):
+        return _elementwise_refusal(node, graph)
     if isinstance(op, Linear):
         return None if len(node.spec.shape) == 2 else "triton's linear takes [N, C] inputs only"
     if isinstance(op, Flatten):
@@ -74,8 +83,20 @@ def _refusal(node: Node, graph: Graph) -> str | None:
         return None if flat else "triton flattens only [N, C, 1, 1]: others change the layout"
     return (
         f"triton has no kernel for {type(op).__name__}; it has Conv2d with residual and "
-        "activation, MaxPool, GlobalAvgPool, Linear, and shortcut A inside a Conv2d"
+        "activation, BatchNorm, Add, Activation, MaxPool, AvgPool, GlobalAvgPool, Linear, and "
+        "shortcut A inside a Conv2d"
     )
+
+
+def _elementwise_refusal(node: Node, graph: Graph) -> str | None:
+    shape = node.spec.shape
+    if len(shape) not in (2, 4):
+        return f"triton's elementwise kernel takes [N, C] and [N, C, H, W], not {node.spec}"
+    if any(graph.spec(name).shape != shape for name in node.inputs):
+        return "triton adds tensors of one shape only, without broadcasting"
+    if any(name in graph.constants for name in node.inputs):
+        return "triton adds no constants"
+    return None
 
 
 def make_plan(
@@ -204,6 +225,21 @@ class _Planner:
                     op.ceil_mode,
                 )
             )
+        elif isinstance(op, AvgPool):
+            self.steps.append(
+                LaunchAvgPool(
+                    node.name,
+                    source,
+                    node.name,
+                    op.kernel,
+                    op.stride,
+                    op.padding,
+                    op.ceil_mode,
+                    op.count_include_pad,
+                )
+            )
+        elif isinstance(op, Add | BatchNorm | Activation):
+            self.steps.append(self._elementwise(node, source))
         elif isinstance(op, GlobalAvgPool):
             self.steps.append(LaunchGlobalAvgPool(node.name, source, node.name))
         else:
@@ -213,6 +249,18 @@ class _Planner:
             self.steps.append(
                 LaunchLinear(node.name, source, node.name, weight, bias, op.activation, tile)
             )
+
+    def _elementwise(self, node: Node, source: str) -> LaunchElementwise:
+        op, norm, residual = node.op, None, None
+        if isinstance(op, Add):
+            residual = self.tensor_of[node.inputs[1]]
+        if isinstance(op, BatchNorm):
+            names = node.params
+            norm = Norm(names["mean"], names["var"], names.get("weight"), names.get("bias"), op.eps)
+        activation = op.kind if isinstance(op, Activation) else None
+        if isinstance(op, Add | BatchNorm):
+            activation = op.activation
+        return LaunchElementwise(node.name, source, node.name, norm, residual, activation)
 
     def _conv2d(self, node: Node, op: Conv2d, source: str) -> LaunchConv2d | LaunchBoxConv2d:
         view = self.shortcuts.get(node.name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Linear
 from fastres.weights import is_finite
@@ -77,6 +78,21 @@ class Packed:
             return total.to(self._device, torch.float32).contiguous()
 
         return self._once(("bias", *present), make)
+
+    def scale_and_shift(self, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        """[C] fp32 each: a BatchNorm as x * scale + shift, worked out in float64."""
+        mean, var = (self._constants[name].double() for name in (norm.mean, norm.var))
+        scale = (var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * self._constants[norm.weight].double()
+        shift = -mean * scale
+        if norm.bias is not None:
+            shift = shift + self._constants[norm.bias].double()
+        key = (norm.mean, norm.var, str(norm.weight), str(norm.bias), str(norm.eps))
+        return (
+            self._once(("scale", *key), lambda: scale.to(self._device, torch.float32)),
+            self._once(("shift", *key), lambda: shift.to(self._device, torch.float32)),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -178,6 +178,37 @@ class LaunchMaxPool(_OneToOne, frozen=True, tag=True):
     ceil_mode: bool
 
 
+class LaunchAvgPool(_OneToOne, frozen=True, tag=True):
+    """target = mean over each window of source."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    ceil_mode: bool
+    count_include_pad: bool
+
+
+class Norm(msgspec.Struct, frozen=True):
+    """Names of a BatchNorm's constants, [C] each."""
+
+    mean: str
+    var: str
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+class LaunchElementwise(_OneToOne, frozen=True, tag=True):
+    """target = act(norm(source) + residual), each part optional."""
+
+    norm: Norm | None
+    residual: str | None
+    activation: ActivationKind | None
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,) if self.residual is None else (self.source, self.residual)
+
+
 class LaunchGlobalAvgPool(_OneToOne, frozen=True, tag=True):
     """target [N, C] = mean of source [N, H, W, C] over H and W."""
 
@@ -198,6 +229,8 @@ AnyStep = (
     | LaunchBoxConv2d
     | LaunchChain
     | LaunchMaxPool
+    | LaunchAvgPool
+    | LaunchElementwise
     | LaunchGlobalAvgPool
     | LaunchLinear
 )

@@ -70,12 +70,64 @@ def test_narrow_bottleneck_net(photo_batch: PhotoBatch, version: Any) -> None:
         assert engine(x[:0]).shape == (0, 7)
 
 
-def test_fallback_around_batch_norms(photo_batch: PhotoBatch) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_batch_norms_that_cannot_be_folded(photo_batch: PhotoBatch, precision: Precision) -> None:
     model = fastres.models.PreActResNet(1, seed=0)
     model = fastres.models.settle(model, photo_batch(32, 16))
     x = photo_batch(1, 16)
+    with compile(model, x, precision) as engine:
+        assert engine.info.fallbacks == ()
+        assert "batchnorm" in {node.op for node in engine.info.nodes}
+        poison(engine, x)
+        report = fastres.verify(model, engine, [x], layerwise=True)
+        assert report.passed, str(report)
+
+
+class Elementwise(nn.Module):
+    """Average pools, an addition of what no convolution makes, activations by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, 24, 3, padding=1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        mean = nn.functional.avg_pool2d(y, 3, 2, 1, count_include_pad=False)
+        best = nn.functional.max_pool2d(y, 3, 2, 1)
+        both = (mean + best).relu()
+        rows = nn.functional.silu(both).mean((2, 3))
+        return both, self.fc(rows) + self.fc(nn.functional.gelu(rows))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_pools_sums_and_activations(precision: Precision) -> None:
+    model = Elementwise().eval()
+    x = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(1))
+    with compile(model, x, precision) as engine:
+        assert engine.info.fallbacks == ()
+        poison(engine, x)
+        report = fastres.verify(model, engine, [x], layerwise=True)
+        assert report.passed, str(report)
+
+
+class Softened(nn.Module):
+    """A softmax between convolutions, which no kernel of ours computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu().softmax(1))
+
+
+def test_fallback_around_a_softmax() -> None:
+    model = Softened().eval()
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with compile(model, x, "fp32", on_unsupported="fallback") as engine:
-        assert {node.op for node in engine.info.fallbacks} == {"batchnorm"}
+        assert {node.op for node in engine.info.fallbacks} == {"softmax"}
         report = fastres.verify(model, engine, [x])
         assert report.passed, str(report)
 
@@ -124,3 +176,15 @@ def test_pooled_values_as_maps_and_as_rows() -> None:
         poison(engine, x)
         report = fastres.verify(model, engine, [x], layerwise=True)
         assert report.passed, str(report)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="streams are a GPU's")
+def test_map_copies_and_computes_on_streams(photo_batch: PhotoBatch) -> None:
+    model = fastres.models.settle(fastres.models.cifar_resnet(8), photo_batch(16, 16))
+    batches = [photo_batch(n, 16) for n in (4, 1, 3, 4, 2, 4)]
+    with compile(model, batches[0], "fp16") as engine:
+        expected = [engine(x.to(DEVICE)) for x in batches]
+        mixed = [x if i % 2 else x.to(DEVICE) for i, x in enumerate(batches)]
+        for _ in range(20):
+            found = list(engine.map(iter(mixed), depth=3))
+            assert all(torch.equal(y, z) for y, z in zip(found, expected, strict=True))

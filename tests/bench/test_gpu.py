@@ -1,0 +1,61 @@
+"""bench/gpu.py without a GPU: its sections run, are kept, go on where they were, and can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
+SMALL = ("--device=cpu", "--nets=cifar_resnet:8", "--image-size=32", "--batch-sizes=1")
+
+
+def run(out: Path, *flags: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), f"--out={out}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_sections_are_kept_and_not_run_twice(tmp_path: Path) -> None:
+    flags = (*SMALL, "--only=facts,parity,stem", "--precisions=fp16", "--budget=200")
+    first = run(tmp_path, *flags)
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = rows(tmp_path)
+    assert [row["section"] for row in found] == ["facts", "parity", "stem", "stem", "stem"]
+    assert found[0]["versions"]["triton"] and "PASSED" in found[1]["report"]
+    assert all(row["right"] for row in found[1:])
+    again = run(tmp_path, *flags, "--only=facts,parity")
+    assert again.returncode == 0 and rows(tmp_path) == found
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_a_wrong_result_is_the_exit_status(tmp_path: Path) -> None:
+    """The interpreter cuts bf16 off where a GPU rounds, so parity in bf16 fails there."""
+    flags = (*SMALL, "--only=parity", "--precisions=bf16", "--budget=100")
+    assert run(tmp_path, *flags).returncode == 1
+    assert rows(tmp_path)[0]["right"] is False
+
+
+def test_time_that_is_up_is_said(tmp_path: Path) -> None:
+    done = run(tmp_path, *SMALL, "--section=parity", "--until=0")
+    assert done.returncode == 0 and rows(tmp_path)[0]["error"] == "out of time"
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    unknown = run(tmp_path, "--only=speeed")
+    assert unknown.returncode == 2 and "the sections are facts, parity" in unknown.stderr
+    if not os.path.exists("/dev/nvidia0"):
+        nowhere = run(tmp_path, interpret=False)
+        assert nowhere.returncode == 2 and "there is no CUDA device here" in nowhere.stderr
