@@ -80,8 +80,8 @@ def stem(
 
     y[n, p, q, k] = act(sum_rsc packed[n, p + r, q + s, c] * weight[k, 64r + 16s + c] + bias[k])
 
-    The folded filter has an eighth row and column of zeros, and zero times NaN is NaN: a pixel that
-    is no number reaches one more row and column of outputs than through 7x7 taps.
+    The folded filter has an eighth row and column of zeros, and zero times NaN or infinity is NaN:
+    a pixel that is either reaches one more row and column of outputs than through 7x7 taps.
 
     Args:
         packed: [N, P + 3, Q + 3, 16] fp16, bf16 or fp32, contiguous, from `space_to_depth`.
