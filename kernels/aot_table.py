@@ -25,6 +25,7 @@ from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import avg_pool_launch, max_pool_launch
 from fastres.kernels.space_to_depth import packed_shape, space_to_depth_launch
 from fastres.kernels.stem import stem_box_tile, stem_launch
+from fastres.kernels.stem_pool import stem_pool_launch
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def layout_cases() -> Iterator[CompileCase]:
 
 
 def stem_cases(sm: int) -> Iterator[CompileCase]:
-    """The ImageNet stem over folded pixels, from fp32 and from bytes, at batch 256 and 1."""
+    """The ImageNet stem over folded pixels, with its pool and without, at batch 256 and 1."""
     half, target = torch.float16, Target.typical(sm)
     for n in (256, 1):
         packed = _meta(*packed_shape(n, 224, 224), dtype=half)
@@ -199,6 +200,8 @@ def stem_cases(sm: int) -> Iterator[CompileCase]:
         out = _meta(n, 112, 112, 64, dtype=half)
         launch = stem_launch(packed, weight, bias, out, target=target)
         yield CompileCase(f"conv1.folded-b{n}-fp16", launch)
+        launch = stem_pool_launch(packed, weight, bias, _meta(n, 56, 56, 64, dtype=half))
+        yield CompileCase(f"conv1.folded+maxpool-b{n}-fp16", launch)
         if sm >= 90:
             box = stem_box_tile(n, 112, 112, 64, half.itemsize, target)
             launch = stem_launch(packed, weight, bias, out, target=target, tile=box)

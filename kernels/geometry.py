@@ -102,6 +102,8 @@ class PoolShape:
             )
         if self.c < 1 or min(self.p, self.q) < 1:
             raise ValueError(f"the window gives no output in {self}")
+        if self.n * self.p * self.q >= 2**31:
+            raise ValueError(f"{self.n * self.p * self.q} output pixels, expected under 2**31")
 
     @property
     def p(self) -> int:

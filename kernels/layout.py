@@ -292,8 +292,8 @@ def _layout_launch(
     """x [N, H, W, C] into the first images of y [N', H, W, C'], both any views in NHWC order."""
     n, h, w, c = x.shape
     channels = y.shape[3]
-    if h * w >= 2**31:
-        raise ValueError(f"x has {h}x{w} pixels an image, expected under 2**31")
+    if h * w > 2**31 - 2**12:  # blocks are rounded up in 32 bits
+        raise ValueError(f"x has {h}x{w} pixels an image, expected at most 2**31 - 2**12")
     if tile is None:
         # 64 x 64 turns in 8 KB of shared memory; a picture's few channels take longer rows
         block_c = min(triton.next_power_of_2(channels), 64)

@@ -21,7 +21,8 @@ from fastres.kernels.launch import FLOAT_DTYPES, Launch, check_like, target_of
 from fastres.kernels.space_to_depth import FOLDED, fold_refusal
 from fastres.kernels.tiles import ConvTile
 
-_TAPS = 4
+TAPS = 4  # rows and columns of the folded filter
+ROW = TAPS * FOLDED  # what a row of taps reads, in one piece
 
 
 def stem_refusal(c: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair) -> str | None:
@@ -51,17 +52,17 @@ def pack_stem_weight(weight: torch.Tensor) -> torch.Tensor:
     k, c = weight.shape[:2]
     eight = weight.new_zeros(k, c, 8, 8)
     eight[:, :, 1:, 1:] = weight
-    packed = weight.new_zeros(k, _TAPS, _TAPS, FOLDED)
+    packed = weight.new_zeros(k, TAPS, TAPS, FOLDED)
     # k, c, (tap, dh), (tap, dw) -> k, tap, tap, (c, dh, dw)
-    folded = eight.view(k, c, _TAPS, 2, _TAPS, 2).permute(0, 2, 4, 1, 3, 5)
-    packed[..., : 4 * c] = folded.reshape(k, _TAPS, _TAPS, 4 * c)
-    return packed.view(k, _TAPS * _TAPS * FOLDED)
+    folded = eight.view(k, c, TAPS, 2, TAPS, 2).permute(0, 2, 4, 1, 3, 5)
+    packed[..., : 4 * c] = folded.reshape(k, TAPS, TAPS, 4 * c)
+    return packed.view(k, TAPS * ROW)
 
 
 def stem_cost(n: int, p: int, q: int, k: int, itemsize: int) -> Cost:
     """FLOPs, those with the zeros of the folding included, and compulsory bytes of one call."""
-    depth = _TAPS * _TAPS * FOLDED
-    x = n * (p + _TAPS - 1) * (q + _TAPS - 1) * FOLDED
+    depth = TAPS * ROW
+    x = n * (p + TAPS - 1) * (q + TAPS - 1) * FOLDED
     return Cost(2 * n * p * q * k * depth, itemsize * (x + k * depth + n * p * q * k))
 
 
@@ -79,8 +80,8 @@ def stem(
 
     y[n, p, q, k] = act(sum_rsc packed[n, p + r, q + s, c] * weight[k, 64r + 16s + c] + bias[k])
 
-    The folded filter has an eighth row and column of zeros, and zero times NaN is NaN: a pixel that
-    is no number reaches one more row and column of outputs than through 7x7 taps.
+    The folded filter has an eighth row and column of zeros, and zero times NaN or infinity is NaN:
+    a pixel that is either reaches one more row and column of outputs than through 7x7 taps.
 
     Args:
         packed: [N, P + 3, Q + 3, 16] fp16, bf16 or fp32, contiguous, from `space_to_depth`.
@@ -99,7 +100,7 @@ def stem(
         RuntimeError: CPU tensors while Triton's interpreter is off.
     """
     if out is None:
-        n, p, q = _output_pixels(packed)
+        n, p, q = output_pixels(packed)
         out = torch.empty((n, p, q, len(weight)), dtype=packed.dtype, device=packed.device)
     launch = stem_launch(
         packed,
@@ -139,13 +140,13 @@ def stem_launch(
     Raises:
         ValueError: operands that do not fit together.
     """
-    n, p, q = _output_pixels(packed)
-    depth = _TAPS * _TAPS * FOLDED
+    n, p, q = output_pixels(packed)
+    depth = TAPS * ROW
     check_like("weight", weight, (weight.shape[0], depth), packed, [packed.dtype])
-    k, row = len(weight), _TAPS * FOLDED
+    k = len(weight)
     shape = stem_shape(n, p, q, k)
     # a row of 4 folded pixels at every folded pixel: neighbours share 3 of them
-    rows = packed.as_strided((n, p + _TAPS - 1, q, row), packed.stride())
+    rows = packed.as_strided((n, p + TAPS - 1, q, ROW), packed.stride())
     if isinstance(tile, BoxTile) and n > 0:
         if tile.split_k != 1:
             raise ValueError(f"tile splits the depth into {tile.split_k} parts, expected 1")
@@ -164,7 +165,7 @@ def stem_launch(
     else:
         launch = conv2d_launch(
             rows,
-            weight.view(k, _TAPS, 1, row),
+            weight.view(k, TAPS, 1, ROW),
             bias,
             None,
             out,
@@ -192,16 +193,15 @@ def stem_box_tile(n: int, p: int, q: int, k: int, itemsize: int, target: Target)
 
 def stem_shape(n: int, p: int, q: int, k: int) -> ConvShape:
     """The stem as a 4x1 convolution of rows of 4 folded pixels."""
-    return ConvShape(n, p + _TAPS - 1, q, _TAPS * FOLDED, k, _TAPS, 1)
+    return ConvShape(n, p + TAPS - 1, q, ROW, k, TAPS, 1)
 
 
-def _output_pixels(packed: torch.Tensor) -> tuple[int, int, int]:
+def output_pixels(packed: torch.Tensor) -> tuple[int, int, int]:
     """N, P and Q of a folded picture."""
-    least = _TAPS
-    if packed.ndim != 4 or packed.shape[3] != FOLDED or min(packed.shape[1:3]) < least:
+    if packed.ndim != 4 or packed.shape[3] != FOLDED or min(packed.shape[1:3]) < TAPS:
         raise ValueError(
             f"packed has shape {list(packed.shape)}, expected [N, P + 3, Q + 3, {FOLDED}]"
         )
     check_like("packed", packed, packed.shape, packed, FLOAT_DTYPES)
     n, h, w, _ = packed.shape
-    return n, h - _TAPS + 1, w - _TAPS + 1
+    return n, h - TAPS + 1, w - TAPS + 1

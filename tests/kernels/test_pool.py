@@ -113,6 +113,11 @@ def test_rejects(arguments, message):
         max_pool(**{"x": X, "kernel": (3, 3), "stride": (2, 2)} | arguments)
 
 
+def test_refuses_more_pixels_than_it_counts():
+    with pytest.raises(ValueError, match=r"2147483648 output pixels, expected under 2\*\*31"):
+        PoolShape(2**15, 256, 256, 1, (1, 1), (1, 1))
+
+
 def test_cost():
     cost = max_pool_cost(PoolShape(1, 112, 112, 64, (3, 3), (2, 2), (1, 1)), itemsize=2)
     assert cost.flops == 9 * 56 * 56 * 64

@@ -169,15 +169,22 @@ def test_end_to_end_as_pytorch_with_real_sizes(device):
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_nan_reaches_the_outputs_that_see_it(device):
-    x = torch.randn(1, 3, 12, 12)
-    x[0, 1, 5, 6] = float("nan")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # numpy of inf * 0
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_reaches_the_outputs_that_see_it(value, device):
+    x = torch.randn(1, 3, 12, 14)
+    x[0, 1, 5, 6] = value
     weight = torch.randn(16, 3, 7, 7)
-    y = stem(space_to_depth(x.to(device)), pack_stem_weight(weight).half().to(device))
-    # the eighth tap of the folded filter is a zero, and zero times NaN is NaN: one row and one
-    # column more than the 7x7 may see it
-    expected = torch.nn.functional.conv2d(x, weight, None, 2, 3).isnan().permute(0, 2, 3, 1)
-    assert y.cpu().isnan()[expected].all() and expected.any()
+    packed, folded_weight = space_to_depth(x.to(device)), pack_stem_weight(weight).half()
+    y = stem(packed, folded_weight.to(device), activation=None).cpu().permute(0, 3, 1, 2)
+    in_pytorch = torch.nn.functional.conv2d(x, weight, None, 2, 3)
+    # the eighth row and column of the folded filter are zeros, and zero times either is NaN
+    eight = torch.nn.functional.pad(x.isfinite().logical_not().float(), (4, 3, 4, 3))
+    seen = torch.nn.functional.conv2d(eight, torch.ones(16, 3, 8, 8), stride=2) > 0
+    assert torch.equal(y.isfinite().logical_not(), seen)
+    seen_in_pytorch = in_pytorch.isfinite().logical_not()
+    assert seen[seen_in_pytorch].all() and 0 < seen_in_pytorch.sum() < seen.sum()
+    assert y[seen & ~seen_in_pytorch].isnan().all()
 
 
 def test_many_blocks(device):
@@ -230,7 +237,8 @@ def test_refusal_names_the_reason():
     seven = ((7, 7), (2, 2), (3, 3))
     assert stem_refusal(3, 224, 224, *seven) is None
     assert "expected even numbers" in stem_refusal(3, 225, 224, *seven)
-    assert "expected under 2**31" in stem_refusal(3, 2**16, 2**15, *seven)
+    assert "expected at most 2**29" in stem_refusal(3, 2**16, 2**15, *seven)
+    assert "expected at most 2**29" in stem_refusal(3, 2, 2**30 - 2, *seven)
     assert "16" in stem_refusal(8, 224, 224, *seven)
     assert "expected 7x7" in stem_refusal(3, 224, 224, (3, 3), (2, 2), (1, 1))
 

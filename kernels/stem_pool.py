@@ -1,0 +1,295 @@
+"""stem_pool: y = max_pool3x3(act(conv7x7(x, w) + b)) of a folded picture, the map between unseen.
+
+A block computes 16x16 pixels of the stem, of which 15x15 are the windows of 7x7 pooled pixels: each
+16x16 shares its last two rows and columns with the next, so (16/14)^2 = 1.31 times the stem's work
+is done, and the stem's map is neither written nor read. See `stem.py` for the folding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fastres.kernels.cost import Cost, Target
+from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.epilogue_jit import apply_epilogue
+from fastres.kernels.launch import Launch, check_like, is_interpreted
+from fastres.kernels.space_to_depth import FOLDED
+from fastres.kernels.stem import ROW, TAPS, output_pixels, stem_cost
+from fastres.kernels.tiles import ConvTile, GemmShape, conv_seconds
+
+
+@dataclass(frozen=True)
+class StemPoolTile:
+    """How one block of the pooled stem is cut.
+
+    Args:
+        block_p, block_q: rows and columns of pooled pixels, of which all but the last are stored.
+        block_k: output channels a block.
+        num_warps: warps of 32 threads.
+        num_stages: depth of the software pipeline.
+    """
+
+    block_p: int = 8
+    block_q: int = 8
+    block_k: int = 64
+    num_warps: int = 8
+    num_stages: int = 2  # two rows of taps are 80 KB: two blocks fit an SM of sm_80, 90 or 100
+
+    def __post_init__(self) -> None:
+        blocks = (self.block_p, self.block_q, self.block_k)
+        if any(block & (block - 1) for block in blocks) or min(blocks) < 2 or self.block_k < 16:
+            raise ValueError(f"blocks are {blocks}, expected powers of two of at least 2, 2 and 16")
+
+    @property
+    def product(self) -> ConvTile:
+        """The matrix product of a block: pixels of the stem, output channels, a row of taps."""
+        pixels = 4 * self.block_p * self.block_q
+        return ConvTile(pixels, self.block_k, ROW, self.num_warps, self.num_stages)
+
+    def programs(self, n: int, p: int, q: int, k: int) -> int:
+        """Blocks in the grid, for p x q pixels of the stem."""
+        rows = triton.cdiv(pooled(p), self.block_p - 1)
+        columns = triton.cdiv(pooled(q), self.block_q - 1)
+        return n * rows * columns * triton.cdiv(k, self.block_k)
+
+
+def pooled(size: int) -> int:
+    """Pixels that a 3x3 max pool of stride 2 and padding 1 makes of `size`."""
+    return (size + 1) // 2
+
+
+def stem_pool_refusal(p: int, q: int, itemsize: int) -> str | None:
+    """Why a stem of p x q output pixels is not pooled in the same kernel; None when it is.
+
+    For where `stem_refusal` has nothing to say; a planner then takes `stem` and `max_pool`.
+    """
+    if itemsize != 2:
+        return f"elements have {itemsize} bytes, expected 2: a block's map would not fit registers"
+    if (p + TAPS - 1) * (q + TAPS - 1) * FOLDED >= 2**31:
+        return f"the stem has {p}x{q} pixels, expected under 2**31 elements in a folded picture"
+    return None
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.where((a > b) | (a != a), a, b)  # NaN wins
+
+
+@triton.jit
+def _three(v, NEXT_OF: tl.constexpr, BLOCKS: tl.constexpr):
+    """[A, B, C, 2] to [A, B, C]: the larger of both, and of the first one a step on along NEXT_OF.
+
+    A pooled pixel i sees rows 2i - 1, 2i and 2i + 1: the pair i, and the first of pair i + 1. The
+    last pair has no next one: what it gives is not to be stored.
+    """
+    first, second = tl.split(v)
+    step = tl.minimum(tl.arange(0, BLOCKS) + 1, BLOCKS - 1)
+    if NEXT_OF == 0:
+        following = tl.gather(first, tl.broadcast_to(step[:, None, None], first.shape), 0)
+    else:
+        following = tl.gather(first, tl.broadcast_to(step[None, :, None], first.shape), 1)
+    return _larger(_larger(first, second), following)
+
+
+@triton.jit
+def _stem_pool_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    P,  # of the stem
+    Q,
+    PP,  # of the pool
+    PQ,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    TAPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    ROW: tl.constexpr = TAPS * C
+    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    pid = tl.program_id(0)
+    tiles_q = tl.cdiv(PQ, BLOCK_Q - 1)
+    tiles_p = tl.cdiv(PP, BLOCK_P - 1)
+    tile = pid // TILES_K
+    k = pid % TILES_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    pq0 = tile % tiles_q * (BLOCK_Q - 1)
+    pp0 = tile // tiles_q % tiles_p * (BLOCK_P - 1)
+    n = (tile // tiles_q // tiles_p).to(tl.int64)
+
+    pixel = tl.arange(0, 4 * BLOCK_P * BLOCK_Q)
+    p = 2 * pp0 - 1 + pixel // (2 * BLOCK_Q)
+    q = 2 * pq0 - 1 + pixel % (2 * BLOCK_Q)
+    inside = ((p >= 0) & (p < P) & (q >= 0) & (q < Q))[:, None]
+    k_ok = k < K
+    x_stride = (Q + TAPS - 1) * C  # of rows of the folded picture
+    x_rows = x_ptr + n * (P + TAPS - 1) * x_stride + (p * x_stride + q * C)
+    depth = tl.arange(0, ROW)  # a row of 4 folded pixels lies in one piece
+    x_tile = x_rows[:, None] + depth[None, :]
+    weight_tile = weight_ptr + k[None, :] * (TAPS * ROW) + depth[:, None]
+    acc = tl.zeros((4 * BLOCK_P * BLOCK_Q, BLOCK_K), tl.float32)
+    for tap in range(TAPS):
+        a = tl.load(x_tile + tap * x_stride, mask=inside, other=0.0)
+        b = tl.load(weight_tile + tap * ROW, mask=k_ok[None, :], other=0.0)
+        if WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc)
+
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + k, mask=k_ok, other=0.0)
+    v = apply_epilogue(acc, bias, None, ACTIVATION)
+    v = tl.where(inside, v, float("-inf"))  # the pool's padding
+    if not WIDEN:  # rounding keeps the order, so it may come first: half as much is moved
+        v = v.to(y_ptr.dtype.element_ty)
+    v = tl.reshape(v, (BLOCK_P, 2, 2 * BLOCK_Q, BLOCK_K))
+    v = _three(tl.permute(v, (0, 2, 3, 1)), 0, BLOCK_P)
+    v = tl.reshape(v, (BLOCK_P, BLOCK_Q, 2, BLOCK_K))
+    v = _three(tl.permute(v, (0, 1, 3, 2)), 1, BLOCK_Q)
+    v = tl.reshape(v, (BLOCK_P * BLOCK_Q, BLOCK_K))
+
+    out = tl.arange(0, BLOCK_P * BLOCK_Q)
+    i = out // BLOCK_Q
+    j = out % BLOCK_Q
+    y_ok = (i < BLOCK_P - 1) & (j < BLOCK_Q - 1) & (pp0 + i < PP) & (pq0 + j < PQ)
+    y_rows = y_ptr + ((n * PP + pp0 + i) * PQ + pq0 + j) * K
+    y_ok = y_ok[:, None] & k_ok[None, :]
+    tl.store(y_rows[:, None] + k[None, :], v.to(y_ptr.dtype.element_ty), mask=y_ok)
+
+
+def stem_pool_cost(n: int, p: int, q: int, k: int, itemsize: int) -> Cost:
+    """The stem's FLOPs with the pool's comparisons, and compulsory bytes of one call.
+
+    What neighbouring blocks compute twice is left out, as everywhere.
+
+    Args:
+        p, q: pixels of the stem, before the pool.
+    """
+    y = n * pooled(p) * pooled(q) * k
+    stem = stem_cost(n, p, q, k, itemsize)
+    return Cost(stem.flops + 9 * y, stem.bytes + itemsize * (y - n * p * q * k))
+
+
+def stem_pool_seconds(
+    tile: StemPoolTile, n: int, p: int, q: int, k: int, itemsize: int, target: Target
+) -> float:
+    """Estimated time, by the rule of `conv_seconds`: of all the pixels that blocks compute.
+
+    To compare with a stem and a pool. That rule's device memory counts the map as well, which here
+    is not written; L2 comes out longer in any case, since each row of taps is loaded by itself.
+
+    Args:
+        p, q: pixels of the stem, before the pool.
+    """
+    product = tile.product
+    blocks = tile.programs(n, p, q, k) // triton.cdiv(k, tile.block_k)
+    shape = GemmShape(blocks * product.block_m, k, TAPS * ROW, ROW)
+    return conv_seconds(product, shape, itemsize, target, tensor_cores=True)
+
+
+def choose_stem_pool_tile(k: int) -> StemPoolTile:
+    """8x8 pooled pixels, of which 7x7 are stored, and up to 64 channels."""
+    return StemPoolTile(block_k=max(16, min(64, triton.next_power_of_2(k))))
+
+
+def stem_pool(
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: ActivationKind | None = "relu",
+    out: torch.Tensor | None = None,
+    tile: StemPoolTile | None = None,
+) -> torch.Tensor:
+    """ImageNet's stem with its pool: a 7x7 stride 2 padding 3, then the largest of 3x3, stride 2.
+
+    y[n, i, j, k] = max over p in 2i-1..2i+1, q in 2j-1..2j+1 of stem[n, p, q, k]
+
+    with the stem of `fastres.kernels.stem`, rounded once; NaN wins, and reaches what it reaches
+    there.
+
+    Args:
+        packed: [N, P + 3, Q + 3, 16] fp16 or bf16, contiguous, from `space_to_depth`.
+        weight: [K, 256] of that dtype, contiguous, from `pack_stem_weight`.
+        bias: [K] fp32 or of that dtype, contiguous.
+        out: [N, (P+1)//2, (Q+1)//2, K] of that dtype, contiguous; allocated when None.
+        tile: how to cut the work; `choose_stem_pool_tile`'s when None.
+
+    Returns:
+        [N, (P+1)//2, (Q+1)//2, K] of packed's dtype.
+
+    Raises:
+        ValueError: operands that do not fit together, or that `stem_pool_refusal` refuses.
+        RuntimeError: CPU tensors while Triton's interpreter is off.
+    """
+    n, p, q = output_pixels(packed)
+    if out is None:
+        sizes = (n, pooled(p), pooled(q), len(weight))
+        out = torch.empty(sizes, dtype=packed.dtype, device=packed.device)
+    launch = stem_pool_launch(packed, weight, bias, out, activation=activation, tile=tile)
+    if out.numel() > 0:
+        launch.run()
+    return out
+
+
+def stem_pool_launch(
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    activation: ActivationKind | None = "relu",
+    tile: StemPoolTile | None = None,
+) -> Launch:
+    """The call `stem_pool` makes, not yet made; tensors may be on the meta device.
+
+    Raises:
+        ValueError: operands that do not fit together, or that `stem_pool_refusal` refuses.
+    """
+    n, p, q = output_pixels(packed)
+    reason = stem_pool_refusal(p, q, packed.element_size())
+    if reason is not None:
+        raise ValueError(f"the stem cannot be pooled at once: {reason}")
+    check_like("weight", weight, (weight.shape[0], TAPS * ROW), packed, [packed.dtype])
+    k = len(weight)
+    if k < 1:
+        raise ValueError("weight has 0 output channels, expected at least 1")
+    if bias is not None:
+        check_like("bias", bias, (k,), packed, [torch.float32, packed.dtype])
+    check_like("out", out, (n, pooled(p), pooled(q), k), packed, [packed.dtype])
+    if tile is None:
+        tile = choose_stem_pool_tile(k)
+    return Launch(
+        kernel=_stem_pool_kernel,
+        programs=tile.programs(n, p, q, k),
+        arguments={
+            "x_ptr": packed,
+            "weight_ptr": weight,
+            "bias_ptr": bias,
+            "y_ptr": out,
+            "P": p,
+            "Q": q,
+            "PP": pooled(p),
+            "PQ": pooled(q),
+        },
+        constants={
+            "C": FOLDED,
+            "K": k,
+            "TAPS": TAPS,
+            "ACTIVATION": activation,
+            "WIDEN": packed.dtype == torch.bfloat16 and is_interpreted(_stem_pool_kernel),
+            "BLOCK_P": tile.block_p,
+            "BLOCK_Q": tile.block_q,
+            "BLOCK_K": tile.block_k,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        cost=stem_pool_cost(n, p, q, k, packed.element_size()),
+    )
