@@ -61,5 +61,10 @@ class ShapeCache(Generic[T]):
         with self._lock:
             return next(reversed(self._entries.values()))
 
+    def entries(self) -> list[T]:
+        """All that is kept, the one used last at the end."""
+        with self._lock:
+            return list(self._entries.values())
+
     def __len__(self) -> int:
         return len(self._entries)

@@ -125,7 +125,7 @@ class TritonExecutable:
         if options.tune:
             tiles = tuned(graph, options, device, self._planned(shapes))
         self._tiles = tiles
-        check = _checks_kernels(device)
+        self._on_gpu = _is_gpu(device)  # where there is a compiler that may refuse
         record = record_cuda_graph if _wants_graph(options, device) else None
         stored = recorded(compiled or {}, f"sm_{tiles.target.sm}")
 
@@ -134,7 +134,7 @@ class TritonExecutable:
             while True:
                 plan = make_plan(graph, shapes, self._precision, tiles, given)
                 runner = PlanRunner(plan, constants, device, record)
-                failed = runner.failing() if check else None
+                failed = runner.failing() if self._on_gpu else None
                 if failed is None:
                     return runner
                 step, error = failed
@@ -149,7 +149,13 @@ class TritonExecutable:
         return Account(choices=self._runners.latest().plan.choices, notes=notes)
 
     def compiled(self) -> dict[str, bytes]:
-        return {}
+        """The plans of a GPU, so that nothing is chosen or measured again when they are loaded."""
+        from fastres.backends.triton.stored import write_plans
+
+        if not self._on_gpu:
+            return {}
+        plans = [runner.plan for runner in self._runners.entries()]
+        return write_plans(f"sm_{self._tiles.target.sm}", plans, ())
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).run(inputs)
@@ -171,9 +177,8 @@ class TritonExecutable:
         return tuple((n, *shape[1:]) for shape in shapes)
 
 
-def _checks_kernels(device: torch.device) -> bool:
-    """Whether there is something to find out before the first call: the interpreter compiles
-    nothing."""
+def _is_gpu(device: torch.device) -> bool:
+    """Or the interpreter, which compiles nothing, and whose plans are of no use to anybody."""
     return device.type == "cuda"
 
 

@@ -17,6 +17,7 @@ from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import LaunchConv2d
 from fastres.backends.triton.run import PlanRunner
+from fastres.backends.triton.stored import recorded
 from fastres.backends.triton.table import Tiles
 from fastres.errors import OutOfMemory, UnsupportedError
 from fastres.graph.architecture import ResNetSpec
@@ -143,6 +144,18 @@ class TestInterpreted:
         with pytest.raises(UnsupportedError, match="avgpool cannot run on sm_90: "):
             self.on_a_gpu(monkeypatch, lambda launch: "PIXELS" in launch.constants)
 
+    def test_a_gpus_plans_are_saved_and_taken_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        executable = self.on_a_gpu(monkeypatch, lambda launch: False)
+        executable.run([torch.randn(2, 3, 8, 8)])
+        files = executable.compiled()
+        assert set(recorded(files, "sm_90")) == {((1, 3, 8, 8),), ((2, 3, 8, 8),)}
+        again = TritonExecutable(small_graph(), FP32, CPU, ((2, 3, 8, 8),), files)
+        plan = again._runner(((2, 3, 8, 8),)).plan
+        assert plan == executable._runner(((2, 3, 8, 8),)).plan
+
+    def test_the_interpreters_plans_are_not(self) -> None:
+        assert TritonExecutable(small_graph(), FP32, CPU, ((1, 3, 8, 8),)).compiled() == {}
+
     def on_a_gpu(
         self, monkeypatch: pytest.MonkeyPatch, broken: Callable[[Launch], bool]
     ) -> TritonExecutable:
@@ -156,7 +169,7 @@ class TestInterpreted:
             run(launch)
 
         monkeypatch.setattr(Launch, "run", or_fail)
-        monkeypatch.setattr(backend, "_checks_kernels", lambda device: True)
+        monkeypatch.setattr(backend, "_is_gpu", lambda device: True)
         return TritonExecutable(small_graph(), FP32, CPU, ((1, 3, 8, 8),))
 
 
