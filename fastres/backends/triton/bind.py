@@ -21,6 +21,7 @@ from fastres.backends.triton.plan import (
     LaunchLinear,
     LaunchMaxPool,
     LaunchStem,
+    LaunchStemPool,
     LoadInput,
 )
 from fastres.kernels.bottleneck_chain import chain_launch, chain_shape
@@ -35,6 +36,7 @@ from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import avg_pool_launch, max_pool_launch
 from fastres.kernels.space_to_depth import space_to_depth_launch
 from fastres.kernels.stem import stem_launch
+from fastres.kernels.stem_pool import stem_pool_launch
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -53,6 +55,8 @@ def bind(
         return (_conv2d(step, at, constants, target, allow_tf32),)
     if isinstance(step, LaunchStem):
         return (_stem(step, at, constants, target, allow_tf32),)
+    if isinstance(step, LaunchStemPool):
+        return (_stem_pool(step, at, constants),)
     if isinstance(step, LaunchBoxConv2d):
         return _box_conv2d(step, at, constants, target, allow_tf32)
     if isinstance(step, LaunchChain):
@@ -118,6 +122,16 @@ def _stem(
         activation=step.activation,
         tile=step.tile,
         allow_tf32=allow_tf32,
+    )
+
+
+def _stem_pool(step: LaunchStemPool, at: Tensors, constants: Packed) -> Launch:
+    return stem_pool_launch(
+        at[step.source],
+        constants.stem(step.weight),
+        constants.bias([step.bias]),
+        at[step.target],
+        activation=step.activation,
     )
 
 

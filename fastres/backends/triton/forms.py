@@ -19,6 +19,7 @@ from fastres.backends.triton.plan import (
     LaunchConv2d,
     LaunchLinear,
     LaunchStem,
+    LaunchStemPool,
 )
 from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.backends.triton.regions import Boundary
@@ -29,14 +30,21 @@ from fastres.kernels import chain_tiles
 from fastres.kernels.boxes import Projection
 from fastres.kernels.boxes import refusal as box_refusal
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
-from fastres.kernels.geometry import ConvShape
+from fastres.kernels.geometry import ConvShape, PoolShape
+from fastres.kernels.pool import max_pool_cost
 from fastres.kernels.stem import stem_refusal, stem_shape
+from fastres.kernels.stem_pool import (
+    choose_stem_pool_tile,
+    stem_pool_refusal,
+    stem_pool_seconds,
+)
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
 
 Kind = Literal[
     "pointers",
     "folded stem",
+    "stem and pool",
     "boxes",
     "chain",
     "chain without the next 1x1",
@@ -123,6 +131,36 @@ class Reckoner:
         nodes = (node,) if projection is None else (projection, node)
         self.choices.append(_choice(nodes, form, others))
         return form
+
+    def pools_stem(self, node: Node, pool: Node) -> bool:
+        """Whether a stem and its max pool are one kernel; `node` is the stem."""
+        shape, size = self.shape(node), self._dtype.itemsize
+        filters = (shape.r, shape.s), shape.stride, shape.padding
+        reason = stem_refusal(shape.c, shape.h, shape.w, *filters)
+        reason = reason or stem_pool_refusal(shape.p, shape.q, size)
+        if self._recorded is not None:
+            taken = isinstance(self._recorded.get(pool.name), LaunchStemPool)
+            if taken and reason is not None:
+                raise _strange(pool)
+            return taken
+        if reason is not None:
+            return False
+        sizes = (shape.n, shape.p, shape.q, shape.k)
+        tile = choose_stem_pool_tile(shape.k)
+        together = stem_pool_seconds(tile, *sizes, size, self._target)
+        stem = min(
+            self._form("pointers", Problem("pointers", stem_shape(*sizes), self._precision)),
+            self._form("pointers", self._problem(node, "pointers")),
+            key=lambda form: form.seconds,
+        )
+        windows = PoolShape(*sizes, (3, 3), (2, 2), (1, 1))
+        apart = stem.seconds + max_pool_cost(windows, size).bytes / self._target.dram_bytes
+        if apart <= together:
+            return False
+        nodes = (node, pool)
+        others = {"a stem and a pool": _time(Form("kernels of their own", None, apart))}
+        self.choices.append(_choice(nodes, Form("stem and pool", None, together), others))
+        return True
 
     def stem(self, node: Node) -> ConvTile | None:
         """The tile with which a stem reads its picture folded; None if it runs as any other."""

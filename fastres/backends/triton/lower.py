@@ -22,6 +22,7 @@ from fastres.backends.triton.plan import (
     LaunchLinear,
     LaunchMaxPool,
     LaunchStem,
+    LaunchStemPool,
     LoadInput,
     Norm,
     Place,
@@ -32,6 +33,7 @@ from fastres.backends.triton.regions import (
     Boundary,
     ShortcutA,
     boundaries,
+    pool_of,
     projections,
     shortcuts,
     stems,
@@ -141,7 +143,9 @@ class _Planner:
         self.reckoner = Reckoner(graph, self.shapes, precision, tiles, recorded)
         self.shortcuts = shortcuts(graph)
         self.covered = {name for view in self.shortcuts.values() for name in view.covers}
-        self.folded: dict[str, tuple[str, ConvTile]] = {}  # by graph input: its stem and tile
+        self.folded: set[str] = set()  # graph inputs that stems read
+        self.stems: dict[str, ConvTile] = {}  # that read folded pictures
+        self.pooled: dict[str, Node] = {}  # by the name of a max pool: its stem
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
         self.merged: dict[str, Node] = {}  # by the name of a convolution: its projection
         self.tensor_of: dict[str, str] = {}  # a graph value → the tensor that holds it
@@ -179,9 +183,14 @@ class _Planner:
         """Which stems read folded pictures, which boundaries become one kernel, and which
         projections are merged."""
         for name, stem in stems(self.graph).items():
-            stem_tile = self.reckoner.stem(stem)
-            if stem_tile is not None:
-                self.folded[name] = stem.name, stem_tile
+            pool = pool_of(self.graph, stem)
+            if pool is not None and self.reckoner.pools_stem(stem, pool):
+                self.folded.add(name)
+                self.pooled[pool.name] = stem
+                self.covered.add(stem.name)
+            elif (tile := self.reckoner.stem(stem)) is not None:
+                self.folded.add(name)
+                self.stems[stem.name] = tile
         for boundary in boundaries(self.graph):
             chain = self.reckoner.chains(boundary)
             if chain is not None:
@@ -201,13 +210,8 @@ class _Planner:
             self.tensor_of[node.name] = source
             return
         self._place(node.name)
-        stem_tile = dict(self.folded.values()).get(node.name)
-        if stem_tile is not None and isinstance(op, Conv2d):
-            weight, bias = node.params["weight"], node.params.get("bias")
-            activation = op.epilogue.activation
-            self.steps.append(
-                LaunchStem(node.name, source, node.name, weight, bias, activation, stem_tile)
-            )
+        if node.name in self.stems or node.name in self.pooled:
+            self.steps.append(self._stem(node))
         elif node.name in self.chains:
             self.steps.append(self._chain(*self.chains[node.name]))
         elif isinstance(op, Conv2d):
@@ -249,6 +253,18 @@ class _Planner:
             self.steps.append(
                 LaunchLinear(node.name, source, node.name, weight, bias, op.activation, tile)
             )
+
+    def _stem(self, node: Node) -> LaunchStem | LaunchStemPool:
+        """Of a stem that reads folded pictures, or of the max pool that is computed with one."""
+        stem = self.pooled.get(node.name, node)
+        assert isinstance(stem.op, Conv2d)
+        source = self.tensor_of[stem.inputs[0]]
+        weight, bias = stem.params["weight"], stem.params.get("bias")
+        activation = stem.op.epilogue.activation
+        if node is not stem:
+            return LaunchStemPool(node.name, source, node.name, weight, bias, activation)
+        tile = self.stems[node.name]
+        return LaunchStem(node.name, source, node.name, weight, bias, activation, tile)
 
     def _elementwise(self, node: Node, source: str) -> LaunchElementwise:
         op, norm, residual = node.op, None, None

@@ -107,6 +107,14 @@ class LaunchStem(_OneToOne, frozen=True, tag=True):
     tile: ConvTile
 
 
+class LaunchStemPool(_OneToOne, frozen=True, tag=True):
+    """target = the 3x3 stride 2 max pool of what `LaunchStem` computes, which is never stored."""
+
+    weight: str
+    bias: str | None
+    activation: ActivationKind | None
+
+
 class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
     """target = act(source * weight + projected * projection + biases + residual), through boxes.
 
@@ -226,6 +234,7 @@ AnyStep = (
     LoadInput
     | LaunchConv2d
     | LaunchStem
+    | LaunchStemPool
     | LaunchBoxConv2d
     | LaunchChain
     | LaunchMaxPool

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastres.graph.ir import Conv2d, Graph, Node, Pad, Slice
+from fastres.graph.ir import Conv2d, Graph, MaxPool, Node, Pad, Slice
 from fastres.kernels.epilogue import Epilogue
 
 
@@ -73,6 +73,13 @@ def stems(graph: Graph) -> dict[str, Node]:
         if plain and tuple(weight.shape[2:]) == (7, 7) and weight.shape[1] <= 4:
             found[value.name] = node
     return found
+
+
+def pool_of(graph: Graph, stem: Node) -> Node | None:
+    """ResNet's 3x3 max pool of stride 2, if it alone reads the stem."""
+    node = graph.sole_user(graph.users(), stem.name)
+    wanted = MaxPool(kernel=(3, 3), stride=(2, 2), padding=(1, 1))
+    return node if node is not None and node.op == wanted else None
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import fastres
+from fastres.backends.triton import forms
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import LaunchConv2d, LaunchStem, LoadInput
+from fastres.backends.triton.plan import LaunchConv2d, LaunchStem, LaunchStemPool, LoadInput
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.regions import stems
 from fastres.backends.triton.run import PlanRunner
@@ -72,6 +73,45 @@ def test_a_stored_plan_keeps_its_stem() -> None:
     other = graph_of(39)
     with pytest.raises(ArtifactError, match="for conv1 that it cannot have"):
         make_plan(other, ((2, 3, 39, 39),), "fp32", Tiles(Target(90, 1)), plan)
+
+
+def test_the_pool_goes_with_the_stem_where_it_is_reckoned_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, tiles = graph_of(), Tiles(Target(90, 1))
+    monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes: 0.0)
+    plan = make_plan(graph, (SHAPE,), "fp16", tiles)
+    assert isinstance(plan.steps[1], LaunchStemPool)
+    assert plan.steps[1].node == "maxpool" and "conv1" not in plan.places
+    choice = next(choice for choice in plan.choices if "maxpool" in choice.nodes)
+    assert choice.nodes == ("conv1", "maxpool") and choice.taken == "stem and pool"
+    assert make_plan(graph, (SHAPE,), "fp16", tiles, plan) is plan
+    monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes: 1.0)
+    assert not isinstance(make_plan(graph, (SHAPE,), "fp16", tiles).steps[1], LaunchStemPool)
+    monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes: 0.0)
+    for precision, size in (("fp32", 40), ("fp16", 39)):  # refused in words by the kernel
+        odd = make_plan(graph_of(size), ((2, 3, size, size),), precision, tiles)  # type: ignore[arg-type]
+        assert not any(isinstance(step, LaunchStemPool) for step in odd.steps)
+    with pytest.raises(ArtifactError, match="for maxpool that it cannot have"):
+        make_plan(graph_of(39), ((2, 3, 39, 39),), "fp16", tiles, plan)
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_equal_to_a_stem_and_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of()
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    packed, results = Packed(graph, torch.float16, CPU), []
+    for seconds in (0.0, 1.0):
+        monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes, t=seconds: t)
+        plan = make_plan(graph, (SHAPE,), "fp16", Tiles(Target(90, 1)))
+        assert isinstance(plan.steps[1], LaunchStemPool) == (seconds == 0.0)
+        runner = PlanRunner(plan, packed, CPU)
+        with runner.context() as context:
+            context.arena.fill_(0xFF)
+        results.append(runner.run([x])[0].float())
+    assert torch.allclose(*results, rtol=2e-2, atol=2e-2)
+    assert (results[0] - results[1]).norm() < 3e-3 * results[1].norm()
 
 
 @pytest.mark.interpret
