@@ -30,6 +30,7 @@ from fastres.backends.triton.table import Tiles
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, fits, key_of
+from fastres.kernels.binary_build import Built
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 from fastres.options import DTYPE_OF, Precision
@@ -72,7 +73,7 @@ def graph_of(net: str) -> Graph:
 
 
 def kernels(
-    graph: Graph, case: Case, tiles: Tiles, known: dict[str, KernelFacts]
+    graph: Graph, case: Case, tiles: Tiles, known: dict[str, Built]
 ) -> list[tuple[str, str, Launch]]:
     """Every launch of the network's plan: the node it is for, the kernel's key, the call."""
     shape = (case.batch, 3, 224, 224)
@@ -114,14 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started, rows, bad = time.time(), [], 0
     graphs: dict[str, Graph] = {}
     for sm in map(int, given.sm.split(",")):
-        tiles, known, seen = Tiles(Target.typical(sm)), dict[str, KernelFacts](), set[str]()
+        tiles, known, seen = Tiles(Target.typical(sm)), dict[str, Built](), set[str]()
         for case in cases(given.quick):
             graph = graphs.setdefault(case.net, graph_of(case.net))
             for node, key, launch in kernels(graph, case, tiles, known):
                 if key in seen:
                     continue
                 seen.add(key)
-                rows.append(_row(case, node, launch, known[key], sm))
+                rows.append(_row(case, node, launch, known[key].facts, sm))
                 if found := rows[-1]["faults"]:
                     bad += 1
                     print(f"sm_{sm} {case.net} {case.batch} {case.precision} {node}: {found}")

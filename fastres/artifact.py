@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 
 import fastres
+from fastres.backends.base import CompiledParts
 from fastres.backends.select import BACKENDS
 from fastres.calib.images import Preprocess
 from fastres.container import (
@@ -171,17 +172,19 @@ def load(
         device: None takes the backend's own.
         target: look at an engine that was built for this architecture, such as "sm_90", on a
             machine without it: it can be inspected and saved, not called.
-        trust_engine: whether compiled parts may run. No artifact holds machine code so far: plans
-            are checked against the graph, and compiled on this machine.
+        trust_engine: whether machine code in the file may run: it can do anything that this
+            process can. False compiles the kernels on this machine; `engine.info` says so.
 
     Raises:
         ArtifactError: the artifact is damaged, incomplete, or newer than this version.
-        InputError: `device` is none.
+        InputError: `device` is none, or `trust_engine` is neither True nor False.
         BackendUnavailable, UnsupportedError: its backend or precision cannot run on this machine.
     """
     from fastres.compiler import assemble
     from fastres.engine import Origin
 
+    if not isinstance(trust_engine, bool):
+        raise InputError(f"trust_engine is {trust_engine!r}; give True or False")
     wanted = as_device(device)
     contents = read(path)
     return assemble(
@@ -190,7 +193,7 @@ def load(
         replace(contents.options, device=wanted, target=target),
         contents.inputs,
         contents.preprocess,
-        contents.compiled,
+        CompiledParts(contents.compiled, trust_engine),
     )
 
 

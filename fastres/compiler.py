@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from fastres.backends.base import CompiledParts
 from fastres.backends.segments import lower
 from fastres.backends.select import check_names, choose
 from fastres.blocks import Version
@@ -222,12 +223,12 @@ def assemble(
     options: Options,
     inputs: tuple[Input, ...],
     preprocess: Preprocess | None = None,
-    compiled: Mapping[str, bytes] | None = None,
+    compiled: CompiledParts | None = None,
 ) -> Engine:
     """Chooses a backend for an optimised graph, lowers it, and makes the engine.
 
     Args:
-        compiled: what an executable of the same graph had to spare; see `Executable.compiled`.
+        compiled: what an executable of the same graph had to spare.
     """
     precision = options.precision or PRECISION_OF[graph.floating_dtype]
     choice = choose(graph, options, precision)

@@ -70,7 +70,15 @@ def compile_launch(launch: Launch, sm: int) -> KernelFacts:
     Raises:
         RuntimeError: a tool of Triton's wheel failed.
     """
-    kernel = compile_kernel(launch, sm)
+    return facts_of(compile_kernel(launch, sm))
+
+
+def facts_of(kernel: CompiledKernel) -> KernelFacts:
+    """Reads what a compiled kernel uses.
+
+    Raises:
+        RuntimeError: a tool of Triton's wheel failed.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()

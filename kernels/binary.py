@@ -109,6 +109,9 @@ class KernelHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         triton: version of the compiler.
         sha256: digest of the machine code.
         schema: version of this format.
+
+    Raises:
+        ValueError: a parameter that `pack` could not pass on.
     """
 
     kernel: str
@@ -126,6 +129,10 @@ class KernelHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     triton: str
     sha256: str
     schema: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        for parameter in self.parameters:
+            _check_parameter(parameter, self)
 
     @property
     def signature(self) -> dict[str, str]:
@@ -170,8 +177,6 @@ class KernelBinary(msgspec.Struct, frozen=True):
             header = msgspec.json.decode(text, type=KernelHeader)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"this is no header of a compiled kernel: {error}") from error
-        for parameter in header.parameters:
-            _check_parameter(parameter, header)
         return cls(header, cubin)
 
 
@@ -246,7 +251,7 @@ def _check_scratch(name: str, scratch: Scratch, address: int) -> None:
 
 
 def _check_parameter(parameter: Parameter, header: KernelHeader) -> None:
-    """Refuses what `pack` could not pass on: types it does not know, descriptors without a box."""
+    """Refuses types that are not known, and descriptors without a box."""
     known = parameter.type.startswith("*") or parameter.type in FORMATS
     if parameter.is_descriptor:
         known = parameter.argument in header.boxes
@@ -254,4 +259,4 @@ def _check_parameter(parameter: Parameter, header: KernelHeader) -> None:
         box = header.boxes.get(parameter.argument)
         known = known and box is not None and 0 <= parameter.dim < len(box.box)
     if not known:
-        raise ValueError(f"this is no header of a compiled kernel: parameter {parameter}")
+        raise ValueError(f"no launch can pass on {parameter}")

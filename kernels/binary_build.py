@@ -7,13 +7,13 @@ Source: the order of parameters is that of Triton's own launchers: 3.6 backends/
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastres.kernels.aot import compile_kernel, source_of
+from fastres.kernels.aot import KernelFacts, compile_kernel, facts_of, source_of
 from fastres.kernels.binary import (
     DESCRIPTOR,
     Constant,
@@ -31,8 +31,29 @@ from fastres.kernels.tensor_map import BoxLayout, TensorMap, TensorView
 _HOST_ELEMENT_TYPES = {8: 10, 9: 8, 10: 9}  # fp32 flushed, fp64, bf16
 
 
-def binary_of(launch: Launch, sm: int) -> KernelBinary:
-    """Compiles a launch for sm_`sm`; needs no GPU.
+class Built(NamedTuple):
+    """One compilation of a launch: what its kernel uses, and the kernel itself."""
+
+    facts: KernelFacts
+    binary: KernelBinary
+
+
+def build_launch(launch: Launch, sm: int) -> Built:
+    """Compiles a launch once for sm_`sm`, for its facts and its machine code; needs no GPU.
+
+    Raises:
+        RuntimeError: a tool of Triton's wheel failed.
+        ValueError: as `binary_of`.
+    """
+    kernel = compile_kernel(launch, sm)
+    return Built(facts_of(kernel), binary_of(launch, sm, kernel))
+
+
+def binary_of(launch: Launch, sm: int, kernel: CompiledKernel | None = None) -> KernelBinary:
+    """The machine code of a launch for sm_`sm`; needs no GPU.
+
+    Args:
+        kernel: what `compile_kernel` made of the launch; compiled here when None.
 
     Raises:
         ValueError: descriptors or a dependent launch below sm_90, which has neither.
@@ -44,7 +65,7 @@ def binary_of(launch: Launch, sm: int) -> KernelBinary:
             f"{launch.kernel.__name__} has descriptors {descriptors} and dependent launch "
             f"{launch.dependent}, which need sm_90 or newer; the target is sm_{sm}"
         )
-    kernel = compile_kernel(launch, sm)
+    kernel = kernel or compile_kernel(launch, sm)
     facts, cubin = kernel.metadata, kernel.asm["cubin"]
     boxes = dict(zip(descriptors, map(_box_layout, facts.tensordesc_meta or ()), strict=True))
     header = KernelHeader(
@@ -79,7 +100,17 @@ def arguments_of(
     Raises:
         ValueError: the launch needs another specialisation of the kernel.
     """
-    header, source = binary.header, source_of(launch)
+    check_specialised(launch, binary.header)
+    return pack(binary.header, values_of(launch), encode=encode)
+
+
+def check_specialised(launch: Launch, header: KernelHeader) -> None:
+    """Refuses a launch that Triton would compile to other machine code.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    source = source_of(launch)
     signature = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
     for what, found, expected in (
         ("arguments", signature, header.signature),
@@ -90,7 +121,6 @@ def arguments_of(
             raise ValueError(
                 f"{header.kernel} was compiled for {what} {expected}, this launch has {found}"
             )
-    return pack(header, values_of(launch), encode=encode)
 
 
 def values_of(launch: Launch) -> dict[str, Value]:

@@ -8,6 +8,7 @@ Source: Triton 3.9, backends/nvidia/driver.c: `loadBinary`, `fillTMADescriptorTi
 import ctypes
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 from fastres.kernels.binary import KernelBinary, KernelHeader
@@ -58,8 +59,14 @@ def use_device(device: int) -> None:
     count = _checked(driver.cuDeviceGetCount())
     if not 0 <= device < count:
         raise DriverUnavailable(f"device is {device}, expected one of this machine's {count} GPUs")
-    context = _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
-    _checked(driver.cuCtxSetCurrent(context))
+    _checked(driver.cuCtxSetCurrent(_primary_context(device)))
+
+
+@cache
+def _primary_context(device: int) -> Any:
+    """Retained once and for good: the modules stay loaded in it as long as the process lives."""
+    driver = cuda_driver()
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
 
 
 class DriverModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import msgspec
@@ -72,6 +72,19 @@ class Account(msgspec.Struct, frozen=True):
     kernels: tuple[KernelInfo, ...] = ()
     choices: tuple[Choice, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CompiledParts:
+    """What `Executable.compiled` gave, out of a saved engine.
+
+    Args:
+        files: by name.
+        trusted: whether machine code among them may run, which can do anything.
+    """
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    trusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ class Backend(Protocol):
         graph: Graph,
         options: Options,
         shapes: tuple[Sizes, ...],
-        compiled: Mapping[str, bytes] | None = None,
+        compiled: CompiledParts | None = None,
     ) -> Executable:
         """Lowers a graph whose every node is supported, ready for inputs of these shapes.
 

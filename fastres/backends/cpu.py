@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastres.backends.base import HERE_ONLY, Account, NodeTime, Refusal
+from fastres.backends.base import HERE_ONLY, Account, CompiledParts, NodeTime, Refusal
 from fastres.backends.openvino_runtime import PRECISIONS, core, cpu_config, openvino, refusing
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
@@ -63,7 +63,7 @@ class CpuBackend:
         graph: Graph,
         options: Options,
         shapes: Shapes,
-        compiled: Mapping[str, bytes] | None = None,
+        compiled: CompiledParts | None = None,
     ) -> CpuExecutable:
         executable = CpuExecutable(graph, options)
         executable.prepare(shapes)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fastres.backends.base import HERE_ONLY, Account, NodeTime, Refusal
+from fastres.backends.base import HERE_ONLY, Account, CompiledParts, NodeTime, Refusal
 from fastres.graph import aten
 from fastres.graph.export import no_autocast
 from fastres.graph.ir import (
@@ -54,7 +54,7 @@ class ReferenceBackend:
         graph: Graph,
         options: Options,
         shapes: tuple[Sizes, ...],
-        compiled: Mapping[str, bytes] | None = None,
+        compiled: CompiledParts | None = None,
     ) -> ReferenceExecutable:
         return ReferenceExecutable(graph, torch.float32)
 

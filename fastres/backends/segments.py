@@ -6,13 +6,20 @@ cross a cut pass through memory. Nothing here is silent: the refusals stand in `
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.utils._pytree as pytree
 
-from fastres.backends.base import Account, Backend, Executable, NodeTime, Refusal
+from fastres.backends.base import (
+    Account,
+    Backend,
+    CompiledParts,
+    Executable,
+    NodeTime,
+    Refusal,
+)
 from fastres.backends.reference import ReferenceExecutable
 from fastres.graph.ir import Graph, Node, Value
 from fastres.graph.shapes import infer_shapes
@@ -80,7 +87,7 @@ def lower(
     graph: Graph,
     options: Options,
     shapes: tuple[Sizes, ...],
-    compiled: Mapping[str, bytes] | None = None,
+    compiled: CompiledParts | None = None,
 ) -> tuple[Executable, tuple[Refusal, ...]]:
     """Lowers a graph, in segments if the backend refuses some nodes; returns those as well."""
     refused = backend.refusals(graph)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from fastres.backends.base import Account, NodeTime, Refusal
+from fastres.backends.base import Account, CompiledParts, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.errors import missing
 from fastres.graph.ir import Graph, Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
 if TYPE_CHECKING:
+    from fastres.backends.triton.contexts import Runner
     from fastres.backends.triton.cross import CrossExecutable
-    from fastres.backends.triton.run import PlanRunner
 
 _OLDEST = 80
 _NEWEST = 130  # exclusive: nothing is known of what comes after sm_12x
@@ -63,12 +63,12 @@ class TritonBackend:
         graph: Graph,
         options: Options,
         shapes: Shapes,
-        compiled: Mapping[str, bytes] | None = None,
+        compiled: CompiledParts | None = None,
     ) -> TritonExecutable | CrossExecutable:
         if options.target is not None:
             from fastres.backends.triton.cross import build
 
-            return build(graph, options, shapes, compiled or {})
+            return build(graph, options, shapes, compiled or CompiledParts())
         return TritonExecutable(graph, options, self.device(options), shapes, compiled)
 
     def device(self, options: Options) -> torch.device:
@@ -96,7 +96,8 @@ class TritonExecutable:
 
     Args:
         shapes: planned for at once, and tuned for where the options say so.
-        compiled: plans of a saved engine; those made for this kind of GPU are used.
+        compiled: plans and machine code of a saved engine; what was made for this kind of GPU is
+            used, machine code where it is trusted.
     """
 
     def __init__(
@@ -105,10 +106,11 @@ class TritonExecutable:
         options: Options,
         device: torch.device,
         shapes: Shapes,
-        compiled: Mapping[str, bytes] | None = None,
+        compiled: CompiledParts | None = None,
     ) -> None:
         from fastres.backends.triton.choosing import ban, tiles_for, tuned
         from fastres.backends.triton.lower import make_plan
+        from fastres.backends.triton.machine_code import ready_code
         from fastres.backends.triton.pack import Packed
         from fastres.backends.triton.run import PlanRunner
         from fastres.backends.triton.stored import recorded
@@ -127,13 +129,20 @@ class TritonExecutable:
         self._tiles = tiles
         self._on_gpu = _is_gpu(device)  # where there is a compiler that may refuse
         record = record_cuda_graph if _wants_graph(options, device) else None
-        stored = recorded(compiled or {}, f"sm_{tiles.target.sm}")
+        self._parts = compiled or CompiledParts()
+        self._target = f"sm_{tiles.target.sm}"
+        stored = recorded(self._parts.files, self._target)
+        self._notes: list[str] = []
+        code = ready_code(graph, self._precision, self._parts, self._target, device, self._notes)
 
-        def make(shapes: Shapes) -> PlanRunner:
+        def make(shapes: Shapes) -> Runner:
             given = stored.get(shapes)
             while True:
                 plan = make_plan(graph, shapes, self._precision, tiles, given)
-                runner = PlanRunner(plan, constants, device, record)
+                runner: Runner | None = None
+                if code is not None and given is not None:
+                    runner = code.runner(plan, constants, record)
+                runner = runner or PlanRunner(plan, constants, device, record)
                 failed = runner.failing() if self._on_gpu else None
                 if failed is None:
                     return runner
@@ -145,17 +154,23 @@ class TritonExecutable:
         self._runner(shapes)
 
     def account(self) -> Account:
-        notes = tuple(f"not used: {why}" for why in self._tiles.banned.values())
+        banned = (f"not used: {why}" for why in self._tiles.banned.values())
+        notes = (*self._notes, *banned)
         return Account(choices=self._runners.latest().plan.choices, notes=notes)
 
     def compiled(self) -> dict[str, bytes]:
-        """The plans of a GPU, so that nothing is chosen or measured again when they are loaded."""
+        """The plans of a GPU, so that nothing is chosen or measured again when they are loaded.
+
+        With the machine code that came with them.
+        """
         from fastres.backends.triton.stored import write_plans
+        from fastres.backends.triton.stored_code import code_files
 
         if not self._on_gpu:
             return {}
         plans = [runner.plan for runner in self._runners.entries()]
-        return write_plans(f"sm_{self._tiles.target.sm}", plans, ())
+        code = code_files(self._parts.files, plans, self._target)
+        return write_plans(self._target, plans, ()) | code
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).run(inputs)
@@ -166,7 +181,7 @@ class TritonExecutable:
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
 
-    def _runner(self, shapes: Shapes) -> PlanRunner:
+    def _runner(self, shapes: Shapes) -> Runner:
         return self._runners.get(self._planned(shapes))
 
     def _planned(self, shapes: Shapes) -> Shapes:

@@ -7,19 +7,22 @@ from typing import Literal
 
 import torch
 
-from fastres.backends.base import Account, KernelInfo, NodeTime
+from fastres.backends.base import Account, CompiledParts, KernelInfo, NodeTime
 from fastres.backends.shape_cache import Shapes
 from fastres.backends.triton.bind import bind
 from fastres.backends.triton.choosing import ban
+from fastres.backends.triton.contexts import views
+from fastres.backends.triton.link_build import digest_of, link
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
-from fastres.backends.triton.run import views
 from fastres.backends.triton.stored import read_plans, recorded, write_plans
+from fastres.backends.triton.stored_code import code_files, write_code
 from fastres.backends.triton.table import Tiles
 from fastres.errors import BackendUnavailable
 from fastres.graph.ir import Graph
-from fastres.kernels.aot import MATRIX, KernelFacts, compile_launch, fits, key_of
+from fastres.kernels.aot import MATRIX, KernelFacts, fits, key_of
+from fastres.kernels.binary_build import Built, build_launch
 from fastres.kernels.cost import Cost, Target
 from fastres.kernels.launch import Launch
 from fastres.options import DTYPE_OF, Options, Precision
@@ -58,7 +61,7 @@ def compiled_plan(
     shapes: Shapes,
     precision: Precision,
     tiles: Tiles,
-    known: dict[str, KernelFacts],
+    known: dict[str, Built],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Plan, tuple[KernelInfo, ...]]:
     """A plan whose every kernel compiles, fits, and keeps its values in registers.
@@ -84,7 +87,7 @@ def compiled_plan(
 def compile_launches(
     launches: Sequence[tuple[str, Launch]],
     target: Target,
-    known: dict[str, KernelFacts],
+    known: dict[str, Built],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[KernelInfo, ...]:
     """Compiles each distinct kernel once.
@@ -104,19 +107,20 @@ def compile_launches(
         progress(done, len(groups))
         if key not in known:
             known[key] = _compiled(*group[0], target)
-        reports.append(_report(group, known[key], target))
+        reports.append(_report(group, known[key].facts, target))
     progress(len(groups), len(groups))
     return tuple(reports)
 
 
-def _compiled(node: str, launch: Launch, target: Target) -> KernelFacts:
+def _compiled(node: str, launch: Launch, target: Target) -> Built:
     what = f"{launch.kernel.__name__} with {_tile(launch)}"
     try:
-        facts = compile_launch(launch, target.sm)
+        built = build_launch(launch, target.sm)
     except Exception as error:  # Triton raises many kinds
         raise Unfit(
             node, f"{what} does not compile for sm_{target.sm}: {type(error).__name__}: {error}"
         ) from error
+    facts = built.facts
     if not fits(facts, target.sm):
         raise Unfit(
             node,
@@ -125,7 +129,7 @@ def _compiled(node: str, launch: Launch, target: Target) -> KernelFacts:
         )
     if facts.spill_stores > spill_limit(target.sm):
         raise Unfit(node, f"{what} spills {facts.spill_stores} bytes of registers")
-    return facts
+    return built
 
 
 def _report(group: Sequence[tuple[str, Launch]], facts: KernelFacts, target: Target) -> KernelInfo:
@@ -182,14 +186,21 @@ class CrossExecutable:
     Args:
         plan: for the usual input shapes.
         kernels: what each distinct kernel was compiled to.
+        code: files of the kernels' machine code.
     """
 
     def __init__(
-        self, plan: Plan, kernels: tuple[KernelInfo, ...], target: str, nodes: Mapping[str, str]
+        self,
+        plan: Plan,
+        kernels: tuple[KernelInfo, ...],
+        target: str,
+        nodes: Mapping[str, str],
+        code: Mapping[str, bytes],
     ) -> None:
         self.plan = plan
         self._kernels = kernels
         self._target = target
+        self._code = dict(code)
         self._precisions = dict(nodes)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -205,7 +216,7 @@ class CrossExecutable:
         return Account(self._kernels, self.plan.choices)
 
     def compiled(self) -> dict[str, bytes]:
-        return write_plans(self._target, [self.plan], self._kernels)
+        return write_plans(self._target, [self.plan], self._kernels) | self._code
 
     def _elsewhere(self) -> BackendUnavailable:
         return BackendUnavailable(
@@ -215,29 +226,42 @@ class CrossExecutable:
 
 
 def build(
-    graph: Graph, options: Options, shapes: Shapes, compiled: Mapping[str, bytes]
+    graph: Graph, options: Options, shapes: Shapes, compiled: CompiledParts
 ) -> CrossExecutable:
     """Plans a graph for `options.target` and compiles every kernel of the plan.
 
     Args:
         compiled: of a saved engine: a plan for this target is taken from there, with what its
-            kernels were compiled to.
+            kernels were compiled to, and with their machine code, which nothing runs here.
 
     Raises:
-        ArtifactError: that plan is not one of this graph.
+        ArtifactError: that plan is not one of this graph, or the files are damaged.
         UnsupportedError: a kernel cannot be compiled, or a weight is beyond the precision's range.
     """
     precision = options.precision or "fp32"
     assert options.sm is not None and options.target is not None
     target = Target.typical(options.sm)
     ran = dict.fromkeys((node.name for node in graph.nodes), precision)
-    stored = recorded(compiled, options.target).get(shapes)
+    stored = recorded(compiled.files, options.target).get(shapes)
     if stored is not None:
-        plan, known = (
-            make_plan(graph, shapes, precision, Tiles(target), stored),
-            read_plans(compiled),
-        )
-        return CrossExecutable(plan, known.kernels if known else (), options.target, ran)
+        plan = make_plan(graph, shapes, precision, Tiles(target), stored)
+        known = read_plans(compiled.files)
+        code = code_files(compiled.files, [plan], options.target)
+        return CrossExecutable(plan, known.kernels if known else (), options.target, ran, code)
+    built: dict[str, Built] = {}
     with progress_bar(f"compiling for {options.target}") as report:
-        plan, kernels = compiled_plan(graph, shapes, precision, Tiles(target), {}, report)
-    return CrossExecutable(plan, kernels, options.target, ran)
+        plan, kernels = compiled_plan(graph, shapes, precision, Tiles(target), built, report)
+    code = _linked(graph, plan, precision, target, built)
+    return CrossExecutable(plan, kernels, options.target, ran, code)
+
+
+def _linked(
+    graph: Graph, plan: Plan, precision: Precision, target: Target, built: Mapping[str, Built]
+) -> dict[str, bytes]:
+    """The files of a plan's machine code."""
+    constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
+    launches = [launch for _, launch in launches_of(plan, constants, target)]
+    binaries = {digest_of(launch): built[key_of(launch)].binary for launch in launches}
+    headers = {key: binary.header for key, binary in binaries.items()}
+    linked = link(plan, constants, target, headers)
+    return write_code(f"sm_{target.sm}", binaries, [linked])

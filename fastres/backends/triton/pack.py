@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import msgspec
 import torch
 
 from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Linear
 from fastres.weights import is_finite
+
+Key: TypeAlias = tuple[str | float | None, ...]
+_RANKS = {"filters": 4, "matrix": 4, "stem": 4, "rows": 2, "bias": 1, "scale": 1, "shift": 1}
 
 
 class Packed:
@@ -30,7 +35,7 @@ class Packed:
         self._constants = graph.constants
         self._dtype = dtype
         self._device = device
-        self._made: dict[tuple[str, ...], torch.Tensor] = {}
+        self._made: dict[Key, torch.Tensor] = {}
         self._lock = threading.Lock()
         if dtype == torch.float16:
             _check_range(graph)
@@ -88,11 +93,45 @@ class Packed:
         shift = -mean * scale
         if norm.bias is not None:
             shift = shift + self._constants[norm.bias].double()
-        key = (norm.mean, norm.var, str(norm.weight), str(norm.bias), str(norm.eps))
+        key = (norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
         return (
             self._once(("scale", *key), lambda: scale.to(self._device, torch.float32)),
             self._once(("shift", *key), lambda: shift.to(self._device, torch.float32)),
         )
+
+    def made(self) -> dict[Key, torch.Tensor]:
+        """All that was made so far, by keys that `get` takes."""
+        with self._lock:
+            return dict(self._made)
+
+    def get(self, key: Key) -> torch.Tensor:
+        """What the methods above make, by the name of the method and the constants it reads.
+
+        Raises:
+            ValueError: there are no such constants.
+        """
+        kind, *rest = key if key else (None,)
+        names = [name for name in rest if isinstance(name, str)]
+        found = [self._constants[name].dim() for name in names if name in self._constants]
+        if kind not in _RANKS or not names or found != [_RANKS[str(kind)]] * len(names):
+            raise ValueError(f"{key} stands for no constants of this graph")
+        if kind in ("scale", "shift"):
+            mean, var, weight, bias, eps = rest
+            norm = msgspec.convert(
+                dict(mean=mean, var=var, weight=weight, bias=bias, eps=eps), Norm
+            )
+            return self.scale_and_shift(norm)[kind == "shift"]
+        if kind == "bias":
+            total = self.bias(names)
+            assert total is not None
+            return total
+        make = {
+            "filters": self.filters,
+            "matrix": self.matrix,
+            "stem": self.stem,
+            "rows": self.rows,
+        }
+        return make[str(kind)](*names)
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +142,7 @@ class Packed:
     def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self._device, self._dtype).contiguous()
 
-    def _once(self, key: tuple[str, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _once(self, key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         with self._lock:
             if key not in self._made:
                 self._made[key] = make()

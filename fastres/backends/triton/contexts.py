@@ -1,0 +1,211 @@
+"""What all runners of a plan share: arenas, one caller each, recorded once; inputs in, outputs out.
+
+A runner says what is launched on an arena (`bind`) and how an input gets there (`load`); imports no
+triton, which machine code does without.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from fastres.backends.base import NodeTime
+from fastres.backends.triton.pack import Packed
+from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
+from fastres.backends.triton.timing import milliseconds
+from fastres.errors import OutOfMemory
+from fastres.graph.ir import DTYPES
+from fastres.kernels.cost import Cost
+
+Call = Callable[[], None]
+Record = Callable[[Call], Call]
+
+
+class Bound(NamedTuple):
+    """The launches of one step on one arena, and what they cost where that is known."""
+
+    step: AnyStep
+    calls: tuple[Call, ...]
+    cost: Cost | None
+
+
+class Context:
+    """An arena with all of a plan's launches bound to it; one caller at a time uses it.
+
+    Args:
+        tensors: the plan's, views of the arena.
+        bound: for each step of the plan.
+    """
+
+    def __init__(
+        self, arena: torch.Tensor, tensors: dict[str, torch.Tensor], bound: Sequence[Bound]
+    ) -> None:
+        self.arena = arena
+        self.tensors = tensors
+        self.bound = bound
+        self.replay: Call | None = None  # all launches as one call, once they are recorded
+
+    def launch(self) -> None:
+        """Launches all kernels, in order."""
+        for step in self.bound:
+            for call in step.calls:
+                call()
+
+
+class Runner(ABC):
+    """One plan with the packed constants; several threads may run it, each in a context of its own.
+
+    Args:
+        plan: for the shapes of the inputs that will come.
+        constants: packed weights by name, on the device.
+        device: where everything lies.
+        record: makes one call of all launches, as `record_cuda_graph`; None launches each by
+            itself.
+    """
+
+    failures: ClassVar[tuple[type[Exception], ...]]  # what a launch that cannot be made raises
+
+    def __init__(
+        self,
+        plan: Plan,
+        constants: Packed,
+        device: torch.device,
+        record: Record | None = None,
+    ) -> None:
+        self.plan = plan
+        self._constants = constants
+        self._device = device
+        self._record = record
+        # One pool a stream: work on an arena may still be queued there when it is put back.
+        self._idle: defaultdict[int, SimpleQueue[Context]] = defaultdict(SimpleQueue)
+        self._loads = [step for step in plan.steps if isinstance(step, LoadInput)]
+
+    @abstractmethod
+    def bind(self, arena: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Iterable[Bound]:
+        """What is launched for each step, on this arena."""
+
+    @abstractmethod
+    def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
+        """Brings an input of the caller's into the plan's memory; it may have fewer images."""
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs in NCHW and the plan's dtype, in memory of their own.
+
+        The batch may be smaller than the plan's: the outputs' first images are returned.
+        """
+        with self.context() as context:
+            self._load(inputs, context)
+            if context.replay is None:
+                context.replay = self._record(context.launch) if self._record else context.launch
+            context.replay()
+            return self._outputs(context, inputs[0].shape[0])
+
+    def failing(self) -> tuple[AnyStep, Exception] | None:
+        """Launches each step once on what the arena holds; the first that cannot, and why."""
+        with self.context() as context:
+            for step, calls, _ in context.bound:
+                try:
+                    for call in calls:
+                        call()
+                except self.failures as error:
+                    return step, error
+        return None
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
+        """Time, work and traffic of each step, each timed by itself after one run to warm up."""
+        self.run(inputs)
+        times = []
+        with self.context() as context:
+            for step, calls, cost in context.bound:
+
+                def work(step: AnyStep = step, calls: tuple[Call, ...] = calls) -> None:
+                    if isinstance(step, LoadInput):
+                        self._load_one(step, inputs, context)
+                    for call in calls:
+                        call()
+
+                times.append(
+                    NodeTime(
+                        step.node,
+                        milliseconds(work, self._device),
+                        type(step).__name__,
+                        None if cost is None else cost.flops,
+                        None if cost is None else cost.bytes,
+                    )
+                )
+        return times
+
+    @contextmanager
+    def context(self) -> Iterator[Context]:
+        """A context that nobody else uses meanwhile."""
+        on_gpu = self._device.type == "cuda"
+        idle = self._idle[torch.cuda.current_stream(self._device).cuda_stream if on_gpu else 0]
+        try:
+            context = idle.get_nowait()
+        except Empty:
+            context = self._new_context()
+        try:
+            yield context
+        finally:
+            idle.put(context)
+
+    def _new_context(self) -> Context:
+        arena = self._new_arena()
+        tensors = views(self.plan, arena)
+        return Context(arena, tensors, tuple(self.bind(arena, tensors)))
+
+    def _load(self, inputs: Sequence[torch.Tensor], context: Context) -> None:
+        for step in self._loads:
+            self._load_one(step, inputs, context)
+
+    def _load_one(self, step: LoadInput, inputs: Sequence[torch.Tensor], context: Context) -> None:
+        self.load(step, inputs[self._loads.index(step)], context.tensors[step.target])
+
+    def _outputs(self, context: Context, batch: int) -> list[torch.Tensor]:
+        return [
+            _nchw(context.tensors[name], shape)[:batch].clone() for name, shape in self.plan.outputs
+        ]
+
+    def _new_arena(self) -> torch.Tensor:
+        """Memory for one context; what is in it does not matter."""
+        size = self.plan.arena_bytes
+        try:
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            shapes = ", ".join(str(list(shape)) for shape in self.plan.input_shapes)
+            weights = self._constants.nbytes
+            raise OutOfMemory(
+                f"there is no room on {self._device} for the {size / 2**20:.0f} MiB that values "
+                f"between kernels take for inputs {shapes}, besides {weights / 2**20:.0f} MiB of "
+                "weights: use smaller batches (max_batch_size runs larger ones in parts), a "
+                "16-bit precision, or free memory on the device"
+            ) from error
+
+
+def total(costs: Iterable[Cost | None]) -> Cost | None:
+    """The sum of those that are known; None if none is."""
+    known = [cost for cost in costs if cost is not None]
+    return sum(known[1:], known[0]) if known else None
+
+
+def views(plan: Plan, arena: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The plan's tensors by name, each a view of the arena."""
+    found = {}
+    for name, place in plan.places.items():
+        dtype = DTYPES[place.dtype]
+        size = math.prod(place.shape) * dtype.itemsize
+        found[name] = arena[place.offset : place.offset + size].view(dtype).view(place.shape)
+    return found
+
+
+def _nchw(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of the plan in its logical shape; behind a Flatten that shape has rank 2."""
+    is_map = tensor.dim() == 4 and len(shape) == 4
+    return tensor.permute(0, 3, 1, 2) if is_map else tensor.reshape(shape)

@@ -1,0 +1,131 @@
+"""Running a linked plan's machine code through the CUDA driver; imports no triton.
+
+Memory, contexts and recording are those of every runner (`contexts.py`); inputs are brought in by
+PyTorch's own copies. No GPU has run this yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from fastres.backends.triton.contexts import Bound, Call, Record, Runner, total
+from fastres.backends.triton.link import LinkedLaunch, LinkedPlan, check_linked, values
+from fastres.backends.triton.pack import Key, Packed
+from fastres.backends.triton.plan import LoadInput, Plan
+from fastres.errors import ArtifactError
+from fastres.kernels.binary import KernelBinary, KernelHeader, pack
+from fastres.kernels.driver import (
+    DriverModule,
+    DriverUnavailable,
+    encode_tensor_map,
+    launch,
+    use_device,
+)
+from fastres.kernels.tensor_map import TensorMap
+
+_BEFORE = 2  # margin of a folded picture, as fastres.kernels.space_to_depth has it
+
+
+class Driver(Protocol):
+    """What a runner asks of the driver; tests put a fake in its place."""
+
+    headers: Sequence[KernelHeader]
+
+    def encode(self, tensor: TensorMap) -> bytes:
+        """A tensor map's 128 bytes."""
+
+    def launch(self, kernel: int, arguments: Sequence[bytes], programs: int) -> None:
+        """Launches a kernel by its number on the current stream."""
+
+
+class CudaDriver:
+    """Kernels loaded on one GPU, each when it is first launched.
+
+    Raises:
+        DriverUnavailable: the package cuda-bindings, the driver or the GPU is missing.
+    """
+
+    def __init__(self, kernels: Sequence[KernelBinary], device: torch.device) -> None:
+        self.headers = [kernel.header for kernel in kernels]
+        self._modules = [DriverModule(kernel) for kernel in kernels]
+        self._device = device
+        if device.type != "cuda":
+            raise DriverUnavailable(f"machine code runs on NVIDIA GPUs, not on {device}")
+        with torch.cuda.device(device):
+            use_device(device.index)
+
+    def encode(self, tensor: TensorMap) -> bytes:
+        return encode_tensor_map(tensor)
+
+    def launch(self, kernel: int, arguments: Sequence[bytes], programs: int) -> None:
+        with torch.cuda.device(self._device):  # brings back what was current
+            function = self._modules[kernel].function(self._device.index)
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            launch(self.headers[kernel], function, arguments, programs, stream)
+
+
+class DriverRunner(Runner):
+    """A plan whose kernels are machine code already.
+
+    Args:
+        plan: for the shapes of the inputs that will come.
+        linked: its launches.
+        driver: with the kernels that they count.
+        constants: packed weights by name, on the device.
+        device: where everything lies.
+        record: as for every runner.
+
+    Raises:
+        ArtifactError: the linked plan does not lie within the plan's memory.
+    """
+
+    failures = (RuntimeError, ValueError)
+
+    def __init__(
+        self,
+        plan: Plan,
+        linked: LinkedPlan,
+        driver: Driver,
+        constants: Packed,
+        device: torch.device,
+        record: Record | None = None,
+    ) -> None:
+        super().__init__(plan, constants, device, record)
+        self._linked = linked
+        self._driver = driver
+        try:
+            self._weights = {key: constants.get(key) for key in linked.keys()}
+            check_linked(linked, plan, driver.headers, self._weights)
+        except ValueError as error:
+            raise ArtifactError(f"the linked plan does not fit the plan: {error}") from error
+
+    def bind(self, arena: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Iterator[Bound]:
+        weights = {key: weight.data_ptr() for key, weight in self._weights.items()}
+        for number, step in enumerate(self.plan.steps):
+            launches = [x for x in self._linked.launches if x.step == number]
+            calls = tuple(self._call(x, arena, weights) for x in launches)
+            yield Bound(step, calls, total(x.cost for x in launches))
+
+    def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
+        """By PyTorch, which rounds as the kernels do: from fp32 once."""
+        if given.dtype == torch.float64:
+            given = given.float()
+        if not step.folded:
+            target[: given.shape[0]].copy_(given.permute(0, 2, 3, 1) if given.dim() == 4 else given)
+            return
+        n, c, h, w = given.shape
+        target.zero_()  # the margin: other values lay here since
+        rows, columns = (slice(_BEFORE, _BEFORE + size // 2) for size in (h, w))
+        # channel 4c + 2a + b of a folded pixel is the picture's c at row a and column b of the 2x2
+        pixels = given.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        target[:n, rows, columns, : 4 * c].unflatten(3, (c, 2, 2)).copy_(pixels)
+
+    def _call(self, x: LinkedLaunch, arena: torch.Tensor, weights: Mapping[Key, int]) -> Call:
+        """One launch with its parameters packed."""
+        given = values(x, arena.data_ptr(), weights)
+        packed = pack(self._driver.headers[x.kernel], given, encode=self._driver.encode)
+        return partial(self._driver.launch, x.kernel, packed, x.programs)
