@@ -139,10 +139,11 @@ class TritonExecutable:
             given = stored.get(shapes)
             while True:
                 plan = make_plan(graph, shapes, self._precision, tiles, given)
-                runner: Runner | None = None
                 if code is not None and given is not None:
-                    runner = code.runner(plan, constants, record)
-                runner = runner or PlanRunner(plan, constants, device, record)
+                    linked = code.runner(plan, constants, record)
+                    if linked is not None:
+                        return linked
+                runner = PlanRunner(plan, constants, device, record)
                 failed = runner.failing() if self._on_gpu else None
                 if failed is None:
                     return runner

@@ -103,7 +103,7 @@ def _pointer(name: str, tensor: torch.Tensor, arena: torch.Tensor, constants: Pa
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _start(tensor: torch.Tensor) -> int:

@@ -54,11 +54,14 @@ class ReadyCode:
                 "follow from its plan: it was altered. Build the engine anew"
             )
         runner = DriverRunner(plan, linked, self.driver, constants, self.device, record)
-        failed = runner.failing()
-        if failed is None:
-            return runner
-        step, error = failed
-        self.notes.append(f"machine code not used, compiled here instead: {step.node}: {error}")
+        try:
+            failed = runner.failing()
+            if failed is None:
+                return runner
+            reason = f"{failed[0].node}: {failed[1]}"
+        except RuntimeError as error:  # the driver refuses a tensor map
+            reason = str(error)
+        self.notes.append(f"machine code not used, compiled here instead: {reason}")
         return None
 
 

@@ -33,7 +33,9 @@ _BEFORE = 2  # margin of a folded picture, as fastres.kernels.space_to_depth has
 class Driver(Protocol):
     """What a runner asks of the driver; tests put a fake in its place."""
 
-    headers: Sequence[KernelHeader]
+    @property
+    def headers(self) -> Sequence[KernelHeader]:
+        """Of the kernels, by number."""
 
     def encode(self, tensor: TensorMap) -> bytes:
         """A tensor map's 128 bytes."""
@@ -50,7 +52,7 @@ class CudaDriver:
     """
 
     def __init__(self, kernels: Sequence[KernelBinary], device: torch.device) -> None:
-        self.headers = [kernel.header for kernel in kernels]
+        self.headers = tuple(kernel.header for kernel in kernels)
         self._modules = [DriverModule(kernel) for kernel in kernels]
         self._device = device
         if device.type != "cuda":
@@ -122,7 +124,8 @@ class DriverRunner(Runner):
         rows, columns = (slice(_BEFORE, _BEFORE + size // 2) for size in (h, w))
         # channel 4c + 2a + b of a folded pixel is the picture's c at row a and column b of the 2x2
         pixels = given.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        target[:n, rows, columns, : 4 * c].unflatten(3, (c, 2, 2)).copy_(pixels)
+        inner = target[:n, rows, columns, : 4 * c]
+        inner.view(*inner.shape[:3], c, 2, 2).copy_(pixels)
 
     def _call(self, x: LinkedLaunch, arena: torch.Tensor, weights: Mapping[Key, int]) -> Call:
         """One launch with its parameters packed."""

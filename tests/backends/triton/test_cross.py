@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 import torch
 
 import fastres
+from fastres.backends.base import CompiledParts
 from fastres.backends.triton import cross
 from fastres.backends.triton.backend import TritonExecutable
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.stored import PLANS, read_plans, recorded, write_plans
+from fastres.backends.triton.stored_code import CODE, KERNELS
 from fastres.backends.triton.table import Tiles
 from fastres.errors import (
     ArtifactError,
@@ -25,6 +27,8 @@ from fastres.errors import (
 )
 from fastres.graph.ir import Flatten, Pad, Slice
 from fastres.kernels.aot import KernelFacts
+from fastres.kernels.binary import KernelBinary
+from fastres.kernels.binary_build import Built
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 
@@ -78,7 +82,7 @@ def test_saved_and_looked_at_again_without_compiling(
     engine: fastres.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.save(tmp_path / "e.fastres")
-    monkeypatch.setattr(cross, "compile_launch", None)
+    monkeypatch.setattr(cross, "build_launch", None)
     again = fastres.load(tmp_path / "e.fastres", target="sm_90")
     assert again.info == engine.info
     again.save(tmp_path / "f.fastres")
@@ -87,7 +91,7 @@ def test_saved_and_looked_at_again_without_compiling(
 
 def test_plans_for_another_architecture_are_left_alone(engine: fastres.Engine) -> None:
     files = engine.compiled_parts()
-    assert set(files) == {PLANS}
+    assert set(files) == {PLANS, KERNELS, CODE}
     assert list(recorded(files, "sm_90")) == [((8, 3, 32, 32),)]
     assert recorded(files, "sm_80") == {} and recorded({}, "sm_90") == {}
 
@@ -144,8 +148,8 @@ def test_a_loaded_engine_uses_the_stored_choices(engine: fastres.Engine) -> None
     stored = next(iter(recorded(engine.compiled_parts(), "sm_90").values()))
     files = write_plans("sm_90", [stored], ())
     assert read_plans(files) is not None
-    shapes = ((8, 3, 32, 32),)
-    executable = TritonExecutable(engine.graph, engine.options, torch.device("cpu"), shapes, files)
+    shapes, parts = ((8, 3, 32, 32),), CompiledParts(files)
+    executable = TritonExecutable(engine.graph, engine.options, torch.device("cpu"), shapes, parts)
     assert executable._runner(((8, 3, 32, 32),)).plan == stored
 
 
@@ -169,11 +173,16 @@ def test_bad_requests(given: dict[str, Any], error: type[Exception], message: st
         fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, **given)
 
 
+def built(facts: KernelFacts) -> Built:
+    """What compiling would give, without machine code."""
+    return Built(facts, cast(KernelBinary, None))
+
+
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(launch: object, sm: int) -> KernelFacts:
+    def broken(launch: object, sm: int) -> Built:
         raise RuntimeError("ptxas died")
 
-    monkeypatch.setattr(cross, "compile_launch", broken)
+    monkeypatch.setattr(cross, "build_launch", broken)
     with pytest.raises(UnsupportedError, match=r"(?s)no tile .*conv1: _conv2d_kernel with .*ptxas"):
         fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, target="sm_90")
 
@@ -189,23 +198,18 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
 def test_a_kernel_that_does_not_fit_is_named(
     facts: KernelFacts, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross, "compile_launch", lambda launch, sm: facts)
+    monkeypatch.setattr(cross, "build_launch", lambda launch, sm: built(facts))
     with pytest.raises(UnsupportedError, match=message):
         fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, target="sm_90")
 
 
 def test_a_tile_that_spills_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled(launch: Launch, sm: int) -> KernelFacts:
-        return KernelFacts(
-            64,
-            8 * (launch.num_warps == 4 and "BLOCK_N" in launch.constants),
-            0,
-            1000,
-            launch.num_warps,
-            {},
-        )
+    def compiled(launch: Launch, sm: int) -> Built:
+        spilled = 8 * (launch.num_warps == 4 and "BLOCK_N" in launch.constants)
+        return built(KernelFacts(64, spilled, 0, 1000, launch.num_warps, {}))
 
-    monkeypatch.setattr(cross, "compile_launch", compiled)
+    monkeypatch.setattr(cross, "build_launch", compiled)
+    monkeypatch.setattr(cross, "_linked", lambda *given: {})  # there is no machine code to link
     net = fastres.models.cifar_resnet(8).eval()
     engine = fastres.compile(net, SHAPE, target="sm_80", precision="fp16")
     convolutions = [k for k in engine.info.account.kernels if k.kernel == "conv2d"]

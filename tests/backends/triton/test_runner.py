@@ -11,6 +11,7 @@ from msgspec import structs
 from triton.runtime.errors import OutOfResources
 
 import fastres
+from fastres.backends.base import CompiledParts
 from fastres.backends.triton import backend
 from fastres.backends.triton.backend import TritonExecutable, bucket
 from fastres.backends.triton.lower import make_plan
@@ -149,7 +150,7 @@ class TestInterpreted:
         executable.run([torch.randn(2, 3, 8, 8)])
         files = executable.compiled()
         assert set(recorded(files, "sm_90")) == {((1, 3, 8, 8),), ((2, 3, 8, 8),)}
-        again = TritonExecutable(small_graph(), FP32, CPU, ((2, 3, 8, 8),), files)
+        again = TritonExecutable(small_graph(), FP32, CPU, ((2, 3, 8, 8),), CompiledParts(files))
         plan = again._runner(((2, 3, 8, 8),)).plan
         assert plan == executable._runner(((2, 3, 8, 8),)).plan
 
