@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import nn
 import fastres
 from fastres import artifact, container, models
 from fastres.artifact import GRAPH, SCHEMA, WEIGHTS, Contents
+from fastres.backends.base import CompiledParts
+from fastres.backends.reference import ReferenceBackend
 from fastres.calib.images import Preprocess
 from fastres.compiler import compile
 from fastres.container import MANIFEST, SEAL
@@ -103,6 +106,26 @@ class TestRoundTrip:
             assert loaded.inputs == engine.inputs
             assert loaded.preprocess == engine.preprocess
             assert loaded.ignored_weights == engine.ignored_weights
+
+    @pytest.mark.parametrize("trust", [True, False])
+    def test_whether_compiled_parts_are_trusted(
+        self, tmp_path: Path, trust: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = {"compiled_x_y.bin": b"code"}
+        artifact.write(replace(tiny(), compiled=files), tmp_path / "engine")
+        given, lower = [], ReferenceBackend.lower
+
+        def noted(self: ReferenceBackend, *rest: Any) -> Any:
+            given.append(rest[-1])
+            return lower(self, *rest)
+
+        monkeypatch.setattr(ReferenceBackend, "lower", noted)
+        with artifact.load(tmp_path / "engine", trust_engine=trust):
+            assert given == [CompiledParts(files, trust)]
+
+    def test_trust_is_yes_or_no(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="trust_engine is 'yes'; give True or False"):
+            artifact.load(tmp_path, trust_engine="yes")  # type: ignore[arg-type]
 
     def test_saved_loaded_saved_is_the_same_file(self, engine: Engine, tmp_path: Path) -> None:
         first, second = tmp_path / "a.fastres", tmp_path / "b.fastres"

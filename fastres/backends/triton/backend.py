@@ -68,7 +68,8 @@ class TritonBackend:
         if options.target is not None:
             from fastres.backends.triton.cross import build
 
-            return build(graph, options, shapes, compiled or CompiledParts())
+            parts = compiled or CompiledParts()
+            return build(graph, options, planned(shapes, is_batched(graph)), parts)
         return TritonExecutable(graph, options, self.device(options), shapes, compiled)
 
     def device(self, options: Options) -> torch.device:
@@ -117,10 +118,7 @@ class TritonExecutable:
         from fastres.backends.triton.timing import record_cuda_graph
 
         self._graph = graph
-        self._batched = all(
-            spec.shape[:1] == (Sym("N"),)
-            for spec in (*(v.spec for v in graph.inputs), *map(graph.spec, graph.outputs))
-        )
+        self._batched = is_batched(graph)
         self._precision: Precision = options.precision or "fp32"
         constants = Packed(graph, DTYPE_OF[self._precision], device)
         tiles = tiles_for(options, device)
@@ -186,11 +184,7 @@ class TritonExecutable:
         return self._runners.get(self._planned(shapes))
 
     def _planned(self, shapes: Shapes) -> Shapes:
-        """The shapes of the plan that serves these."""
-        if not self._batched:
-            return shapes
-        n = bucket(shapes[0][0])
-        return tuple((n, *shape[1:]) for shape in shapes)
+        return planned(shapes, self._batched)
 
 
 def _is_gpu(device: torch.device) -> bool:
@@ -200,6 +194,20 @@ def _is_gpu(device: torch.device) -> bool:
 
 def _wants_graph(options: Options, device: torch.device) -> bool:
     return device.type == "cuda" and options.cuda_graph is not False
+
+
+def is_batched(graph: Graph) -> bool:
+    """Whether every input and output is a batch of images."""
+    specs = (*(value.spec for value in graph.inputs), *map(graph.spec, graph.outputs))
+    return all(spec.shape[:1] == (Sym("N"),) for spec in specs)
+
+
+def planned(shapes: Shapes, batched: bool) -> Shapes:
+    """The shapes of the plan that serves these, here or where a plan is compiled for."""
+    if not batched:
+        return shapes
+    n = bucket(shapes[0][0])
+    return tuple((n, *shape[1:]) for shape in shapes)
 
 
 def bucket(batch: int) -> int:

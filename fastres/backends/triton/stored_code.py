@@ -18,6 +18,7 @@ import msgspec
 from fastres.backends.base import CompiledParts
 from fastres.backends.triton.link import LinkedPlan
 from fastres.backends.triton.plan import Plan
+from fastres.backends.triton.stored import recorded
 from fastres.backends.triton.table import kernels_digest
 from fastres.errors import ArtifactError
 from fastres.kernels.binary import KernelBinary, KernelHeader
@@ -108,10 +109,12 @@ def code_files(files: Mapping[str, bytes], plans: Sequence[Plan], target: str) -
     Raises:
         ArtifactError: they are damaged.
     """
-    code, kept = read_code(files), {plan.input_shapes for plan in plans}
+    code, before = read_code(files), recorded(files, target)
+    kept = {plan.input_shapes: plan for plan in plans}
     if code is None or code.target != target:
         return {}
-    if not all(linked.input_shapes in kept for linked in code.plans):
+    shapes = [linked.input_shapes for linked in code.plans]
+    if any(x not in kept or kept[x] != before.get(x) for x in shapes):
         return {}
     return {name: files[name] for name in (KERNELS, CODE)}
 

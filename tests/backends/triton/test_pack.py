@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
-from fastres.backends.triton.pack import Packed
+from fastres.backends.triton.pack import Key, Packed
+from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
 from fastres.graph.capture import capture
 from fastres.graph.ir import Graph
@@ -63,6 +65,33 @@ def test_weights_to_compile_for_take_no_memory() -> None:
         capture(network(1.0), [Input((1, 4, 4, 4))]).graph, torch.float16, torch.device("meta")
     )
     assert packed.filters("0.weight").is_meta
+
+
+def test_everything_made_is_found_by_its_key() -> None:
+    model = nn.ModuleDict(
+        {"a": nn.Conv2d(4, 6, 3), "b": nn.Conv2d(8, 6, 1), "n": nn.BatchNorm2d(6)}
+    )
+    model["c"], model["stem"] = nn.Linear(6, 5), nn.Conv2d(3, 8, 7)
+    constants = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    packed, again = (Packed(Graph((), (), (), constants, ""), torch.float16, CPU) for _ in range(2))
+    packed.filters("a.weight"), packed.matrix("a.weight", "b.weight"), packed.rows("c.weight")
+    packed.bias(["a.bias", "b.bias"]), packed.stem("stem.weight")
+    packed.scale_and_shift(Norm("n.running_mean", "n.running_var", None, "n.bias", 1e-5))
+    assert len(packed.made()) == 7
+    for key, made in packed.made().items():
+        text = msgspec.json.encode(key)
+        assert torch.equal(again.get(msgspec.json.decode(text, type=Key)), made)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [(), ("filters",), ("filters", "b"), ("filters", "a.bias"), ("odd", "a.weight"), (None, "a.x")],
+    ids=str,
+)
+def test_other_keys_are_refused(key: Key) -> None:
+    constants = {"a.weight": torch.ones(1, 1, 1, 1), "a.bias": torch.ones(1)}
+    with pytest.raises(ValueError, match="stands for no constants of this graph"):
+        Packed(Graph((), (), (), constants, ""), torch.float16, CPU).get(key)
 
 
 def test_weights_beyond_fp16_are_refused() -> None:
