@@ -63,8 +63,7 @@ def bottleneck() -> Saved:
         fastres.models.Bottleneck, (2, 1, 1, 1), version="v1.5", num_classes=16, planes=16, seed=0
     )
     shape = fastres.Input((3, 3, 32, 32))
-    graph = fastres.build(net.state_dict(), version="v1.5", inputs=shape)
-    return _saved(fastres.compile(graph, target="sm_90", precision="fp16"))
+    return _saved(fastres.compile(net.eval(), shape, target="sm_90", precision="fp16"))
 
 
 def _saved(engine: fastres.Engine) -> Saved:

@@ -186,23 +186,37 @@ def test_the_driver_wants_a_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("cuda_graph", [True, False])
-def test_equals_the_jit_bit_for_bit(tmp_path: Path, cuda_graph: bool) -> None:
+@pytest.mark.parametrize("planes", [None, 16], ids=["cifar", "bottleneck"])
+def test_equals_the_jit_bit_for_bit(tmp_path: Path, cuda_graph: bool, planes: int | None) -> None:
     major, minor = torch.cuda.get_device_capability()
-    net = fastres.models.cifar_resnet(8, seed=0).eval()
-    net = fastres.models.settle(net, torch.randn(8, 3, 16, 16))
-    shape = fastres.Input(SHAPES[0])
+    shape = (3, 3, 32, 32)
+    if planes is None:
+        net = fastres.models.cifar_resnet(8, seed=0)
+    else:
+        blocks = (2, 1, 1, 1)
+        net = fastres.models.ResNet(
+            fastres.models.Bottleneck, blocks, version="v1.5", planes=planes, seed=0
+        )
+    net = fastres.models.settle(net, torch.randn(8, *shape[1:]))
     engine = fastres.compile(
-        net, shape, target=f"sm_{major}{minor}", precision="fp16", cuda_graph=cuda_graph
+        net,
+        fastres.Input(shape),
+        target=f"sm_{major}{minor}",
+        precision="fp16",
+        cuda_graph=cuda_graph,
     )
     engine.save(tmp_path / "a.fastres")
-    x = torch.randn(SHAPES[0], device="cuda")
     jit = fastres.load(tmp_path / "a.fastres")
     driven = fastres.load(tmp_path / "a.fastres", trust_engine=True)
     assert any("left alone" in note for note in jit.info.account.notes)
     assert driven.info.account.notes == ()
     executable = driven._lowered.executable
     assert isinstance(executable, TritonExecutable)
-    assert isinstance(executable._runner(SHAPES), DriverRunner)
-    for _ in range(2):  # the second one is replayed
+    assert isinstance(executable._runner((shape,)), DriverRunner)
+    for _ in range(3):  # from the second on it is replayed
+        x = torch.randn(shape, device="cuda")
         assert torch.equal(driven(x), jit(x))
-    assert torch.equal(driven(x[:1]), jit(x[:1]))
+    assert torch.equal(driven(x[:1]), jit(x[:1]))  # a shape that nobody compiled
+    driven.save(tmp_path / "b.fastres")
+    again = fastres.load(tmp_path / "b.fastres", trust_engine=True)
+    assert again.info.account.notes == () and torch.equal(again(x), jit(x))
