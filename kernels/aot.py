@@ -28,6 +28,8 @@ TYPES = {
     torch.uint8: "u8",
 }
 _REGISTERS = re.compile(r"\bREG:(\d+)")
+# Triton 3.6 lists no attributes for constants other than texts; later versions list them for all
+_EVERY_ATTRIBUTE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 MATRIX = re.compile(r"U?T?C?[HIQ]G?MMA\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.M)
 
@@ -123,25 +125,24 @@ def source_of(launch: Launch) -> ASTSource:
     constants: dict[str, int | bool | str | None] = dict(launch.constants)
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for index, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments.get(name)
-        if not isinstance(value, TensorDescriptor):
-            attributes[(index,)] = []
-        if name in launch.constants:
+        value = launch.arguments.get(name, launch.constants.get(name))
+        one = isinstance(value, int) and value == 1
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif name in launch.constants or value is None or one:
             signature[name] = "constexpr"
+            constants[name] = value
+            if _EVERY_ATTRIBUTE or isinstance(value, str):
+                attributes[(index,)] = []
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value is None or value == 1:
-            signature[name] = "constexpr"
-            constants[name] = value
+            attributes[(index,)] = []
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = [] if value % 16 else [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
