@@ -7,7 +7,6 @@ made by `link_build.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -213,8 +212,3 @@ def values(launch: LinkedLaunch, arena: int, constants: Mapping[Key, int]) -> di
         return address(argument) if isinstance(argument, InArena | InConstant) else argument
 
     return {name: value(argument) for name, argument in launch.arguments.items()}
-
-
-def is_finite(argument: Argument) -> bool:
-    """Whether JSON can hold the number."""
-    return not isinstance(argument, float) or math.isfinite(argument)

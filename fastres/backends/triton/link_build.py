@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -18,7 +19,6 @@ from fastres.backends.triton.link import (
     LinkedPlan,
     Pointer,
     extent,
-    is_finite,
 )
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
@@ -81,10 +81,10 @@ def _arguments(launch: Launch, arena: torch.Tensor, constants: Packed) -> dict[s
             found[name] = Descriptor(base, value.shape, value.strides, value.fill_nan, value.tf32)
         elif isinstance(given, torch.Tensor):
             found[name] = _pointer(name, given, arena, constants)
-        elif is_finite(value):
+        elif value is None or math.isfinite(value):
             found[name] = value
         else:
-            raise ValueError(f"{name} is {value}, expected a finite number")
+            raise ValueError(f"{name} is {value}, expected a finite number: JSON has no other")
     return found
 
 
