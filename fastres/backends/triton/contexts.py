@@ -174,10 +174,14 @@ class Runner(ABC):
         ]
 
     def _new_arena(self) -> torch.Tensor:
-        """Memory for one context; what is in it does not matter."""
+        """Memory for one context.
+
+        Zeroed, as a batch smaller than the plan's leaves images as they are, and these are computed
+        too, as is all that `failing` launches on: not on what others left in memory.
+        """
         size = self.plan.arena_bytes
         try:
-            return torch.empty(size, dtype=torch.uint8, device=self._device)
+            return torch.zeros(size, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
             shapes = ", ".join(str(list(shape)) for shape in self.plan.input_shapes)
             weights = self._constants.nbytes

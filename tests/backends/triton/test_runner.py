@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -104,6 +104,10 @@ class TestInterpreted:
         part = runner.run([x[:2]])[0]
         assert part.shape[0] == 2 and torch.equal(part, whole[:2])
 
+    def test_images_beyond_a_smaller_batch_are_not_garbage(self, garbage_in_memory: None) -> None:
+        with runner_of(3).context() as context:
+            assert not context.arena.any()
+
     def test_two_callers_get_two_arenas(self) -> None:
         runner = runner_of(1)
         with runner.context() as one, runner.context() as other:
@@ -172,6 +176,14 @@ class TestInterpreted:
         monkeypatch.setattr(Launch, "run", or_fail)
         monkeypatch.setattr(backend, "_is_gpu", lambda device: True)
         return TritonExecutable(small_graph(), FP32, CPU, ((1, 3, 8, 8),))
+
+
+@pytest.fixture
+def garbage_in_memory() -> Iterator[None]:
+    """PyTorch fills what `torch.empty` returns: with NaN, and bytes with 255."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def convolutions(executable: TritonExecutable) -> list[LaunchConv2d]:
