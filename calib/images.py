@@ -60,16 +60,26 @@ class Preprocess(msgspec.Struct, frozen=True):
         Raises:
             ValueError: not an image, without pixels, or smaller than the crop.
         """
-        picture = self._resized(decode(image))
-        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
+        pixels = self.pixels(image).permute(2, 0, 1).float()
         if self.channels == "BGR":
             pixels = pixels.flip(0)
         mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (self.mean, self.std))
         return ((pixels * self.scale - mean) / std).contiguous()
 
-    def batch(self, images: Sequence[ImageLike]) -> torch.Tensor:
-        """Images of one size after preprocessing → float32 [N, 3, H, W]."""
-        tensors = [self(image) for image in images]
+    def pixels(self, image: ImageLike) -> torch.Tensor:
+        """One image, resized and cropped only → uint8 [H, W, 3] in RGB.
+
+        Raises:
+            ValueError: as for the whole.
+        """
+        return torch.from_numpy(np.array(self._resized(decode(image))))
+
+    def batch(self, images: Sequence[ImageLike], *, normalise: bool = True) -> torch.Tensor:
+        """Images of one size after preprocessing → float32 [N, 3, H, W].
+
+        Without `normalise`: uint8 [N, H, W, 3], for an engine that does the rest itself.
+        """
+        tensors = [self(image) if normalise else self.pixels(image) for image in images]
         if len({t.shape for t in tensors}) > 1:
             shapes = sorted({tuple(t.shape) for t in tensors})
             raise ValueError(f"the images differ in size ({shapes}); set resize and crop")
@@ -155,8 +165,12 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def batches(
-    images: Sequence[ImageLike], preprocess: Preprocess, batch_size: int
+    images: Sequence[ImageLike],
+    preprocess: Preprocess,
+    batch_size: int,
+    *,
+    normalise: bool = True,
 ) -> Iterator[torch.Tensor]:
-    """Preprocessed batches in order; the last may be smaller."""
+    """Preprocessed batches in order; the last may be smaller. `normalise`: see `batch`."""
     for start in range(0, len(images), batch_size):
-        yield preprocess.batch(images[start : start + batch_size])
+        yield preprocess.batch(images[start : start + batch_size], normalise=normalise)

@@ -31,7 +31,7 @@ from fastres.options import (
     Precision,
     as_device,
 )
-from fastres.source import Inputs, Model, examples, source_of
+from fastres.source import Inputs, Model, examples, source_of, taking_pictures
 from fastres.weights import is_finite, oddity, read_weights
 
 
@@ -46,6 +46,7 @@ def compile(
     max_batch_size: int | None = None,
     oversize: Oversize = "split",
     preprocess: Preprocess | None = None,
+    io_dtype: torch.dtype | None = None,
     on_unsupported: OnUnsupported = "error",
     verify: bool = False,
     threads: int | None = None,
@@ -69,6 +70,9 @@ def compile(
         device: None takes the backend's own.
         max_batch_size: larger batches are run in parts, or refused with oversize="error".
         preprocess: how images become inputs; kept with the engine, used by `engine.predict`.
+        io_dtype: torch.uint8 for an engine that is called with decoded pictures, uint8
+            [N, H, W, 3] in RGB, and normalises them as `preprocess` says; resizing and cropping
+            remain the caller's. None keeps the model's input.
         on_unsupported: "error" refuses a model with nodes that the backend does not take and lists
             them; "fallback" runs those in PyTorch and says so in `engine.info`.
         verify: cross-check against the model on random input before returning.
@@ -111,7 +115,14 @@ def compile(
         raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
     if not isinstance(verify, bool):
         raise InputError(f"verify is {verify!r}; give True or False")
+    if io_dtype is not None and io_dtype is not torch.uint8:
+        raise InputError(
+            f"io_dtype is {io_dtype!r}; give torch.uint8 for an engine that normalises pictures "
+            "itself, or None for one that is called as the model is"
+        )
     source = source_of(model, inputs)
+    if io_dtype is not None:
+        source = taking_pictures(source, preprocess)
     if source.largest_batch is not None:
         limit = min(source.largest_batch, options.max_batch_size or source.largest_batch)
         options = replace(options, max_batch_size=limit)

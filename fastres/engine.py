@@ -18,12 +18,12 @@ from fastres.backends.base import Backend, Executable, Refusal
 from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import ImageLike, Preprocess, batches
 from fastres.engine_info import EngineInfo, describe
+from fastres.engine_inputs import EngineInputs
 from fastres.errors import FastresError, InputError
-from fastres.graph.ir import Graph, Sym, Value
+from fastres.graph.ir import Graph, Normalize
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input, Options, PathLike, integer
 from fastres.streams import OnStreams
-from fastres.weights import oddity
 
 if TYPE_CHECKING:
     from fastres.profiling import Profile
@@ -87,6 +87,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._tree = pytree.treespec_loads(self.graph.output_tree)
+        self._given = EngineInputs(self.graph, self.inputs, self.options)
 
     @property
     def graph(self) -> Graph:
@@ -109,13 +110,19 @@ class Engine:
         assert self.options.device is not None  # settled when the backend was chosen
         return self.options.device
 
+    @property
+    def io_dtype(self) -> torch.dtype | None:
+        """torch.uint8 if the engine is called with decoded pictures; None: as the model is."""
+        return torch.uint8 if self._given.pictures else None
+
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """Runs the network.
 
         Args:
             inputs: as the model takes them: [N, C, H, W], contiguous or channels_last, in the
-                model's dtype, on the engine's device. N may be 0; above `max_batch_size` the batch
-                is run in parts.
+                model's dtype, on the engine's device; with `io_dtype=torch.uint8` decoded pictures,
+                uint8 [N, H, W, 3] in RGB. N may be 0; above `max_batch_size` the batch is run in
+                parts.
 
         Returns:
             What the model returns (a tensor, or the same nesting of tensors), on the same device,
@@ -125,7 +132,8 @@ class Engine:
             InputError: an input does not fit; says what was expected and what came.
         """
         lowered = self._open()
-        size = self._check(inputs)
+        size = self._given.check(inputs)
+        inputs = self.planar(inputs)
         if any(x.is_neg() for x in inputs):  # a minus sign is pending on a view
             inputs = tuple(x.resolve_neg() for x in inputs)
         if size == 0:
@@ -138,6 +146,10 @@ class Engine:
             for y, dtype in zip(outputs, lowered.dtypes, strict=True)
         ]
         return typed[0] if self._tree.is_leaf() else pytree.tree_unflatten(typed, self._tree)
+
+    def planar(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Inputs as the graph takes them: decoded pictures are seen as [N, 3, H, W]."""
+        return self._given.planar(inputs)
 
     def _run(
         self, executable: Executable, inputs: Sequence[torch.Tensor], size: int
@@ -189,12 +201,19 @@ class Engine:
         """Classifies images: decoded, preprocessed as in training, softmax, `top_k` best.
 
         Raises:
-            InputError: the engine has no `preprocess`, the images are unreadable, or the network
-                does not return one [N, classes] tensor.
+            InputError: the engine has no `preprocess`, or one with other numbers than it
+                normalises by; the images are unreadable, or the network does not return one
+                [N, classes] tensor.
         """
         if self.preprocess is None:
             raise InputError(
                 "this engine has no preprocess: compile with preprocess=Preprocess(...)"
+            )
+        fused = self.graph.normalize
+        if fused is not None and fused.op != Normalize.of(self.preprocess):
+            raise InputError(
+                f"this engine was compiled to normalise by {fused.op}, its preprocess says "
+                f"{Normalize.of(self.preprocess)}: compile it again to change these"
             )
         batch_size, top_k = integer("batch_size", batch_size), integer("top_k", top_k)
         if isinstance(images, str) or not isinstance(images, Sequence):
@@ -202,8 +221,8 @@ class Engine:
             raise InputError(f"images is {kind}; give a list of images, [image] for one")
         found: list[Prediction] = []
         try:
-            loaded = (x.to(self.device) for x in batches(images, self.preprocess, batch_size))
-            for logits in self.map(loaded):
+            loaded = batches(images, self.preprocess, batch_size, normalise=fused is None)
+            for logits in self.map(x.to(self.device) for x in loaded):
                 if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
                     raise InputError("predict needs a network that returns one [N, classes] tensor")
                 best = logits.float().softmax(1).topk(min(top_k, logits.shape[1]))
@@ -236,9 +255,9 @@ class Engine:
         from fastres.profiling import make_profile
 
         lowered = self._open()
-        if self._check(inputs) == 0:
+        if self._given.check(inputs) == 0:
             raise InputError("the batch is empty: there is nothing to profile")
-        inputs = tuple(x.resolve_neg() for x in inputs)
+        inputs = tuple(x.resolve_neg() for x in self.planar(inputs))
         shapes = infer_shapes(lowered.graph, [tuple(x.shape) for x in inputs])
         executable = lowered.executable
         return make_profile(
@@ -294,7 +313,7 @@ class Engine:
         )
 
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{value.name}: {value.spec}" for value in self.graph.inputs)
+        inputs = ", ".join(map(str, self._given.taken))
         return (
             f"Engine({inputs}; {len(self.graph.nodes)} nodes on {self.backend.name} in "
             f"{self.options.precision})"
@@ -322,62 +341,3 @@ class Engine:
             raise InputError(
                 f"the batch is empty, and the model has no result for it: {error}"
             ) from error
-
-    def _check(self, inputs: Sequence[torch.Tensor]) -> int:
-        """Checks every input and returns the batch size."""
-        values = self.graph.inputs
-        if len(inputs) != len(values):
-            names = ", ".join(value.name for value in values)
-            raise InputError(f"expected {len(values)} inputs ({names}), got {len(inputs)}")
-        sizes: dict[str, int] = {}  # of each symbol
-        for given, value, allowed in zip(inputs, values, self.inputs, strict=True):
-            if not isinstance(given, torch.Tensor):
-                raise InputError(
-                    f"{value.name}: expected a torch.Tensor {value.spec}, got "
-                    f"{type(given).__module__}.{type(given).__qualname__}"
-                )
-            self._check_tensor(given, value, allowed)
-            for dim, size in zip(value.spec.shape, given.shape, strict=True):
-                if isinstance(dim, Sym) and sizes.setdefault(dim.symbol, size) != size:
-                    raise InputError(
-                        f"{value.name}: expected {value.spec} with the {dim.symbol} of the inputs "
-                        f"before it, {sizes[dim.symbol]}; got {list(given.shape)}"
-                    )
-        size = max(int(given.shape[0]) for given in inputs)
-        limit = self.options.max_batch_size
-        if limit is not None and size > limit and self.options.oversize == "error":
-            raise InputError(
-                f"the batch is {size}, max_batch_size is {limit}; see oversize='split'"
-            )
-        return size
-
-    def _check_tensor(self, given: torch.Tensor, value: Value, allowed: Input) -> None:
-        spec = value.spec
-        if given.dtype != spec.torch_dtype:
-            raise InputError(
-                f"{value.name}: expected dtype {spec.torch_dtype}, got {given.dtype}; "
-                f"convert it with x.to({spec.torch_dtype})"
-            )
-        if (odd := oddity(given)) or given.device != self.device:
-            raise InputError(
-                f"{value.name}: expected a dense tensor on {self.device}, got {odd or given.device}"
-            )
-        fits = given.dim() == len(spec.shape)
-        for i, dim in enumerate(spec.shape if fits else ()):
-            size = given.shape[i]
-            if isinstance(dim, int):
-                fits = fits and size == dim
-            elif i > 0:
-                fits = fits and allowed.smallest[i] <= size <= allowed.largest[i]
-        if not fits:
-            raise InputError(
-                f"{value.name}: expected [{_expected(value, allowed)}], got {list(given.shape)}"
-            )
-
-
-def _expected(value: Value, allowed: Input) -> str:
-    parts = []
-    for i, dim in enumerate(value.spec.shape):
-        ranged = isinstance(dim, Sym) and i > 0
-        parts.append(f"{allowed.smallest[i]}..{allowed.largest[i]}" if ranged else str(dim))
-    return ", ".join(parts)

@@ -15,7 +15,7 @@ from fastres.graph.ir import Graph
 from fastres.options import DTYPE_OF, is_number
 from fastres.parity_layers import Batch, LayerCheck, find_first, on_device
 from fastres.parity_report import Comparison, ParityReport, Policy, notes_on
-from fastres.references import GraphReference, ModelReference, Reference
+from fastres.references import GraphReference, ModelReference, PictureReference, Reference
 from fastres.tolerances import FLOOR, Distance
 from fastres.weights import oddity
 
@@ -48,7 +48,9 @@ def verify(
         candidate: an engine; or, for the whole model only, anything that is called as the model
             is. Its precision is then taken to be the dtype that it returns.
         data: a batch, or an iterable of batches; a batch of a model with several inputs is a tuple
-            of tensors. Real pictures: on noise and on untrained weights hardly anything fails.
+            of tensors. For an engine with `io_dtype=torch.uint8`, decoded pictures as it takes
+            them; the model is given the same, normalised in float64. Real pictures: on noise and on
+            untrained weights hardly anything fails.
         layerwise: compare every node of the candidate's graph, too. For that the graph is lowered
             with all its values as outputs, which keeps a runtime from some of its own fusions: it
             is another executable than the engine's own.
@@ -82,7 +84,7 @@ def verify(
         check.add(batch)
         if engine is not None and layerwise:
             layers = layers or LayerCheck(engine, check.reference, check.policy)
-            layers.add(batch)
+            layers.add(engine.planar(batch))
     outputs = check.rows()
     notes = notes_on(outputs, check.images)
     bisection = None
@@ -121,6 +123,7 @@ class _Check:
 
     def add(self, batch: Batch) -> None:
         got = _run(self._candidate, batch)
+        batch = _planar(self._candidate, batch)
         if not self.images:
             self.policy = replace(self.policy, dtype=_precision(self._candidate, got))
         want = self.reference.run(batch, torch.float64)
@@ -193,10 +196,22 @@ class _Leaf:
 
 
 def _reference(reference: object, engine: Engine | None) -> Reference:
+    node = None if engine is None else engine.graph.normalize
     if isinstance(reference, torch.nn.Module):
-        return ModelReference(reference, engine.inputs if engine is not None else ())
+        inputs = () if engine is None else engine.inputs
+        if node is None:
+            return ModelReference(reference, inputs)
+        floats = [replace(entry, dtype=node.spec.torch_dtype) for entry in inputs]
+        return PictureReference(ModelReference(reference, floats), node)
     if isinstance(reference, Engine | Graph):
-        return GraphReference(reference.graph if isinstance(reference, Engine) else reference)
+        graph = reference.graph if isinstance(reference, Engine) else reference
+        inner = GraphReference(graph)
+        if graph.normalize is not None and node is None:
+            raise InputError(
+                "the reference takes decoded pictures, the candidate does not: compile both with "
+                "the same io_dtype, or give the model as the reference"
+            )
+        return inner if node is None or graph.normalize else PictureReference(inner, node)
     raise InputError(
         f"reference is {type(reference).__name__}; expected an nn.Module, a Graph or an Engine"
     )
@@ -229,6 +244,10 @@ def _batches(data: object) -> Iterator[Batch]:
 def _run(candidate: Any, batch: Batch) -> Any:
     given = on_device(candidate, batch) if isinstance(candidate, Engine) else batch
     return candidate(*given)
+
+
+def _planar(candidate: Any, batch: Batch) -> Batch:
+    return candidate.planar(batch) if isinstance(candidate, Engine) else batch
 
 
 def _precision(candidate: Any, output: Any) -> torch.dtype:

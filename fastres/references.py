@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from fastres.backends.reference import ReferenceExecutable
 from fastres.errors import InputError
 from fastres.graph.capture import Captured, capture
 from fastres.graph.export import TORCH_STATE, no_autocast
-from fastres.graph.ir import Graph
+from fastres.graph.ir import Graph, Node, Normalize
 from fastres.options import Input
 
 Tensors = Sequence[torch.Tensor]
@@ -100,6 +101,42 @@ class ModelReference:
         if self._captured is None:
             self._captured = capture(self._model, self._inputs)
         return self._captured
+
+
+class PictureReference:
+    """A reference of a model without the normalisation, fed decoded pictures [N, 3, H, W].
+
+    They are normalised in float64 and rounded once, to the dtype it runs in.
+
+    Args:
+        inner: what takes the normalised pictures.
+        node: the engine's Normalize.
+    """
+
+    def __init__(self, inner: Reference, node: Node) -> None:
+        assert isinstance(node.op, Normalize)
+        self.name, self.dtype = inner.name, inner.dtype
+        self._inner, self._node, self._op = inner, node, node.op
+
+    def run(self, inputs: Tensors, dtype: torch.dtype) -> Any:
+        return self._inner.run([self._normalised(inputs)], dtype)
+
+    def walk(self, inputs: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        x = self._normalised(inputs)
+        rest = self._inner.walk([x], dtype)  # exports the model now, not when it is asked for
+        return chain([(self._node.origins[-1], x.to(dtype))], rest)
+
+    def values(
+        self, inputs: Tensors, dtype: torch.dtype, names: Collection[str]
+    ) -> dict[str, torch.Tensor]:
+        x, own = self._normalised(inputs), self._node.origins[-1]
+        found = self._inner.values([x], dtype, set(names) - {own})
+        return found | ({own: x.to(dtype)} if own in names else {})
+
+    def _normalised(self, inputs: Tensors) -> torch.Tensor:
+        (x,), op = inputs, self._op
+        mean, std = (x.new_tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (op.mean, op.std))
+        return ((x.flip(1) if op.flip else x).double() * op.scale - mean) / std
 
 
 class GraphReference:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch.export import ExportedProgram
 
+from fastres.calib.images import Preprocess
 from fastres.errors import InputError
+from fastres.graph import laws
 from fastres.graph.capture import capture
 from fastres.graph.export import inputs_of_program
-from fastres.graph.ir import Graph, Sym
-from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
+from fastres.graph.ir import Graph, Node, Normalize, Sym, TensorSpec, Value
+from fastres.graph.passes.merging import rename_inputs
+from fastres.options import ANY_BATCH, Input, Sizes, is_number, usual_sizes
 from fastres.weights import oddity
 
 Model = torch.nn.Module | ExportedProgram | Graph
@@ -70,6 +73,43 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
     return Source(graph, typed, weights, ignored, chosen=True)
 
 
+def taking_pictures(source: Source, preprocess: Preprocess | None) -> Source:
+    """The same, fed decoded pictures, uint8 [N, H, W, 3], which the graph normalises itself.
+
+    Raises:
+        InputError: there is no preprocess, its numbers are none to normalise by, or the network
+            does not take one normalised picture [N, 3, H, W].
+    """
+    if preprocess is None:
+        raise InputError(
+            "io_dtype=torch.uint8 leaves normalising to the engine: say how, by "
+            "preprocess=Preprocess(mean=..., std=...)"
+        )
+    graph = source.graph
+    specs = [value.spec for value in graph.inputs]
+    shapes = [spec.shape for spec in specs]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3:
+        raise InputError(
+            f"the network takes {', '.join(map(str, specs))}; io_dtype=torch.uint8 is for networks "
+            "of one input [N, 3, H, W]: leave it out, and normalise the inputs yourself"
+        )
+    if not specs[0].torch_dtype.is_floating_point:
+        raise InputError(f"the network takes {specs[0]} already: leave out io_dtype=torch.uint8")
+    op = Normalize.of(preprocess)
+    if not all(is_number(factor) for factors in op.factors for factor in factors):
+        raise InputError(f"{op} does not normalise: mean, std and scale must be finite numbers")
+    (value,) = graph.inputs
+    name = f"{value.name}.normalize"
+    nodes = [rename_inputs(node, {value.name: name}) for node in graph.nodes]
+    taking = graph.replace(
+        inputs=(Value(value.name, TensorSpec(value.spec.shape, "uint8")),),
+        nodes=(Node(name, op, (value.name,), value.spec), *nodes),
+        outputs=tuple(name if output == value.name else output for output in graph.outputs),
+    )
+    inputs = tuple(replace(entry, dtype=torch.uint8) for entry in source.inputs)
+    return replace(source, graph=laws.check(taking, "taking in pictures"), inputs=inputs)
+
+
 def examples(source: Source) -> list[tuple[torch.Tensor, ...]]:
     """Random inputs: a batch of one, another batch, and both ends of what H and W range over."""
     batch = source.graph.inputs[0].spec.shape[0]
@@ -83,10 +123,13 @@ def examples(source: Source) -> list[tuple[torch.Tensor, ...]]:
     }
     dtypes = [v.spec.torch_dtype for v in source.graph.inputs]
     random = torch.Generator().manual_seed(0)
-    return [
+    given = [
         tuple(_random(shape, dtype, random) for shape, dtype in zip(example, dtypes, strict=True))
         for example in sorted(shapes)
     ]
+    if source.graph.normalize is None:
+        return given
+    return [tuple(x.permute(0, 2, 3, 1) for x in example) for example in given]
 
 
 def _random(shape: Sizes, dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:

@@ -43,6 +43,26 @@ def conv2d(
     return _finish(y if residual is None else y + residual, activation)
 
 
+def normalize(
+    x: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    scale: float,
+    flip: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y = (x * scale - mean) / std per channel of [N, C, H, W], at least in fp32, rounded once.
+
+    Args:
+        flip: reverse the channels before.
+        dtype: of y.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    means, stds = (torch.tensor(v, dtype=wide, device=x.device).view(-1, 1, 1) for v in (mean, std))
+    pixels = (x.flip(1) if flip else x).to(wide)
+    return ((pixels * scale - means) / stds).to(dtype)
+
+
 def batch_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fastres.options", "fastres.models"),
     ("fastres.weights", "fastres.graph"),
     ("fastres.backends",),
-    ("fastres.engine", "fastres.engine_info"),
+    ("fastres.engine", "fastres.engine_info", "fastres.engine_inputs"),
     (
         "fastres.artifact",
         "fastres.container",

@@ -110,6 +110,7 @@ class CpuExecutable:
 
     def __init__(self, graph: Graph, options: Options) -> None:
         self._graph = graph
+        self._pictures = () if graph.normalize is None else graph.normalize.inputs
         precision = options.precision or "fp32"
         self._config = cpu_config(precision, options.hint, options.num_threads)
         self._reshaping = threading.Lock()
@@ -123,11 +124,10 @@ class CpuExecutable:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # Nothing here may be a parallel operation of PyTorch: its threads would then spin for 2 ms
         # on the cores that OpenVINO is about to use.
-        arrays = [_plain(tensor) for tensor in inputs]
-        outputs = self._plans.get(tuple(tuple(a.shape) for a in arrays)).run(arrays)
+        outputs = self._plans.get(_shapes(inputs)).run(self._arrays(inputs))
         if outputs is None:
             # OpenVINO's ReLU and max pool turn NaN into a number; PyTorch's keep it
-            return ReferenceExecutable(self._graph, torch.float32).run(arrays)
+            return ReferenceExecutable(self._graph, torch.float32).run(inputs)
         return outputs
 
     def precisions(self) -> dict[str, str]:
@@ -135,9 +135,7 @@ class CpuExecutable:
         return self._plans.latest().precisions()
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
-        arrays = [_plain(tensor) for tensor in inputs]
-        shapes = tuple(tuple(a.shape) for a in arrays)
-        return self._compile(shapes, counters=True).profile(arrays)
+        return self._compile(_shapes(inputs), counters=True).profile(self._arrays(inputs))
 
     def account(self) -> Account:
         return Account()
@@ -145,12 +143,23 @@ class CpuExecutable:
     def compiled(self) -> dict[str, bytes]:
         return {}
 
+    def _arrays(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each input as the ONNX form takes it."""
+        named = zip(self._graph.inputs, inputs, strict=True)
+        return [
+            x.permute(0, 2, 3, 1).contiguous() if value.name in self._pictures else _plain(x)
+            for value, x in named
+        ]
+
     def _compile(self, shapes: Shapes, counters: bool = False) -> _Plan:
-        names = [value.name for value in self._graph.inputs]
+        given = {v.name: list(s) for v, s in zip(self._graph.inputs, shapes, strict=True)}
+        for name in self._pictures:
+            n, c, h, w = given[name]
+            given[name] = [n, h, w, c]
         config = {**self._config, "PERF_COUNT": counters}
         what = f"compile the network for inputs {[list(shape) for shape in shapes]}"
         with self._reshaping, refusing(what):  # the one model is bent to each shape in turn
-            self._model.reshape({n: list(s) for n, s in zip(names, shapes, strict=True)})
+            self._model.reshape(given)
             compiled = core().compile_model(self._model, "CPU", config)
         sizes = infer_shapes(self._graph, shapes)
         for name, port in zip(self._graph.outputs, compiled.outputs, strict=True):
@@ -205,6 +214,8 @@ class _Plan:
         found: dict[str, str] = {}
         for op in self._compiled.get_runtime_model().get_ops():
             info = op.rt_info
+            if _text(info, "runtimePrecision") == "u8":
+                continue  # bytes of pictures, on their way to numbers
             name = {"f32": "fp32", "f16": "fp16"}.get(_text(info, "runtimePrecision"))
             for origin in _origins(_text(info, "originalLayersNames")):
                 found.setdefault(origin, name or _text(info, "runtimePrecision"))
@@ -234,6 +245,10 @@ class _Plan:
             return self._compiled.create_infer_request()
 
 
+def _shapes(inputs: Sequence[torch.Tensor]) -> Shapes:
+    return tuple(tuple(tensor.shape) for tensor in inputs)
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers in contiguous float32, as numpy can see them."""
     if tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.requires_grad:
@@ -247,6 +262,8 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
     It is not for NaN and infinities, nor for values that would sooner or later overflow inside a
     network. Row by row, since BLAS takes threads for longer ones, which would be in the way.
     """
+    if not tensor.is_floating_point():
+        return True
     numbers = tensor.view(-1).numpy()
     even = numbers.size // _ROW * _ROW
     rows, rest = numbers[:even].reshape(-1, _ROW), numbers[even:]

@@ -25,6 +25,7 @@ from fastres.graph.ir import (
     MaxPool,
     Mul,
     Node,
+    Normalize,
     Pad,
     Slice,
     Softmax,
@@ -160,6 +161,9 @@ def evaluate(
     params = {slot: constants[name] for slot, name in node.params.items()}
     if isinstance(node.op, Aten):
         return aten.call(node.op, inputs, dtype)
+    if isinstance(node.op, Normalize):
+        op, made = node.op, dtype or node.spec.torch_dtype
+        return meaning.normalize(inputs[0], op.mean, op.std, op.scale, op.flip, made)
     return _EVALUATE[type(node.op)](node.op, inputs, params)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import torch
 
+from fastres.calib.images import Preprocess
 from fastres.kernels.epilogue import ActivationKind, Epilogue
 from fastres.kernels.geometry import Pair
 
@@ -99,6 +100,32 @@ class Conv2d(msgspec.Struct, frozen=True, tag=True):
     dilation: Pair = (1, 1)
     groups: int = 1
     epilogue: Epilogue = Epilogue()
+
+
+class Normalize(msgspec.Struct, frozen=True, tag=True):
+    """y = (x * scale - mean) / std per channel, of decoded pictures; with `flip`, from BGR to RGB
+    or back before.
+
+    Reads a graph input, uint8 [N, 3, H, W], that nothing else reads. Whoever runs the graph lays
+    it out as pictures are decoded: pixel by pixel, a view of [N, H, W, 3].
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    scale: float = 1 / 255
+    flip: bool = False
+
+    @classmethod
+    def of(cls, preprocess: Preprocess) -> Normalize:
+        """What a Preprocess does after decoding, resizing and cropping."""
+        flip = preprocess.channels == "BGR"
+        return cls(preprocess.mean, preprocess.std, preprocess.scale, flip)
+
+    @property
+    def factors(self) -> tuple[list[float], list[float]]:
+        """a and b of y = a * x + b, by channel."""
+        pairs = list(zip(self.mean, self.std, strict=True))
+        return [self.scale / std for _, std in pairs], [-mean / std for mean, std in pairs]
 
 
 class BatchNorm(msgspec.Struct, frozen=True, tag=True):
@@ -208,6 +235,7 @@ class Aten(msgspec.Struct, frozen=True, tag=True):
 
 Op = (
     Conv2d
+    | Normalize
     | BatchNorm
     | Activation
     | Add
@@ -301,6 +329,11 @@ class Graph:
         tensors = (t.dtype for t in self.constants.values())
         dtypes = (*tensors, *(value.spec.torch_dtype for value in self.inputs))
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+    @property
+    def normalize(self) -> Node | None:
+        """The node that normalises decoded pictures; None where the model is fed as it was."""
+        return next((node for node in self.nodes if isinstance(node.op, Normalize)), None)
 
     def users(self) -> dict[str, list[Node]]:
         """Which nodes read each value; a graph output is not a user (see `outputs`)."""

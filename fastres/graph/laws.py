@@ -5,6 +5,7 @@
 3. Every node's spec is what the shape rules say, and its dtype is that of all its inputs.
 4. Inputs are as many as the operation takes; parameters fill exactly the slots that it has.
 5. A variable size of a graph input is a bare symbol (N, H, W): an engine can only read those off.
+6. A Normalize makes a floating-point value of a graph input in uint8, which it alone reads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastres.graph.ir import (
     Linear,
     Mul,
     Node,
+    Normalize,
     Op,
     Shape,
     Sym,
@@ -67,7 +69,9 @@ def _check(graph: Graph) -> None:
             want = ", ".join(map(str, shape))
             raise GraphError(f"{node.name} claims {node.spec}, the shape rules say [{want}]")
         dtypes = {graph.spec(name).dtype for name in node.inputs}
-        if dtypes != {node.spec.dtype} and not isinstance(node.op, Aten):
+        if isinstance(node.op, Normalize):
+            _check_normalize(graph, node)
+        elif dtypes != {node.spec.dtype} and not isinstance(node.op, Aten):
             found = ", ".join(sorted(dtypes))
             raise GraphError(f"{node.name} claims {node.spec}, its inputs are {found}")
         shapes[node.name] = shape
@@ -80,6 +84,14 @@ def _check(graph: Graph) -> None:
         raise GraphError(f"the output tree cannot be read: {error}") from error
     if leaves != len(graph.outputs):
         raise GraphError(f"{len(graph.outputs)} outputs, but the output tree has {leaves} leaves")
+
+
+def _check_normalize(graph: Graph, node: Node) -> None:
+    (name,) = node.inputs
+    given = {value.name: value.spec.dtype for value in graph.inputs}.get(name)
+    alone = graph.sole_user(graph.users(), name) is node
+    if given != "uint8" or not alone or not node.spec.torch_dtype.is_floating_point:
+        raise GraphError(f"{node.name} must alone read an input in uint8, and make it floating")
 
 
 def _unique(graph: Graph, name: str, seen: dict[str, Shape]) -> None:

@@ -21,6 +21,7 @@ from fastres.graph.ir import (
     BatchNorm,
     Concat,
     Conv2d,
+    Dim,
     Flatten,
     GlobalAvgPool,
     Graph,
@@ -28,10 +29,12 @@ from fastres.graph.ir import (
     MaxPool,
     Mul,
     Node,
+    Normalize,
     Pad,
     Slice,
     Softmax,
     TensorSpec,
+    Value,
     op_name,
 )
 from fastres.kernels.epilogue import ActivationKind
@@ -64,6 +67,8 @@ def refusal(node: Node) -> str | None:
 def to_onnx(graph: Graph, *, weights_as_inputs: bool = False) -> onnx.ModelProto:
     """Writes a graph as a float32 ONNX model with the same inputs, outputs and symbolic sizes.
 
+    Pictures that a Normalize reads are an input in uint8 [N, H, W, 3].
+
     Args:
         graph: lawful; every node one that `refusal` has nothing against.
         weights_as_inputs: leave the constants' values out and declare them as further inputs of
@@ -75,7 +80,7 @@ def to_onnx(graph: Graph, *, weights_as_inputs: bool = False) -> onnx.ModelProto
     proto = helper.make_graph(
         writer.nodes,
         "fastres",
-        [_value_info(value.name, value.spec) for value in graph.inputs]
+        [_input_info(graph, value) for value in graph.inputs]
         + [_value_info(name, graph.spec(name)) for name in writer.read if weights_as_inputs],
         [_value_info(name, graph.spec(name)) for name in graph.outputs],
         writer.initializers
@@ -92,9 +97,19 @@ def origin_of(onnx_name: str) -> str:
     return onnx_name.split("/", 1)[0]
 
 
+def _input_info(graph: Graph, value: Value) -> onnx.ValueInfoProto:
+    if graph.normalize is None or value.name not in graph.normalize.inputs:
+        return _value_info(value.name, value.spec)
+    n, c, h, w = map(_dim, value.spec.shape)
+    return helper.make_tensor_value_info(value.name, onnx.TensorProto.UINT8, [n, h, w, c])
+
+
 def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
-    dims = [size if isinstance(size, int) else str(size) for size in spec.shape]
-    return helper.make_tensor_value_info(name, _FLOAT, dims)
+    return helper.make_tensor_value_info(name, _FLOAT, list(map(_dim, spec.shape)))
+
+
+def _dim(size: Dim) -> int | str:
+    return size if isinstance(size, int) else str(size)
 
 
 def _weight(graph: Graph, name: str) -> onnx.TensorProto:
@@ -169,6 +184,23 @@ def _conv2d(w: _Writer, node: Node) -> None:
         w.emit("Add", f"{node.name}/add", [value, w.inputs(node)[1]], f"{node.name}/sum")
         value = f"{node.name}/sum"
     w.activate(node, op.epilogue.activation, value)
+
+
+def _normalize(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Normalize)
+    name, (value,) = node.name, w.inputs(node)
+    if node.op.flip:
+        order = w.ints(node, "order", (2, 1, 0))
+        w.emit("Gather", f"{name}/flip", [value, order], f"{name}/flipped", axis=3)
+        value = f"{name}/flipped"
+    w.emit("Transpose", f"{name}/transpose", [value], f"{name}/planes", perm=(0, 3, 1, 2))
+    w.emit("Cast", f"{name}/cast", [f"{name}/planes"], f"{name}/pixels", to=_FLOAT)
+    a, b = (
+        w.initializer(f"{name}/{kind}", _FLOAT, np.asarray(v, np.float32).reshape(1, 3, 1, 1))
+        for kind, v in zip("ab", node.op.factors, strict=True)
+    )
+    w.emit("Mul", f"{name}/scale", [f"{name}/pixels", a], f"{name}/scaled")
+    w.emit("Add", name, [f"{name}/scaled", b], name)
 
 
 def _batch_norm(w: _Writer, node: Node) -> None:
@@ -297,6 +329,7 @@ def _softmax(w: _Writer, node: Node) -> None:
 
 _WRITERS: dict[type, Callable[[_Writer, Node], None]] = {
     Conv2d: _conv2d,
+    Normalize: _normalize,
     BatchNorm: _batch_norm,
     Activation: _activation,
     Add: _add,

@@ -26,6 +26,7 @@ from fastres.graph.ir import (
     MaxPool,
     Mul,
     Node,
+    Normalize,
     Op,
     Pad,
     Shape,
@@ -169,6 +170,13 @@ def _(op: BatchNorm, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Sh
 @_rule.register(Activation)
 @_rule.register(Softmax)
 def _(op: Activation | Softmax, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
+    return inputs[0]
+
+
+@_rule.register
+def _(op: Normalize, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
+    if len(inputs[0]) != 4 or inputs[0][1] != len(op.mean):
+        raise GraphError(f"pictures of {len(op.mean)} channels, [N, 3, H, W], are normalised")
     return inputs[0]
 
 

@@ -74,15 +74,25 @@ def bind(
     return ()
 
 
-def load(step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
+def load(step: LoadInput, given: torch.Tensor, target: torch.Tensor, constants: Packed) -> None:
     """Brings an input of the caller's into the plan's memory; `given` may have fewer images."""
     if given.dim() != 4:
         target[: given.shape[0]].copy_(given)
         return
     if given.dtype not in PICTURE_DTYPES:
         given = given.float()  # of a model in float64, which runs in fp32
+    load_launch(step, given, target, constants).run()
+
+
+def load_launch(
+    step: LoadInput, given: torch.Tensor, target: torch.Tensor, constants: Packed
+) -> Launch:
+    """The call that brings a picture in; the channels of one in BGR are turned before."""
     launch = space_to_depth_launch if step.folded else to_nhwc_launch
-    launch(given, target).run()
+    if step.normalize is None:
+        return launch(given, target)
+    turned = given.flip(1) if step.normalize.flip else given
+    return launch(turned, target, normalise=constants.factors(step.normalize))
 
 
 def _conv2d(

@@ -33,6 +33,7 @@ from fastres.backends.triton.regions import (
     Boundary,
     ShortcutA,
     boundaries,
+    entries,
     pool_of,
     projections,
     shortcuts,
@@ -53,6 +54,7 @@ from fastres.graph.ir import (
     Linear,
     MaxPool,
     Node,
+    Normalize,
 )
 from fastres.graph.shapes import infer_shapes
 from fastres.kernels.boxes import BoxTile
@@ -73,7 +75,7 @@ def refusals(graph: Graph) -> tuple[Refusal, ...]:
 
 def _refusal(node: Node, graph: Graph) -> str | None:
     op = node.op
-    if isinstance(op, Conv2d | MaxPool | AvgPool | GlobalAvgPool):
+    if isinstance(op, Conv2d | MaxPool | AvgPool | GlobalAvgPool | Normalize):
         return None
     if isinstance(op, Add | BatchNorm | Activation):
         return _elementwise_refusal(node, graph)
@@ -143,7 +145,7 @@ class _Planner:
         self.reckoner = Reckoner(graph, self.shapes, precision, tiles, recorded)
         self.shortcuts = shortcuts(graph)
         self.covered = {name for view in self.shortcuts.values() for name in view.covers}
-        self.folded: set[str] = set()  # graph inputs that stems read
+        self.folded: set[str] = set()  # entries that stems read
         self.stems: dict[str, ConvTile] = {}  # that read folded pictures
         self.pooled: dict[str, Node] = {}  # by the name of a max pool: its stem
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
@@ -154,15 +156,17 @@ class _Planner:
 
     def plan(self) -> Plan:
         self._decide_regions()
-        for value in self.graph.inputs:
-            self._place(value.name)
-            folded = value.name in self.folded
+        for value, entry in zip(self.graph.inputs, entries(self.graph), strict=True):
+            self._place(entry.name)
+            folded = entry.name in self.folded
             if folded:
-                n, _, h, w = self.shapes[value.name]
-                self.places[value.name] = packed_shape(n, h, w), self.dtype
-            self.steps.append(LoadInput(value.name, value.name, value.name, folded))
+                n, _, h, w = self.shapes[entry.name]
+                self.places[entry.name] = packed_shape(n, h, w), self.dtype
+            op = entry.op if isinstance(entry, Node) else None
+            assert isinstance(op, Normalize | None)
+            self.steps.append(LoadInput(entry.name, value.name, entry.name, folded, op))
         for node in self.graph.nodes:
-            if node.name not in self.covered:
+            if node.name not in self.tensor_of and node.name not in self.covered:
                 self._node(node)
         outputs = tuple((self.tensor_of[n], self.shapes[n]) for n in self.graph.outputs)
         offsets, total = place(self._lifetimes([name for name, _ in outputs]))

@@ -11,7 +11,7 @@ import torch
 
 from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
-from fastres.graph.ir import Conv2d, Graph, Linear
+from fastres.graph.ir import Conv2d, Graph, Linear, Normalize
 from fastres.weights import is_finite
 
 Key: TypeAlias = tuple[str | float | None, ...]
@@ -97,6 +97,13 @@ class Packed:
         return (
             self._once(("scale", *key), lambda: scale.to(self._device, torch.float32)),
             self._once(("shift", *key), lambda: shift.to(self._device, torch.float32)),
+        )
+
+    def factors(self, normalize: Normalize) -> torch.Tensor:
+        """[2, 3] fp32: what a picture's channels are multiplied by, and what is added."""
+        key = ("factors", *normalize.factors[0], *normalize.factors[1])
+        return self._once(
+            key, lambda: torch.tensor(normalize.factors, dtype=torch.float32).to(self._device)
         )
 
     def made(self) -> dict[Key, torch.Tensor]:

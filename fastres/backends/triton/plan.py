@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from fastres.backends.base import Choice
+from fastres.graph.ir import Normalize
 from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.epilogue import ActivationKind
@@ -57,11 +58,13 @@ class LoadInput(Step, frozen=True, tag=True):
     Args:
         folded: 2x2 pixels are one of four times the channels, with a margin, as a stem reads them
             (`fastres.kernels.space_to_depth`).
+        normalize: the input is decoded pictures, and this is done to them on the way.
     """
 
     source: str
     target: str
     folded: bool = False
+    normalize: Normalize | None = None
 
     def reads(self) -> tuple[str, ...]:
         return ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastres.graph.ir import Conv2d, Graph, MaxPool, Node, Pad, Slice
+from fastres.graph.ir import Conv2d, Graph, MaxPool, Node, Pad, Slice, Value
 from fastres.kernels.epilogue import Epilogue
 
 
@@ -60,11 +60,20 @@ def _subsamples(op: Slice) -> bool:
     return whole and op.steps[:2] == (1, 1) and op.steps[2] == op.steps[3]
 
 
+def entries(graph: Graph) -> list[Node | Value]:
+    """What is brought in for each graph input: itself, or its Normalize, done on the way."""
+    normalize = graph.normalize
+    return [
+        normalize if normalize is not None and value.name in normalize.inputs else value
+        for value in graph.inputs
+    ]
+
+
 def stems(graph: Graph) -> dict[str, Node]:
-    """By the name of a graph input: the 7x7 convolution of stride 2 that alone reads it."""
+    """By the name of an entry: the 7x7 convolution of stride 2 that alone reads it."""
     users = graph.users()
     found = {}
-    for value in graph.inputs:
+    for value in entries(graph):
         node = graph.sole_user(users, value.name)
         if node is None or not isinstance(node.op, Conv2d) or node.op.epilogue.residual:
             continue

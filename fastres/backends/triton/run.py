@@ -28,4 +28,4 @@ class PlanRunner(Runner):
             yield Bound(step, tuple(x.run for x in launches), total(x.cost for x in launches))
 
     def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
-        load(step, given, target)
+        load(step, given, target, self._constants)

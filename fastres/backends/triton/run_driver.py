@@ -25,6 +25,7 @@ from fastres.kernels.driver import (
     launch,
     use_device,
 )
+from fastres.kernels.reference import normalize
 from fastres.kernels.tensor_map import TensorMap
 
 _BEFORE = 2  # margin of a folded picture, as fastres.kernels.space_to_depth has it
@@ -114,6 +115,9 @@ class DriverRunner(Runner):
 
     def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
         """By PyTorch, which rounds as the kernels do: from fp32 once."""
+        if step.normalize is not None:
+            op = step.normalize
+            given = normalize(given, op.mean, op.std, op.scale, op.flip, torch.float32)
         if given.dtype == torch.float64:
             given = given.float()
         if not step.folded:

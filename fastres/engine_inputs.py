@@ -1,0 +1,121 @@
+"""What an engine may be called with: dtype, sizes, device; and how the graph then sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastres.errors import InputError
+from fastres.graph.ir import Graph, Sym, TensorSpec, Value
+from fastres.options import Input, Options, Sizes
+from fastres.weights import oddity
+
+_NHWC = (0, 2, 3, 1)
+
+
+class Taken(NamedTuple):
+    """An input as the engine is called with it: its spec, and what its sizes range over."""
+
+    name: str
+    spec: TensorSpec
+    smallest: Sizes
+    largest: Sizes
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.spec}"
+
+    @property
+    def sizes(self) -> str:
+        """What is accepted, in words."""
+        parts = []
+        for i, dim in enumerate(self.spec.shape):
+            ranged = isinstance(dim, Sym) and i > 0
+            parts.append(f"{self.smallest[i]}..{self.largest[i]}" if ranged else str(dim))
+        return ", ".join(parts)
+
+
+class EngineInputs:
+    """Checks what an engine is called with.
+
+    Args:
+        graph: whose inputs they are. Pictures that it normalises come as they are decoded,
+            [N, H, W, 3].
+        inputs: the sizes promised.
+        options: settled.
+    """
+
+    def __init__(self, graph: Graph, inputs: Sequence[Input], options: Options) -> None:
+        self.pictures = graph.normalize is not None
+        self.taken = tuple(map(self._taken, graph.inputs, inputs))
+        self._options = options
+
+    def planar(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The same tensors as the graph takes them: pictures seen as [N, 3, H, W]."""
+        return (inputs[0].permute(0, 3, 1, 2),) if self.pictures else inputs
+
+    def check(self, inputs: Sequence[torch.Tensor]) -> int:
+        """Checks every input and returns the batch size.
+
+        Raises:
+            InputError: one does not fit; says what was expected and what came.
+        """
+        if len(inputs) != len(self.taken):
+            names = ", ".join(taken.name for taken in self.taken)
+            raise InputError(f"expected {len(self.taken)} inputs ({names}), got {len(inputs)}")
+        sizes: dict[str, int] = {}  # of each symbol
+        for given, taken in zip(inputs, self.taken, strict=True):
+            if not isinstance(given, torch.Tensor):
+                raise InputError(
+                    f"{taken.name}: expected a torch.Tensor {taken.spec}, got "
+                    f"{type(given).__module__}.{type(given).__qualname__}"
+                )
+            self._check_tensor(given, taken)
+            for dim, size in zip(taken.spec.shape, given.shape, strict=True):
+                if isinstance(dim, Sym) and sizes.setdefault(dim.symbol, size) != size:
+                    raise InputError(
+                        f"{taken.name}: expected {taken.spec} with the {dim.symbol} of the inputs "
+                        f"before it, {sizes[dim.symbol]}; got {list(given.shape)}"
+                    )
+        size = max(int(given.shape[0]) for given in inputs)
+        limit = self._options.max_batch_size
+        if limit is not None and size > limit and self._options.oversize == "error":
+            raise InputError(
+                f"the batch is {size}, max_batch_size is {limit}; see oversize='split'"
+            )
+        return size
+
+    def _check_tensor(self, given: torch.Tensor, taken: Taken) -> None:
+        spec = taken.spec
+        if given.dtype != spec.torch_dtype:
+            help = (
+                f"convert it with x.to({spec.torch_dtype})"
+                if not self.pictures
+                else f"this engine normalises pictures itself, give them as decoded: {spec} in RGB"
+            )
+            raise InputError(
+                f"{taken.name}: expected dtype {spec.torch_dtype}, got {given.dtype}; {help}"
+            )
+        device = self._options.device
+        if (odd := oddity(given)) or given.device != device:
+            raise InputError(
+                f"{taken.name}: expected a dense tensor on {device}, got {odd or given.device}"
+            )
+        fits = given.dim() == len(spec.shape)
+        for i, dim in enumerate(spec.shape if fits else ()):
+            size = given.shape[i]
+            if isinstance(dim, int):
+                fits = fits and size == dim
+            elif i > 0:
+                fits = fits and taken.smallest[i] <= size <= taken.largest[i]
+        if not fits:
+            raise InputError(f"{taken.name}: expected [{taken.sizes}], got {list(given.shape)}")
+
+    def _taken(self, value: Value, allowed: Input) -> Taken:
+        order = _NHWC if self.pictures else range(len(value.spec.shape))
+        shape, smallest, largest = (
+            tuple(sizes[i] for i in order)
+            for sizes in (value.spec.shape, allowed.smallest, allowed.largest)
+        )
+        return Taken(value.name, TensorSpec(shape, value.spec.dtype), smallest, largest)
