@@ -59,7 +59,7 @@ def normalize(
     """
     wide = torch.promote_types(dtype, torch.float32)
     means, stds = (torch.tensor(v, dtype=wide, device=x.device).view(-1, 1, 1) for v in (mean, std))
-    pixels = (x.flip(1) if flip else x).to(wide)
+    pixels = (x.flip(1) if flip else x).to(wide, memory_format=torch.contiguous_format)
     return ((pixels * scale - means) / stds).to(dtype)
 
 

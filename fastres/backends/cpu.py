@@ -214,9 +214,8 @@ class _Plan:
         found: dict[str, str] = {}
         for op in self._compiled.get_runtime_model().get_ops():
             info = op.rt_info
-            if _text(info, "runtimePrecision") == "u8":
-                continue  # bytes of pictures, on their way to numbers
-            name = {"f32": "fp32", "f16": "fp16"}.get(_text(info, "runtimePrecision"))
+            names = {"f32": "fp32", "f16": "fp16", "u8": "fp32"}  # a picture's bytes become fp32
+            name = names.get(_text(info, "runtimePrecision"))
             for origin in _origins(_text(info, "originalLayersNames")):
                 found.setdefault(origin, name or _text(info, "runtimePrecision"))
         return found

@@ -29,7 +29,7 @@ def preprocess_for(shape: Shape) -> Preprocess:
 
 
 def read(path: Path, target: Target) -> torch.Tensor:
-    """All image files at or below a path → [N, 3, H, W] in the target's dtype.
+    """All image files at or below a path, as the target takes them.
 
     Raises:
         InputError: there is none, one is unreadable, or the network takes no such pictures.
@@ -37,13 +37,15 @@ def read(path: Path, target: Target) -> torch.Tensor:
     from fastres.calib.images import find_images
 
     try:
-        return preprocess_for(target.shape).batch(find_images(path)).to(target.dtype)
+        preprocess, images = preprocess_for(target.shape), find_images(path)
+        return preprocess.batch(images, normalise=not target.normalises).to(target.dtype)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
 def synthetic(count: int, target: Target) -> torch.Tensor:
-    """[N, C, H, W]: smooth random fields, mean 0 and deviation 1, as photographs normalised.
+    """[N, C, H, W]: smooth random fields, mean 0 and deviation 1, as photographs normalised; for
+    an engine that normalises, uint8 [N, H, W, 3] around 128.
 
     Amplitudes fall as 1/f, as in photographs, where white noise would average out in the first
     convolution; channels share most of their light. The first pictures of a longer batch are those
@@ -63,4 +65,7 @@ def synthetic(count: int, target: Target) -> torch.Tensor:
         fields = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
         light = 0.9 * fields[:1] + 0.4 * fields[1:]
         pictures.append((light - light.mean()) / light.std().clamp_min(1e-6))
-    return torch.stack(pictures).to(target.dtype)
+    batch = torch.stack(pictures)
+    if target.normalises:
+        batch = (128 + 56 * batch).clamp(0, 255).permute(0, 2, 3, 1).contiguous()
+    return batch.to(target.dtype)

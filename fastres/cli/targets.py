@@ -42,6 +42,13 @@ class Target:
     dtype: torch.dtype
     untrained: bool | None = False
 
+    @property
+    def normalises(self) -> bool:
+        """Whether it is an engine that takes decoded pictures, uint8 [N, H, W, 3]."""
+        from fastres.engine import Engine
+
+        return isinstance(self.model, Engine) and self.model.io_dtype is not None
+
 
 def split(positionals: Sequence[str], weights: Path | None) -> tuple[str | None, list[str]]:
     """Takes the model off the positional arguments; with --weights it may be left out.

@@ -67,9 +67,11 @@ def verify(
     engine_path = rest[0] if rest else None
     _check_flags(request, engine_path)
     target = open_model(request)
-    data = _data(target, images, max(request.batch_sizes))
+    candidate = _candidate(engine_path, request) or target
+    fed = candidate if candidate.normalises else target
+    data = _data(fed, images, max(request.batch_sizes))
     origin = _weights(target, data, request.weights, engine_path)
-    engine = to_engine(_candidate(engine_path, request) or target, request)
+    engine = to_engine(candidate, request)
     with working(f"verifying {target.name}"):
         report = fastres.verify(
             target.model,

@@ -44,7 +44,7 @@ Tensors = Mapping[str, torch.Tensor]
 def bind(
     step: AnyStep, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
 ) -> tuple[Launch, ...]:
-    """The calls of one step; none for `LoadInput`, which depends on the caller's tensors.
+    """The calls of one step; none for `LoadInput`, which depends on the caller's tensors: `load`.
 
     Args:
         at: the plan's tensors by name.
@@ -81,18 +81,18 @@ def load(step: LoadInput, given: torch.Tensor, target: torch.Tensor, constants: 
         return
     if given.dtype not in PICTURE_DTYPES:
         given = given.float()  # of a model in float64, which runs in fp32
+    if step.normalize is not None and step.normalize.flip:
+        given = given.flip(1)
     load_launch(step, given, target, constants).run()
 
 
 def load_launch(
     step: LoadInput, given: torch.Tensor, target: torch.Tensor, constants: Packed
 ) -> Launch:
-    """The call that brings a picture in; the channels of one in BGR are turned before."""
+    """The call that brings in pictures, their channels in the network's order."""
     launch = space_to_depth_launch if step.folded else to_nhwc_launch
-    if step.normalize is None:
-        return launch(given, target)
-    turned = given.flip(1) if step.normalize.flip else given
-    return launch(turned, target, normalise=constants.factors(step.normalize))
+    factors = None if step.normalize is None else constants.factors(step.normalize)
+    return launch(given, target, normalise=factors)
 
 
 def _conv2d(

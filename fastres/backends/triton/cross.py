@@ -9,10 +9,8 @@ import torch
 
 from fastres.backends.base import Account, CompiledParts, KernelInfo, NodeTime
 from fastres.backends.shape_cache import Shapes
-from fastres.backends.triton.bind import bind
 from fastres.backends.triton.choosing import ban
-from fastres.backends.triton.contexts import views
-from fastres.backends.triton.link_build import digest_of, link
+from fastres.backends.triton.link_build import digest_of, link, numbered
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
@@ -39,12 +37,9 @@ def spill_limit(sm: int) -> int:
 
 def launches_of(plan: Plan, constants: Packed, target: Target) -> list[tuple[str, Launch]]:
     """Every launch of a plan with the node it is for, on tensors of the meta device."""
-    tensors = views(plan, torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta"))
-    return [
-        (step.node, launch)
-        for step in plan.steps
-        for launch in bind(step, tensors, constants, target, plan.allow_tf32)
-    ]
+    arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta")
+    launches = numbered(plan, arena, constants, target)
+    return [(plan.steps[number].node, launch) for number, launch in launches]
 
 
 class Unfit(Exception):

@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from fastres.backends.triton.pack import Key
-from fastres.backends.triton.plan import Plan
+from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.kernels.binary import KernelHeader, Value
 from fastres.kernels.cost import Cost
 from fastres.kernels.tensor_map import TensorView
@@ -34,6 +34,10 @@ class InConstant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="c
     key: Key
     offset: int
     bytes: int
+
+
+class Pictures(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pictures"):
+    """The decoded pictures that a call brings: uint8 [N, H, W, 3], packed."""
 
 
 Pointer: TypeAlias = InArena | InConstant
@@ -61,7 +65,7 @@ class Descriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="d
         return extent(self.shape, self.strides, itemsize)
 
 
-Argument: TypeAlias = InArena | InConstant | Descriptor | int | float | None
+Argument: TypeAlias = InArena | InConstant | Descriptor | Pictures | int | float | None
 
 
 class LinkedLaunch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,6 +120,11 @@ def extent(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
     return (last + 1) * itemsize
 
 
+def takes_pictures(step: AnyStep) -> bool:
+    """Whether a kernel brings this input in; others are copied by PyTorch."""
+    return isinstance(step, LoadInput) and step.normalize is not None
+
+
 def check_linked(
     linked: LinkedPlan,
     plan: Plan,
@@ -146,6 +155,8 @@ def check_linked(
                 f"{len(plan.steps)} steps and {len(headers)} kernels"
             )
         what = f"launch {number} ({headers[launch.kernel].kernel})"
+        if (Pictures() in launch.arguments.values()) != takes_pictures(plan.steps[launch.step]):
+            raise ValueError(f"{what} reads pictures, or does not, unlike step {launch.step}")
         if not 0 <= launch.programs < 2**31:
             raise ValueError(f"{what} has {launch.programs} programs, expected 0 to 2^31 - 1")
         for pointer in launch.pointers():
@@ -188,12 +199,15 @@ def _check_descriptor(what: str, name: str, box: Descriptor, header: KernelHeade
         )
 
 
-def values(launch: LinkedLaunch, arena: int, constants: Mapping[Key, int]) -> dict[str, Value]:
+def values(
+    launch: LinkedLaunch, arena: int, constants: Mapping[Key, int], pictures: int = 0
+) -> dict[str, Value]:
     """A launch's arguments as `fastres.kernels.binary.pack` takes them.
 
     Args:
         arena: its address.
         constants: addresses of the packed constants, by key.
+        pictures: address of those that a call brings.
     """
 
     def address(pointer: Pointer) -> int:
@@ -209,6 +223,8 @@ def values(launch: LinkedLaunch, arena: int, constants: Mapping[Key, int]) -> di
                 argument.fill_nan,
                 argument.tf32,
             )
+        if isinstance(argument, Pictures):
+            return pictures
         return address(argument) if isinstance(argument, InArena | InConstant) else argument
 
     return {name: value(argument) for name, argument in launch.arguments.items()}

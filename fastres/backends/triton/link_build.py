@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from fastres.backends.triton.bind import bind
+from fastres.backends.triton.bind import bind, load_launch
 from fastres.backends.triton.contexts import views
 from fastres.backends.triton.link import (
     Argument,
@@ -17,11 +17,13 @@ from fastres.backends.triton.link import (
     InConstant,
     LinkedLaunch,
     LinkedPlan,
+    Pictures,
     Pointer,
     extent,
+    takes_pictures,
 )
 from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import Plan
+from fastres.backends.triton.plan import LoadInput, Plan
 from fastres.kernels.aot import key_of
 from fastres.kernels.binary import KernelHeader
 from fastres.kernels.binary_build import check_specialised, values_of
@@ -33,6 +35,26 @@ from fastres.kernels.tensor_map import TensorView
 def digest_of(launch: Launch) -> str:
     """Under which name the machine code of a launch is stored: a digest of its `key_of`."""
     return hashlib.sha256(key_of(launch).encode()).hexdigest()[:32]
+
+
+def numbered(
+    plan: Plan, arena: torch.Tensor, constants: Packed, target: Target
+) -> Iterator[tuple[int, Launch]]:
+    """Every launch of a plan with the number of its step; tensors may be on the meta device.
+
+    Of the inputs, pictures are brought in by a launch, which takes them to lie packed.
+    """
+    tensors, shapes = views(plan, arena), iter(plan.input_shapes)
+    for number, step in enumerate(plan.steps):
+        if isinstance(step, LoadInput):
+            shape = next(shapes)
+            if takes_pictures(step):
+                n, c, h, w = shape
+                given = torch.empty((n, h, w, c), dtype=torch.uint8, device=arena.device)
+                planar = given.permute(0, 3, 1, 2)
+                yield number, load_launch(step, planar, tensors[step.target], constants)
+        for launch in bind(step, tensors, constants, target, plan.allow_tf32):
+            yield number, launch
 
 
 def link(
@@ -49,26 +71,24 @@ def link(
         ValueError: a launch without a kernel, or with an argument that cannot be written down.
     """
     arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta")
-    tensors = views(plan, arena)
     numbers = {key: number for number, key in enumerate(kernels)}
     launches = []
-    for index, step in enumerate(plan.steps):
-        for launch in bind(step, tensors, constants, target, plan.allow_tf32):
-            key = digest_of(launch)
-            if key not in kernels:
-                raise ValueError(f"{step.node}: there is no machine code of {launch.kernel}")
-            check_specialised(launch, kernels[key])
-            if kernels[key].global_scratch.bytes or kernels[key].profile_scratch.bytes:
-                raise ValueError(f"{step.node}: {kernels[key].kernel} wants scratch memory")
-            launches.append(
-                LinkedLaunch(
-                    step=index,
-                    kernel=numbers[key],
-                    programs=launch.programs,
-                    arguments=_arguments(launch, arena, constants),
-                    cost=launch.cost,
-                )
+    for index, launch in numbered(plan, arena, constants, target):
+        key, node = digest_of(launch), plan.steps[index].node
+        if key not in kernels:
+            raise ValueError(f"{node}: there is no machine code of {launch.kernel}")
+        check_specialised(launch, kernels[key])
+        if kernels[key].global_scratch.bytes or kernels[key].profile_scratch.bytes:
+            raise ValueError(f"{node}: {kernels[key].kernel} wants scratch memory")
+        launches.append(
+            LinkedLaunch(
+                step=index,
+                kernel=numbers[key],
+                programs=launch.programs,
+                arguments=_arguments(launch, arena, constants),
+                cost=launch.cost,
             )
+        )
     return LinkedPlan(plan.input_shapes, plan.arena_bytes, tuple(launches))
 
 
@@ -79,6 +99,8 @@ def _arguments(launch: Launch, arena: torch.Tensor, constants: Packed) -> dict[s
         if isinstance(value, TensorView):
             base = _pointer(name, given.base, arena, constants)
             found[name] = Descriptor(base, value.shape, value.strides, value.fill_nan, value.tf32)
+        elif isinstance(given, torch.Tensor) and given.dtype == torch.uint8:
+            found[name] = Pictures()  # all else that a kernel is given are numbers
         elif isinstance(given, torch.Tensor):
             found[name] = _pointer(name, given, arena, constants)
         elif value is None or math.isfinite(value):

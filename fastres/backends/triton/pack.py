@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import msgspec
 import torch
@@ -101,10 +101,8 @@ class Packed:
 
     def factors(self, normalize: Normalize) -> torch.Tensor:
         """[2, 3] fp32: what a picture's channels are multiplied by, and what is added."""
-        key = ("factors", *normalize.factors[0], *normalize.factors[1])
-        return self._once(
-            key, lambda: torch.tensor(normalize.factors, dtype=torch.float32).to(self._device)
-        )
+        a, b = normalize.factors
+        return self._factors((*a, *b))
 
     def made(self) -> dict[Key, torch.Tensor]:
         """All that was made so far, by keys that `get` takes."""
@@ -118,6 +116,8 @@ class Packed:
             ValueError: there are no such constants.
         """
         kind, *rest = key if key else (None,)
+        if kind == "factors" and len(rest) == 6 and all(isinstance(x, float) for x in rest):
+            return self._factors(cast(tuple[float, ...], tuple(rest)))
         names = [name for name in rest if isinstance(name, str)]
         found = [self._constants[name].dim() for name in names if name in self._constants]
         if kind not in _RANKS or not names or found != [_RANKS[str(kind)]] * len(names):
@@ -145,6 +145,12 @@ class Packed:
         """Of all that was made so far."""
         with self._lock:
             return sum(tensor.nbytes for tensor in self._made.values())
+
+    def _factors(self, factors: tuple[float, ...]) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            return torch.tensor(factors, dtype=torch.float32).view(2, 3).to(self._device)
+
+        return self._once(("factors", *factors), make)
 
     def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self._device, self._dtype).contiguous()

@@ -6,16 +6,22 @@ PyTorch's own copies. No GPU has run this yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
 
 from fastres.backends.triton.contexts import Bound, Call, Record, Runner, total
-from fastres.backends.triton.link import LinkedLaunch, LinkedPlan, check_linked, values
-from fastres.backends.triton.pack import Key, Packed
-from fastres.backends.triton.plan import LoadInput, Plan
+from fastres.backends.triton.link import (
+    LinkedLaunch,
+    LinkedPlan,
+    check_linked,
+    takes_pictures,
+    values,
+)
+from fastres.backends.triton.pack import Packed
+from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.errors import ArtifactError
 from fastres.kernels.binary import KernelBinary, KernelHeader, pack
 from fastres.kernels.driver import (
@@ -25,7 +31,6 @@ from fastres.kernels.driver import (
     launch,
     use_device,
 )
-from fastres.kernels.reference import normalize
 from fastres.kernels.tensor_map import TensorMap
 
 _BEFORE = 2  # margin of a folded picture, as fastres.kernels.space_to_depth has it
@@ -102,22 +107,35 @@ class DriverRunner(Runner):
         self._driver = driver
         try:
             self._weights = {key: constants.get(key) for key in linked.keys()}
+            self._addresses = {key: weight.data_ptr() for key, weight in self._weights.items()}
             check_linked(linked, plan, driver.headers, self._weights)
         except ValueError as error:
             raise ArtifactError(f"the linked plan does not fit the plan: {error}") from error
 
     def bind(self, arena: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Iterator[Bound]:
-        weights = {key: weight.data_ptr() for key, weight in self._weights.items()}
         for number, step in enumerate(self.plan.steps):
             launches = [x for x in self._linked.launches if x.step == number]
-            calls = tuple(self._call(x, arena, weights) for x in launches)
+            bound = [] if isinstance(step, LoadInput) else launches  # `load` is given the pictures
+            calls = tuple(self._call(x, arena) for x in bound)
             yield Bound(step, calls, total(x.cost for x in launches))
 
+    def failing(self) -> tuple[AnyStep, Exception] | None:
+        """As every runner, after trying the kernels that bring pictures in."""
+        for step, (_, *sizes) in zip(self._loads, self.plan.input_shapes, strict=True):
+            if takes_pictures(step):
+                given = torch.zeros((1, *sizes), dtype=torch.uint8, device=self._device)
+                with self.context() as context:
+                    try:
+                        self.load(step, given, context.tensors[step.target])
+                    except self.failures as error:
+                        return step, error
+        return super().failing()
+
     def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
-        """By PyTorch, which rounds as the kernels do: from fp32 once."""
-        if step.normalize is not None:
-            op = step.normalize
-            given = normalize(given, op.mean, op.std, op.scale, op.flip, torch.float32)
+        """By PyTorch, which rounds as the kernels do: from fp32 once; pictures by their kernel."""
+        if takes_pictures(step):
+            self._load_pictures(step, given, target)
+            return
         if given.dtype == torch.float64:
             given = given.float()
         if not step.folded:
@@ -131,8 +149,23 @@ class DriverRunner(Runner):
         inner = target[:n, rows, columns, : 4 * c]
         inner.view(*inner.shape[:3], c, 2, 2).copy_(pixels)
 
-    def _call(self, x: LinkedLaunch, arena: torch.Tensor, weights: Mapping[Key, int]) -> Call:
+    def _load_pictures(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
+        if step.normalize is not None and step.normalize.flip:
+            given = given.flip(1)
+        pixels = given.permute(0, 2, 3, 1).contiguous()
+        if pixels.data_ptr() % 16:  # as the kernel was compiled to find them
+            pixels = pixels.clone()
+        number = self.plan.steps.index(step)
+        load = next(x for x in self._linked.launches if x.step == number)
+        arena = target.data_ptr() - self.plan.places[step.target].offset
+        arguments = values(load, arena, self._addresses, pixels.data_ptr())
+        packed = pack(self._driver.headers[load.kernel], arguments, encode=self._driver.encode)
+        # the grid is pictures times tiles of one, and the plan may be for more pictures
+        tiles = load.programs // self.plan.places[step.target].shape[0]
+        self._driver.launch(load.kernel, packed, tiles * len(pixels))
+
+    def _call(self, x: LinkedLaunch, arena: torch.Tensor) -> Call:
         """One launch with its parameters packed."""
-        given = values(x, arena.data_ptr(), weights)
+        given = values(x, arena.data_ptr(), self._addresses)
         packed = pack(self._driver.headers[x.kernel], given, encode=self._driver.encode)
         return partial(self._driver.launch, x.kernel, packed, x.programs)

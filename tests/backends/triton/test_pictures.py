@@ -1,0 +1,294 @@
+"""Decoded pictures in plans: normalised by the kernels that bring inputs in, and by those alone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from torch import Tensor, nn
+
+import fastres
+from fastres import Preprocess
+from fastres.backends.base import CompiledParts
+from fastres.backends.triton import forms, machine_code
+from fastres.backends.triton.backend import TritonExecutable
+from fastres.backends.triton.link import Pictures, check_linked
+from fastres.backends.triton.link_build import digest_of, link, numbered
+from fastres.backends.triton.lower import make_plan
+from fastres.backends.triton.pack import Packed
+from fastres.backends.triton.plan import LaunchStemPool, LoadInput, Plan
+from fastres.backends.triton.run import PlanRunner
+from fastres.backends.triton.run_driver import DriverRunner
+from fastres.backends.triton.stored import recorded
+from fastres.backends.triton.stored_code import read_code
+from fastres.backends.triton.table import Tiles
+from fastres.graph.ir import Normalize
+from fastres.kernels.binary_build import arguments_of
+from fastres.kernels.cost import Target
+from fastres.options import Precision
+from fastres.tolerances import errors
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETING else "cuda"
+CPU, META, TARGET = torch.device("cpu"), torch.device("meta"), Target.typical(90)
+P = Preprocess(mean=(0.6, 0.3, 0.4), std=(0.2, 0.3, 0.25), channels="BGR")
+runs = [
+    pytest.mark.interpret,
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not INTERPRETING and not torch.cuda.is_available(),
+        reason="needs TRITON_INTERPRET=1 or an NVIDIA GPU",
+    ),
+]
+compiles = [
+    pytest.mark.compile,
+    pytest.mark.skipif(INTERPRETING, reason="the interpreter turns the compiler off"),
+]
+
+
+def pictures(n: int, h: int, w: int) -> Tensor:
+    """Noise of every value, framed in black: what a padding with bytes would mistake."""
+    x = torch.randint(0, 256, (n, h, w, 3), generator=torch.Generator().manual_seed(n))
+    x[:, :3], x[:, :, -3:] = 0, 0
+    return x.to(torch.uint8)
+
+
+def oracle(net: nn.Module, x: Tensor, p: Preprocess = P) -> Tensor:
+    """The model in float64 on pictures normalised as anybody writes it; the net stays as it was."""
+    planes = x.double().permute(0, 3, 1, 2)
+    planes = planes.flip(1) if p.channels == "BGR" else planes
+    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in (p.mean, p.std))
+    with torch.no_grad():
+        result = net.double()((planes * p.scale - mean) / std)
+    net.float()
+    return result
+
+
+def compile(net: nn.Module, h: int, w: int, precision: Precision, **more: Any) -> fastres.Engine:
+    settings = {"preprocess": P, "backend": "triton", "device": DEVICE, **more}
+    return fastres.compile(
+        net, fastres.Input((1, 3, h, w)), precision=precision, io_dtype=torch.uint8, **settings
+    )
+
+
+def runner_of(engine: fastres.Engine, x: Tensor) -> Any:
+    executable = engine._lowered.executable
+    assert isinstance(executable, TritonExecutable)
+    return executable._runner(tuple(tuple(p.shape) for p in engine.planar((x,))))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("size", [(33, 35), (32, 40)], ids=["odd", "even"])
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+class TestRuns:
+    pytestmark = runs
+
+    def test_as_the_model(
+        self, net: nn.Module, precision: Precision, size: tuple[int, int], channels: Any
+    ) -> None:
+        x = pictures(2, *size)
+        p = Preprocess(mean=P.mean, std=P.std, channels=channels)
+        with compile(net, *size, precision, preprocess=p) as engine:
+            runner = runner_of(engine, x)
+            with runner.context() as context:
+                context.arena.fill_(0xFF)
+            assert runner.plan.steps[0].normalize == Normalize.of(p)
+            got = engine(x.to(DEVICE)).cpu()
+            assert errors(got, oracle(net, x, p)).rms < (2e-6 if precision == "fp32" else 4e-3)
+            report = fastres.verify(net, engine, x)
+            assert report.passed, str(report)
+            assert engine(x[:0].to(DEVICE)).shape == (0, 10)
+
+
+class TestMore:
+    pytestmark = runs
+
+    def test_strided_pictures_parts_and_flight(self, net: nn.Module) -> None:
+        x = pictures(3, 32, 32)
+        with compile(net, 32, 32, "fp32", max_batch_size=2) as engine:
+            want = engine(x.to(DEVICE)).cpu()
+            wide = torch.zeros(3, 32, 64, 3, dtype=torch.uint8, device=DEVICE)
+            wide[:, :, ::2] = x.to(DEVICE)
+            assert torch.equal(engine(wide[:, :, ::2]).cpu(), want)
+            (mapped,) = engine.map([x])
+            assert torch.equal(mapped.cpu(), want)
+
+    @pytest.mark.parametrize("seconds", [0.0, 1.0], ids=["with the pool", "by itself"])
+    def test_folded_stems(
+        self, net: nn.Module, monkeypatch: pytest.MonkeyPatch, seconds: float
+    ) -> None:
+        monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes: seconds)
+        x = pictures(2, 32, 40)
+        with compile(net, 32, 40, "fp16") as engine:
+            plan = make_plan(engine.graph, ((2, 3, 32, 40),), "fp16", Tiles(TARGET))
+            device = torch.device(DEVICE)
+            runner = PlanRunner(plan, Packed(engine.graph, torch.float16, device), device)
+            if not seconds:
+                assert isinstance(plan.steps[1], LaunchStemPool)
+                assert plan.steps[0] == LoadInput(
+                    "x.normalize", "x", "x.normalize", True, Normalize.of(P)
+                )
+                assert plan.places["x.normalize"].shape == (2, 19, 23, 16)
+            with runner.context() as context:
+                context.arena.fill_(0xFF)
+            (got,) = runner.run(engine.planar((x.to(DEVICE),)))
+            assert errors(got.cpu(), oracle(net, x)).rms < 4e-3
+
+    def test_layer_by_layer_and_profile(self, net: nn.Module) -> None:
+        x = pictures(2, 33, 35)
+        with compile(net, 33, 35, "fp16") as engine:
+            report = fastres.verify(net, engine, x, layerwise=True)
+            assert report.passed and report.layers[0].name == "x.normalize", str(report)
+            rows = {row.name: row for row in engine.profile(x.to(DEVICE)).rows}
+            assert rows["x.normalize"].kernel == "LoadInput"
+
+    def test_a_refused_first_operation(self) -> None:
+        model, x = Rolled().eval(), pictures(2, 9, 7)
+        with compile(model, 9, 7, "fp32", on_unsupported="fallback") as engine:
+            assert len(engine.info.fallbacks) == 1
+            assert errors(engine(x.to(DEVICE)).cpu(), oracle(model, x)).rms < 1e-6
+
+
+class Rolled(nn.Module):
+    """Its first operation is one that no kernel of ours computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.roll(x, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def crossed() -> fastres.Engine:
+    """For sm_90 and a batch of 3."""
+    net = fastres.models.cifar_resnet(8, seed=0).eval()
+    shape = fastres.Input((3, 3, 16, 16))
+    p = Preprocess(mean=P.mean, std=P.std)
+    return fastres.compile(
+        net, shape, target="sm_90", precision="fp16", preprocess=p, io_dtype=torch.uint8
+    )
+
+
+def plan_of(engine: fastres.Engine) -> Plan:
+    (plan,) = recorded(engine.compiled_parts(), "sm_90").values()
+    return plan
+
+
+class TestMachineCode:
+    pytestmark = compiles
+
+    def test_the_load_is_compiled(self, crossed: fastres.Engine) -> None:
+        load = crossed.info.account.kernels[0]
+        assert (load.kernel, load.nodes, load.spilled) == ("layout", ("x.normalize",), 0)
+        code = read_code(crossed.compiled_parts())
+        assert code is not None
+        first = code.plans[0].launches[0]
+        assert first.step == 0 and first.arguments["x_ptr"] == Pictures()
+        described = Packed(crossed.graph, torch.float16, META)
+        assert link(plan_of(crossed), described, TARGET, code.headers) == code.plans[0]
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_the_driver_gets_what_the_jit_would_get(
+        self, crossed: fastres.Engine, fake_driver: Any, n: int
+    ) -> None:
+        plan, code = plan_of(crossed), read_code(crossed.compiled_parts())
+        assert code is not None
+        driver = fake_driver(list(code.kernels.values()))
+        constants = Packed(crossed.graph, torch.float16, CPU)
+        runner = DriverRunner(plan, code.plans[0], driver, constants, CPU)
+        x = pictures(n, 16, 16)
+        assert runner.run(crossed.planar((x,)))[0].shape == (n, 10)
+        with runner.context() as context:
+            load, *others = numbered(plan, context.arena, constants, TARGET)
+            expected = []
+            for _, launch in others:
+                binary = code.kernels[digest_of(launch)]
+                packed = arguments_of(launch, binary, encode=driver.encode)
+                expected.append((launch.kernel.__name__, launch.programs, packed))
+            assert driver.launched[1:] == expected
+            binary = code.kernels[digest_of(load[1])]
+            packed = arguments_of(load[1], binary, encode=driver.encode)
+        name, programs, given = driver.launched[0]
+        assert (name, programs * 3) == (load[1].kernel.__name__, load[1].programs * n)
+        assert given[1:] == packed[1:]  # the first is where the caller's pictures lie
+
+    @pytest.mark.parametrize("flip", [False, True], ids=["RGB", "BGR"])
+    def test_the_kernel_finds_pictures_packed_and_aligned(
+        self, crossed: fastres.Engine, fake_driver: Any, flip: bool
+    ) -> None:
+        class Reading(fake_driver):  # type: ignore[misc]
+            def launch(self, kernel: int, arguments: Any, programs: int) -> None:
+                if self.headers[kernel].kernel == "_layout_kernel":
+                    address = int.from_bytes(arguments[0], "little")
+                    found.append(ctypes.string_at(address, 3 * 16 * 16 * 3))
+                    assert address % 16 == 0
+
+        found: list[bytes] = []
+        plan, code = plan_of(crossed), read_code(crossed.compiled_parts())
+        assert code is not None
+        load, *others = plan.steps
+        assert isinstance(load, LoadInput) and load.normalize is not None
+        load = replace(load, normalize=replace(load.normalize, flip=flip))
+        constants = Packed(crossed.graph, torch.float16, CPU)
+        driver = Reading(list(code.kernels.values()))
+        steps = replace(plan, steps=(load, *others))
+        runner = DriverRunner(steps, code.plans[0], driver, constants, CPU)
+        x = pictures(3, 16, 16)
+        wide = torch.zeros(3, 16, 17, 3, dtype=torch.uint8)
+        odd = torch.zeros(x.numel() + 1, dtype=torch.uint8)[1:].view(x.shape)
+        for given in (x, wide[:, :, 1:].copy_(x), odd.copy_(x)):
+            runner.run(crossed.planar((given,)))
+        assert found == [(x.flip(3) if flip else x).numpy().tobytes()] * 3
+
+    def test_trusted_machine_code_runs(
+        self, crossed: fastres.Engine, monkeypatch: pytest.MonkeyPatch, fake_driver: Any
+    ) -> None:
+        monkeypatch.setattr(machine_code, "CudaDriver", fake_driver)
+        monkeypatch.setattr("fastres.backends.triton.backend._is_gpu", lambda device: True)
+        parts = CompiledParts(crossed.compiled_parts(), trusted=True)
+        shapes = ((3, 3, 16, 16),)
+        made = TritonExecutable(crossed.graph, crossed.options, CPU, shapes, parts)
+        assert isinstance(made._runner(shapes), DriverRunner) and made.account().notes == ()
+
+    def test_a_load_that_does_not_launch_gives_way(
+        self, crossed: fastres.Engine, monkeypatch: pytest.MonkeyPatch, fake_driver: Any
+    ) -> None:
+        class Broken(fake_driver):  # type: ignore[misc]
+            def launch(self, kernel: int, arguments: Any, programs: int) -> None:
+                if kernel == 0:
+                    raise RuntimeError("CUDA_ERROR_UNSUPPORTED")
+
+        monkeypatch.setattr(machine_code, "CudaDriver", Broken)
+        parts = CompiledParts(crossed.compiled_parts(), trusted=True)
+        shapes = ((3, 3, 16, 16),)
+        made = TritonExecutable(crossed.graph, crossed.options, CPU, shapes, parts)
+        assert not isinstance(made._runner(shapes), DriverRunner)
+        assert "x.normalize: CUDA_ERROR_UNSUPPORTED" in made.account().notes[0]
+
+    def test_pictures_elsewhere_are_refused(self, crossed: fastres.Engine) -> None:
+        plan, code = plan_of(crossed), read_code(crossed.compiled_parts())
+        assert code is not None
+        linked, headers = code.plans[0], list(code.headers.values())
+        constants = Packed(crossed.graph, torch.float16, CPU)
+        weights = {key: constants.get(key) for key in linked.keys()}
+        check_linked(linked, plan, headers, weights)
+        first, *rest = linked.launches
+        without = replace(first, arguments={**first.arguments, "x_ptr": None})
+        for launches in ((without, *rest), (replace(first, step=1), *rest)):
+            with pytest.raises(ValueError, match="reads pictures, or does not"):
+                check_linked(replace(linked, launches=launches), plan, headers, weights)
+
+    def test_saved_again_it_is_the_same_file(self, crossed: fastres.Engine, tmp_path: Path) -> None:
+        crossed.save(tmp_path / "a.fastres")
+        loaded = fastres.load(tmp_path / "a.fastres", target="sm_90")
+        assert loaded.io_dtype == torch.uint8
+        loaded.save(tmp_path / "b.fastres")
+        assert (tmp_path / "a.fastres").read_bytes() == (tmp_path / "b.fastres").read_bytes()
