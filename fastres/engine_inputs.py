@@ -114,8 +114,6 @@ class EngineInputs:
 
     def _taken(self, value: Value, allowed: Input) -> Taken:
         order = _NHWC if self.pictures else range(len(value.spec.shape))
-        shape, smallest, largest = (
-            tuple(sizes[i] for i in order)
-            for sizes in (value.spec.shape, allowed.smallest, allowed.largest)
-        )
-        return Taken(value.name, TensorSpec(shape, value.spec.dtype), smallest, largest)
+        spec = TensorSpec(tuple(value.spec.shape[i] for i in order), value.spec.dtype)
+        ends = (tuple(sizes[i] for i in order) for sizes in (allowed.smallest, allowed.largest))
+        return Taken(value.name, spec, *ends)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import Preprocess
-from fastres.errors import InputError
+from fastres.errors import GraphError, InputError
+from fastres.graph import serial
 from fastres.graph.ir import Normalize
 from fastres.tolerances import errors
 
@@ -24,7 +24,7 @@ CAFFE = Preprocess(mean=(103.5, 116.3, 123.7), std=(1.0, 1.0, 1.0), scale=1.0, c
 BACKENDS = ("reference", "cpu")
 
 
-def pictures(n: int, h: int, w: int) -> Tensor:
+def noise(n: int, h: int, w: int) -> Tensor:
     """Noise of every value, framed in black: what a padding with bytes would mistake."""
     x = torch.randint(0, 256, (n, h, w, 3), generator=torch.Generator().manual_seed(n))
     x[:, :3], x[:, :, -3:] = 0, 0
@@ -60,7 +60,7 @@ def bytes_engine(net: nn.Module) -> fastres.Engine:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [Preprocess(), ODD, CAFFE], ids=["imagenet", "odd", "caffe"])
 def test_as_the_model_on_normalised_pictures(net: nn.Module, backend: str, p: Preprocess) -> None:
-    x = pictures(3, 33, 35)
+    x = noise(3, 33, 35)
     with compile(net, backend=backend, preprocess=p, verify=True) as engine:
         got = engine(x)
         assert got.dtype == torch.float32 and engine.io_dtype == torch.uint8
@@ -87,7 +87,7 @@ def test_the_padding_is_of_the_normalised_picture(backend: str) -> None:
 
 
 def test_half_precision_models(net: nn.Module) -> None:
-    x = pictures(2, 33, 35)
+    x = noise(2, 33, 35)
     want = oracle(net, x, ODD)
     half = net.half()
     try:
@@ -99,7 +99,7 @@ def test_half_precision_models(net: nn.Module) -> None:
 
 
 def test_batches_in_parts_and_in_flight(net: nn.Module, bytes_engine: fastres.Engine) -> None:
-    x = pictures(5, 33, 35)
+    x = noise(5, 33, 35)
     want = bytes_engine(x)
     with compile(net, max_batch_size=2) as engine:
         assert engine(x).shape == want.shape and torch.allclose(engine(x), want, atol=1e-5)
@@ -117,10 +117,10 @@ def test_several_sizes(net: nn.Module) -> None:
     with fastres.compile(net, ranged, **settings) as engine:
         assert repr(engine).startswith("Engine(x: u8[N, H, W, 3];")
         for h, w in ((32, 48), (33, 35)):
-            x = pictures(2, h, w)
+            x = noise(2, h, w)
             assert errors(engine(x), oracle(net, x, ODD)).rms < 2e-6
         with pytest.raises(InputError, match=r"expected \[N, 32..48, 32..48, 3\], got \[1, 20, "):
-            engine(pictures(1, 20, 40))
+            engine(noise(1, 20, 40))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_other_networks_are_refused(model: nn.Module, inputs: Any, says: str) ->
 
 
 def test_saved_and_loaded(net: nn.Module, bytes_engine: fastres.Engine, tmp_path: Path) -> None:
-    x = pictures(2, 33, 35)
+    x = noise(2, 33, 35)
     bytes_engine.save(tmp_path / "a.fastres")
     with fastres.load(tmp_path / "a.fastres") as loaded:
         assert loaded.io_dtype == torch.uint8 and loaded.preprocess == ODD
@@ -200,6 +200,18 @@ def test_saved_and_loaded(net: nn.Module, bytes_engine: fastres.Engine, tmp_path
         assert torch.allclose(loaded(x) - bytes_engine(x), net.state_dict()["fc.bias"], atol=1e-4)
 
 
+def test_a_damaged_file(bytes_engine: fastres.Engine) -> None:
+    graph, tensors = serial.encode(bytes_engine.graph, bytes_engine.source)
+    for damaged, says in (
+        (graph.replace(b'"std":[0.2', b'"std":[0.0'), "x.normalize has std .*above 0"),
+        (graph.replace(b'"std":[0.2,', b'"std":['), "length 3"),
+        (graph.replace(b'"dtype":"uint8"', b'"dtype":"int8"'), "must alone read an input in uint8"),
+    ):
+        assert damaged != graph
+        with pytest.raises(GraphError, match=says):
+            serial.decode(damaged, tensors, [(1, 3, 33, 35)])
+
+
 def test_info_and_profile_show_it(bytes_engine: fastres.Engine) -> None:
     first = bytes_engine.info.nodes[0]
     assert (first.name, first.op, first.precision) == ("x.normalize", "normalize", "fp32")
@@ -207,7 +219,7 @@ def test_info_and_profile_show_it(bytes_engine: fastres.Engine) -> None:
         bytes_engine.graph
     )
     assert bytes_engine.info.precisions == ("fp32",)
-    assert "x.normalize" in {row.name for row in bytes_engine.profile(pictures(1, 33, 35)).rows}
+    assert "x.normalize" in {row.name for row in bytes_engine.profile(noise(1, 33, 35)).rows}
     assert repr(bytes_engine).startswith("Engine(x: u8[N, 33, 35, 3]; ")
 
 
@@ -237,7 +249,7 @@ def test_predict_feeds_bytes(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_verify_whole_and_layer_by_layer(net: nn.Module, backend: str) -> None:
-    x = pictures(4, 33, 35)
+    x = noise(4, 33, 35)
     with compile(net, backend=backend) as engine:
         report = fastres.verify(net, engine, [x[:1], x[1:]], layerwise=True)
         assert report.passed and report.images == 4, str(report)
@@ -253,7 +265,7 @@ def test_verify_whole_and_layer_by_layer(net: nn.Module, backend: str) -> None:
 
 def test_verify_finds_other_numbers(net: nn.Module) -> None:
     """The model has its normalisation from the engine, so what fails here is the kernels' part."""
-    x = pictures(4, 33, 35)
+    x = noise(4, 33, 35)
     with compile(net) as engine:
         node = engine.graph.normalize
         assert node is not None and isinstance(node.op, Normalize)
@@ -277,15 +289,15 @@ class Rolled(nn.Module):
         return self.conv(torch.roll(x, 1, 2))
 
 
-def test_fallbacks(net: nn.Module) -> None:
-    model, x = Rolled().eval(), pictures(2, 9, 7)
+def test_fallbacks() -> None:
+    model, x = Rolled().eval(), noise(2, 9, 7)
     with compile(model, (9, 7), on_unsupported="fallback", verify=True) as engine:
         assert len(engine.info.fallbacks) == 1
         assert errors(engine(x), oracle(model, x, ODD)).rms < 1e-6
 
 
 def test_built_graphs_and_programs(net: nn.Module) -> None:
-    x = pictures(2, 33, 35)
+    x = noise(2, 33, 35)
     program = torch.export.export(net, (torch.zeros(2, 3, 33, 35),))
     model = fastres.models.cifar_resnet(8, seed=0).eval()
     graph = fastres.build(model.state_dict(), inputs=fastres.Input((1, 3, 33, 35)))
@@ -296,7 +308,7 @@ def test_built_graphs_and_programs(net: nn.Module) -> None:
 
 
 def test_many_callers(bytes_engine: fastres.Engine) -> None:
-    xs = [pictures(n, 33, 35) for n in (1, 2, 3)]
+    xs = [noise(n, 33, 35) for n in (1, 2, 3)]
     want, got = [bytes_engine(x) for x in xs], {}
     threads = [
         threading.Thread(target=lambda i=i: got.update({i: bytes_engine(xs[i])})) for i in range(3)
@@ -308,7 +320,7 @@ def test_many_callers(bytes_engine: fastres.Engine) -> None:
     assert all(torch.equal(got[i], y) for i, y in enumerate(want))
 
 
-def test_command_line(net: nn.Module, tmp_path: Path, pictures: Callable[..., Any]) -> None:
+def test_command_line(net: nn.Module, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from fastres.cli.main import app

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from fastres.graph.ir import Conv2d, Flatten, Graph, Linear, Node, Slice
+from fastres.graph.ir import Conv2d, Flatten, Graph, Linear, Node, Normalize, Slice
 from fastres.options import Sizes
 
 Shapes = Mapping[str, Sizes]
@@ -29,7 +29,7 @@ def multiply_adds(node: Node, shapes: Shapes, graph: Graph) -> int:
 def traffic(node: Node, shapes: Shapes, graph: Graph, itemsize: int) -> int:
     """Bytes that a node must move at least: every operand read once, the result written once.
 
-    A slice reads what it keeps, and a flattening moves nothing.
+    A slice reads what it keeps, a flattening moves nothing, and pictures are read in bytes.
 
     Args:
         itemsize: bytes of one element, of activations and parameters alike.
@@ -39,6 +39,8 @@ def traffic(node: Node, shapes: Shapes, graph: Graph, itemsize: int) -> int:
     written = math.prod(shapes[node.name])
     if isinstance(node.op, Slice):
         return 2 * written * itemsize
+    if isinstance(node.op, Normalize):
+        return written * (1 + itemsize)
     read = sum(
         math.prod(shapes[name] if name in shapes else graph.constants[name].shape)
         for name in node.inputs

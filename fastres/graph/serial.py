@@ -25,6 +25,7 @@ from fastres.graph.ir import (
     Dim,
     Graph,
     Node,
+    Normalize,
     Op,
     Pad,
     Sym,
@@ -283,6 +284,8 @@ def _check_settings(name: str, op: Op) -> None:
             raise GraphError(f"{name} has {setting} {getattr(op, setting)}; it must not be below 0")
     if isinstance(op, Conv2d) and op.groups < 1:
         raise GraphError(f"{name} has {op.groups} groups; it must have at least 1")
+    if isinstance(op, Normalize) and min(op.std) <= 0:
+        raise GraphError(f"{name} has std {op.std}; it must be above 0")
     if isinstance(op, Aten):
         aten.resolve(op.overload)  # the laws need not look at it where sizes are open
         if op.overload.startswith("aten.from_file"):

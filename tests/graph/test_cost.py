@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastres import models
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.cost import multiply_adds, traffic
-from fastres.graph.ir import Conv2d, Linear, Slice
+from fastres.graph.ir import Conv2d, Graph, Linear, Node, Normalize, Slice, TensorSpec, Value
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.shapes import infer_shapes
 
@@ -42,3 +42,13 @@ def test_multiply_adds() -> None:
     assert counted == {"conv1": 2 * 16 * 32 * 32 * 27, "fc": 2 * 10 * 64}
     others = [n for n in graph if not isinstance(n.op, Conv2d | Linear)]
     assert len(others) > 10 and not any(multiply_adds(n, shapes, graph) for n in others)
+
+
+def test_pictures_are_read_in_bytes() -> None:
+    spec = TensorSpec((2, 3, 8, 8))
+    op = Normalize((0.0,) * 3, (1.0,) * 3)
+    node = Node("normalize", op, ("x",), spec)
+    pixels = Value("x", TensorSpec(spec.shape, "uint8"))
+    graph = Graph((pixels,), (node,), ("normalize",), {}, "")
+    shapes = {name: (2, 3, 8, 8) for name in ("x", "normalize")}
+    assert traffic(node, shapes, graph, 4) == 2 * 3 * 8 * 8 * 5

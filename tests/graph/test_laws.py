@@ -20,6 +20,7 @@ from fastres.graph.ir import (
     Linear,
     Mul,
     Node,
+    Normalize,
     Sym,
     TensorSpec,
     Value,
@@ -74,6 +75,21 @@ def twice_the_input() -> Graph:
 def roll(dtype: str) -> Graph:
     op = Aten("aten.roll.default", '[{"input":0},[1],[1]]', "{}", TensorSpec(IMAGE.shape, dtype))
     return with_node("relu", op=op, spec=TensorSpec(IMAGE.shape, dtype))
+
+
+def normalising(made: str = "float32", **changes: object) -> Graph:
+    """x → normalize, of pictures."""
+    op, pixels = Normalize((0.0,) * 3, (1.0,) * 3), TensorSpec((N, 3, H, 8), "uint8")
+    node = Node("normalize", op, ("x",), TensorSpec(pixels.shape, made))
+    graph = Graph((Value("x", pixels),), (node,), ("normalize",), {}, f"[1, {LEAF}]")
+    return graph.replace(**changes)
+
+
+def pixels_read_twice() -> Graph:
+    graph = normalising()
+    spec = graph.inputs[0].spec
+    roll = Aten("aten.roll.default", '[{"input":0},[1],[1]]', "{}", spec)
+    return graph.replace(nodes=(*graph.nodes, Node("roll", roll, ("x",), spec)))
 
 
 half = TensorSpec(IMAGE.shape, "float16")
@@ -150,6 +166,20 @@ BROKEN: dict[str, tuple[Callable[[], Graph], str]] = {
         lambda: with_node("norm", op=Linear(), params={"weight": "w"}),
         "norm: .* too many values",
     ),
+    "normalised floats": (
+        lambda: normalising(inputs=(Value("x", TensorSpec((N, 3, H, 8))),)),
+        "normalize must alone read an input in uint8",
+    ),
+    "normalised to bytes": (lambda: normalising(made="uint8"), "normalize must .* floating"),
+    "normalised and read again": (pixels_read_twice, "normalize must alone read"),
+    "normalised and returned": (
+        lambda: normalising(outputs=("x",)),
+        "normalize must alone read",
+    ),
+    "normalised, of four channels": (
+        lambda: normalising(inputs=(Value("x", TensorSpec((N, 4, H, 8), "uint8")),)),
+        "pictures of 3 channels",
+    ),
     "an input that is an expression": (
         lambda: with_input(tall),
         r"input x is f32\[N, 4, H\+1, 8\]; its sizes must be bare symbols",
@@ -177,6 +207,11 @@ def test_an_aten_call_may_have_any_dtype(dtype: str) -> None:
             laws.check(graph)
         graph = graph.replace(nodes=graph.nodes[:3], outputs=("relu",))
     laws.check(graph)
+
+
+def test_pictures_are_normalised() -> None:
+    laws.check(normalising())
+    laws.check(normalising(made="float16"))
 
 
 def test_a_graph_that_computes_nothing() -> None:

@@ -61,3 +61,18 @@ def test_pools_and_heads():
     assert reference.linear(flat, torch.ones(4, 60, dtype=X.dtype), activation="relu").min() >= 0
     assert torch.equal(reference.concat([X, X], 1)[:, 3:], X)
     torch.testing.assert_close(reference.softmax(X, 1).sum(1), torch.ones(2, 4, 5).double())
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_normalize_is_its_formula_rounded_once(flip):
+    pixels = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(torch.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    given = (mean, std, 1 / 255, flip)
+    for c in range(3):
+        plane = pixels[:, 2 - c if flip else c].double()
+        want = (plane / 255 - mean[c]) / std[c]
+        exact = reference.normalize(pixels, *given, torch.float64)[:, c]
+        torch.testing.assert_close(exact, want)
+        for dtype in (torch.float32, torch.float16):
+            y = reference.normalize(pixels, *given, dtype)[:, c]
+            torch.testing.assert_close(y, want.to(dtype))
