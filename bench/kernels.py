@@ -92,6 +92,8 @@ def faults(launch: Launch, facts: KernelFacts, sm: int, precision: Precision) ->
         found.append(f"{facts.spill_stores} bytes spilled")
     if not fits(facts, sm):
         found.append(f"{facts.shared_bytes} bytes of shared memory")
+    if launch.dependent and facts.unguarded:
+        found.append(f"{facts.unguarded} accesses before the wait for the kernel in front")
     x = launch.arguments.get("x_ptr")
     if isinstance(x, torch.Tensor) and launch.constants["C"] * x.element_size() % 16 == 0:
         if narrow := facts.count("LDG", "U16"):

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost, Target
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_epilogue
 from fastres.kernels.launch import Launch, check_like, is_interpreted
@@ -111,7 +112,9 @@ def _stem_pool_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     ROW: tl.constexpr = TAPS * C
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
@@ -288,6 +291,7 @@ def stem_pool_launch(
             "BLOCK_P": tile.block_p,
             "BLOCK_Q": tile.block_q,
             "BLOCK_K": tile.block_k,
+            "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

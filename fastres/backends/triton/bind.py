@@ -23,6 +23,7 @@ from fastres.backends.triton.plan import (
     LaunchStem,
     LaunchStemPool,
     LoadInput,
+    Plan,
 )
 from fastres.kernels.bottleneck_chain import chain_launch, chain_shape
 from fastres.kernels.conv2d import conv2d_launch
@@ -42,15 +43,23 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def bind(
-    step: AnyStep, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
+    plan: Plan, step: AnyStep, at: Tensors, constants: Packed, target: Target
 ) -> tuple[Launch, ...]:
     """The calls of one step; none for `LoadInput`, which depends on the caller's tensors.
 
     Args:
+        plan: that the step belongs to.
         at: the plan's tensors by name.
         constants: the graph's weights, on the same device.
         target: the GPU they are meant for.
     """
+    launches = _launches(step, at, constants, target, plan.allow_tf32)
+    return tuple(launch.overlapping() for launch in launches) if plan.dependent else launches
+
+
+def _launches(
+    step: AnyStep, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
+) -> tuple[Launch, ...]:
     if isinstance(step, LaunchConv2d):
         return (_conv2d(step, at, constants, target, allow_tf32),)
     if isinstance(step, LaunchStem):

@@ -50,6 +50,7 @@ Kind = Literal[
     "chain without the next 1x1",
     "kernels of their own",
 ]
+SEVERAL: Kind = "kernels of their own"  # each of which has a choice of its own
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Reckoner:
         if apart <= together:
             return False
         nodes = (node, pool)
-        others = {"a stem and a pool": _time(Form("kernels of their own", None, apart))}
+        others = {"a stem and a pool": _time(Form(SEVERAL, None, apart))}
         self.choices.append(_choice(nodes, Form("stem and pool", None, together), others))
         return True
 
@@ -299,7 +300,7 @@ class Reckoner:
                 seconds += self._convolution(projection, True, None)[0].seconds
         if boundary.following is not None:
             seconds += self._convolution(boundary.following, True, None)[0].seconds
-        return Form("kernels of their own", None, seconds)
+        return Form(SEVERAL, None, seconds)
 
     def _convolution(
         self, node: Node, plain: bool, projection: Node | None

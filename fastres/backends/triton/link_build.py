@@ -53,7 +53,7 @@ def link(
     numbers = {key: number for number, key in enumerate(kernels)}
     launches = []
     for index, step in enumerate(plan.steps):
-        for launch in bind(step, tensors, constants, target, plan.allow_tf32):
+        for launch in bind(plan, step, tensors, constants, target):
             key = digest_of(launch)
             if key not in kernels:
                 raise ValueError(f"{step.node}: there is no machine code of {launch.kernel}")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from msgspec.structs import replace
 
-from fastres.backends.base import Refusal
 from fastres.backends.triton.arena import Lifetime, place
 from fastres.backends.triton.forms import Reckoner
+from fastres.backends.triton.overlap import has_dependent_launch, with_overlap
 from fastres.backends.triton.plan import (
     AnyStep,
     LaunchAvgPool,
@@ -64,64 +64,31 @@ from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
 
 
-def refusals(graph: Graph) -> tuple[Refusal, ...]:
-    """The nodes that the planner has no launch for, and why."""
-    covered = {name for view in shortcuts(graph).values() for name in view.covers}
-    reasons = ((node.name, _refusal(node, graph)) for node in graph.nodes)
-    return tuple(Refusal(n, why) for n, why in reasons if why is not None and n not in covered)
-
-
-def _refusal(node: Node, graph: Graph) -> str | None:
-    op = node.op
-    if isinstance(op, Conv2d | MaxPool | AvgPool | GlobalAvgPool):
-        return None
-    if isinstance(op, Add | BatchNorm | Activation):
-        return _elementwise_refusal(node, graph)
-    if isinstance(op, Linear):
-        return None if len(node.spec.shape) == 2 else "triton's linear takes [N, C] inputs only"
-    if isinstance(op, Flatten):
-        shape = graph.spec(node.inputs[0]).shape
-        flat = op.start_dim == 1 and all(size == 1 for size in shape[2:])
-        return None if flat else "triton flattens only [N, C, 1, 1]: others change the layout"
-    return (
-        f"triton has no kernel for {type(op).__name__}; it has Conv2d with residual and "
-        "activation, BatchNorm, Add, Activation, MaxPool, AvgPool, GlobalAvgPool, Linear, and "
-        "shortcut A inside a Conv2d"
-    )
-
-
-def _elementwise_refusal(node: Node, graph: Graph) -> str | None:
-    shape = node.spec.shape
-    if len(shape) not in (2, 4):
-        return f"triton's elementwise kernel takes [N, C] and [N, C, H, W], not {node.spec}"
-    if any(graph.spec(name).shape != shape for name in node.inputs):
-        return "triton adds tensors of one shape only, without broadcasting"
-    if any(name in graph.constants for name in node.inputs):
-        return "triton adds no constants"
-    return None
-
-
 def make_plan(
     graph: Graph,
     input_shapes: tuple[Sizes, ...],
     precision: Precision,
     tiles: Tiles,
     recorded: Plan | None = None,
+    dependent: bool | None = None,
 ) -> Plan:
     """Plans a graph whose nodes are all taken, for fixed input shapes.
 
     Args:
         tiles: the best tile of each problem on the target.
         recorded: a plan of the same graph from a file, whose forms are taken over.
+        dependent: whether launches are dependent ones; None where that pays.
 
     Raises:
         ArtifactError: the recorded plan is not one of this graph's.
     """
     if recorded is None:
-        return _Planner(graph, input_shapes, precision, tiles, None).plan()
+        plan = _Planner(graph, input_shapes, precision, tiles, None).plan()
+        return with_overlap(plan, tiles.target, dependent)
     steps = {step.node: step for step in recorded.steps}
     plan = _Planner(graph, input_shapes, precision, tiles, steps).plan()
-    if replace(plan, choices=recorded.choices) != recorded:
+    plan = replace(plan, dependent=recorded.dependent, choices=recorded.choices)
+    if plan != recorded or (plan.dependent and not has_dependent_launch(tiles.target)):
         raise ArtifactError("a stored plan does not follow from the graph: copy the engine anew")
     return recorded
 

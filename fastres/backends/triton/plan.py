@@ -255,6 +255,7 @@ class Plan(msgspec.Struct, frozen=True):
         outputs: tensor and logical NCHW shape of each output.
         arena_bytes: size of the one buffer that holds all places.
         allow_tf32: whether fp32 products may be rounded to TF32.
+        dependent: whether a kernel's blocks may start before the kernel in front has ended.
         choices: for people: what is run in which form, and why.
     """
 
@@ -264,6 +265,7 @@ class Plan(msgspec.Struct, frozen=True):
     outputs: tuple[tuple[str, Sizes], ...]
     arena_bytes: int
     allow_tf32: bool = False
+    dependent: bool = False
     choices: tuple[Choice, ...] = ()
 
     def to_json(self) -> bytes:

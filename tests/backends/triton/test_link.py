@@ -51,9 +51,7 @@ def built(request: pytest.FixtureRequest) -> Any:
 def launches(plan: Plan, arena: torch.Tensor, constants: Packed) -> list[Launch]:
     tensors = views(plan, arena)
     return [
-        launch
-        for step in plan.steps
-        for launch in bind(step, tensors, constants, TARGET, plan.allow_tf32)
+        launch for step in plan.steps for launch in bind(plan, step, tensors, constants, TARGET)
     ]
 
 

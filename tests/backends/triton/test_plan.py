@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-from fastres.backends.triton.lower import make_plan, refusals
+from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.plan import (
     LaunchBoxConv2d,
     LaunchChain,
@@ -21,8 +21,10 @@ from fastres.backends.triton.plan import (
     LoadInput,
     Plan,
 )
+from fastres.backends.triton.refusals import refusals
 from fastres.backends.triton.regions import boundaries, projections, shortcuts
 from fastres.backends.triton.table import Tiles
+from fastres.errors import ArtifactError
 from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Graph
 from fastres.graph.passes.pipeline import optimise
@@ -154,6 +156,41 @@ def test_every_choice_says_what_else_there_was() -> None:
     assert all(choice.others and choice.microseconds > 0 for choice in plan.choices[:16])
 
 
+@pytest.mark.parametrize(
+    ("batch", "target", "asked", "dependent"),
+    [
+        (1, HOPPER, None, True),
+        (256, HOPPER, None, False),
+        (256, HOPPER, True, True),
+        (1, HOPPER, False, False),
+        (1, AMPERE, None, False),
+        (1, AMPERE, True, False),
+    ],
+    ids=["short", "long", "asked for", "not wanted", "older GPU", "asked of an older GPU"],
+)
+def test_short_launches_are_dependent(
+    batch: int, target: Tiles, asked: bool | None, dependent: bool
+) -> None:
+    shapes = ((batch, 3, 224, 224),)
+    plan = make_plan(bottleneck("v1.5"), shapes, "fp16", target, dependent=asked)
+    assert plan.dependent is dependent
+    told = [choice for choice in plan.choices if not choice.nodes]
+    assert len(told) == (target is HOPPER)
+    for choice in told:
+        assert ("dependent" in choice.taken) is dependent
+        assert choice.others and choice.microseconds >= 1e6 * seconds(plan)
+
+
+def test_a_recorded_plan_keeps_its_launches() -> None:
+    graph, shapes = bottleneck("v1.5"), ((256, 3, 224, 224),)
+    for asked in (True, False):
+        plan = make_plan(graph, shapes, "fp16", HOPPER, dependent=asked)
+        assert make_plan(graph, shapes, "fp16", HOPPER, plan, dependent=not asked) == plan
+    strange = msgspec.structs.replace(make_plan(graph, shapes, "fp16", AMPERE), dependent=True)
+    with pytest.raises(ArtifactError, match="does not follow from the graph"):
+        make_plan(graph, shapes, "fp16", AMPERE, strange)
+
+
 def test_small_grids_split_their_depth_and_get_scratch_memory() -> None:
     plan = make_plan(bottleneck("v1.5"), ((1, 3, 224, 224),), "fp16", HOPPER)
     split = [s for s in plan.steps if isinstance(s, LaunchBoxConv2d) and s.workspace]
@@ -193,7 +230,9 @@ def test_what_is_no_boundary_and_no_projection() -> None:
 def seconds(plan: Plan) -> float:
     """Of everything that a plan's choices stand for."""
     return 1e-6 * sum(
-        choice.microseconds for choice in plan.choices if not choice.taken.startswith("kernels of")
+        choice.microseconds
+        for choice in plan.choices
+        if choice.nodes and not choice.taken.startswith("kernels of")
     )
 
 

@@ -71,6 +71,22 @@ def test_narrow_bottleneck_net(photo_batch: PhotoBatch, version: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_dependent_launches_change_no_bit(photo_batch: PhotoBatch, precision: Precision) -> None:
+    """In the interpreter they are no other launches; on a GPU they are told to overlap."""
+    model = fastres.models.settle(fastres.models.cifar_resnet(20, seed=0), photo_batch(32, 32))
+    x = photo_batch(2, 32)
+    found = []
+    for asked in (True, False):
+        with compile(model, x, precision, dependent_launch=asked) as engine:
+            for _ in range(20):  # a race does not show at once
+                poison(engine, x)
+                found.append(engine(x))
+                if INTERPRETING:
+                    break
+    assert all(torch.equal(found[0], y) for y in found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_batch_norms_that_cannot_be_folded(photo_batch: PhotoBatch, precision: Precision) -> None:
     model = fastres.models.PreActResNet(1, seed=0)
     model = fastres.models.settle(model, photo_batch(32, 16))
