@@ -141,6 +141,7 @@ def _stem_pool(step: LaunchStemPool, at: Tensors, constants: Packed) -> Launch:
         constants.bias([step.bias]),
         at[step.target],
         activation=step.activation,
+        tile=step.tile,
     )
 
 

@@ -60,6 +60,7 @@ from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.conv2d_tma import conv2d_tma_workspace
 from fastres.kernels.geometry import Pair
 from fastres.kernels.space_to_depth import packed_shape
+from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
 
@@ -112,7 +113,7 @@ class _Planner:
         self.covered = {name for view in self.shortcuts.values() for name in view.covers}
         self.folded: set[str] = set()  # graph inputs that stems read
         self.stems: dict[str, ConvTile] = {}  # that read folded pictures
-        self.pooled: dict[str, Node] = {}  # by the name of a max pool: its stem
+        self.pooled: dict[str, tuple[Node, StemPoolTile]] = {}  # stems, by the name of a max pool
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
         self.merged: dict[str, Node] = {}  # by the name of a convolution: its projection
         self.tensor_of: dict[str, str] = {}  # a graph value → the tensor that holds it
@@ -151,9 +152,10 @@ class _Planner:
         projections are merged."""
         for name, stem in stems(self.graph).items():
             pool = pool_of(self.graph, stem)
-            if pool is not None and self.reckoner.pools_stem(stem, pool):
+            together = None if pool is None else self.reckoner.pooled_stem(stem, pool)
+            if pool is not None and together is not None:
                 self.folded.add(name)
-                self.pooled[pool.name] = stem
+                self.pooled[pool.name] = stem, together
                 self.covered.add(stem.name)
             elif (tile := self.reckoner.stem(stem)) is not None:
                 self.folded.add(name)
@@ -223,13 +225,13 @@ class _Planner:
 
     def _stem(self, node: Node) -> LaunchStem | LaunchStemPool:
         """Of a stem that reads folded pictures, or of the max pool that is computed with one."""
-        stem = self.pooled.get(node.name, node)
+        stem, together = self.pooled.get(node.name, (node, None))
         assert isinstance(stem.op, Conv2d)
         source = self.tensor_of[stem.inputs[0]]
         weight, bias = stem.params["weight"], stem.params.get("bias")
         activation = stem.op.epilogue.activation
-        if node is not stem:
-            return LaunchStemPool(node.name, source, node.name, weight, bias, activation)
+        if together is not None:
+            return LaunchStemPool(node.name, source, node.name, weight, bias, activation, together)
         tile = self.stems[node.name]
         return LaunchStem(node.name, source, node.name, weight, bias, activation, tile)
 

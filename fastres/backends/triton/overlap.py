@@ -8,7 +8,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from fastres.backends.base import Choice
-from fastres.backends.triton.forms import SEVERAL
+from fastres.backends.triton.form import SEVERAL
 from fastres.backends.triton.plan import Plan
 from fastres.kernels.cost import Target
 

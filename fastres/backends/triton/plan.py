@@ -13,6 +13,7 @@ from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import Pair
+from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 from fastres.options import Sizes
 
@@ -113,6 +114,7 @@ class LaunchStemPool(_OneToOne, frozen=True, tag=True):
     weight: str
     bias: str | None
     activation: ActivationKind | None
+    tile: StemPoolTile
 
 
 class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):

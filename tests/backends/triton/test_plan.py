@@ -18,6 +18,8 @@ from fastres.backends.triton.plan import (
     LaunchChain,
     LaunchConv2d,
     LaunchLinear,
+    LaunchStem,
+    LaunchStemPool,
     LoadInput,
     Plan,
 )
@@ -189,6 +191,22 @@ def test_a_recorded_plan_keeps_its_launches() -> None:
     strange = msgspec.structs.replace(make_plan(graph, shapes, "fp16", AMPERE), dependent=True)
     with pytest.raises(ArtifactError, match="does not follow from the graph"):
         make_plan(graph, shapes, "fp16", AMPERE, strange)
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+def test_where_no_tile_of_a_form_is_left_another_form_is_taken(batch: int) -> None:
+    """As on a GPU whose compiler refuses all kernels but those that read through pointers."""
+    graph, shapes, tiles = bottleneck("v1.5"), ((batch, 3, 224, 224),), Tiles(HOPPER.target)
+    usual = {type(step) for step in make_plan(graph, shapes, "fp16", tiles).steps}
+    for problem in list(tiles.asked()):
+        if problem.kind != "pointers":
+            for tile in problem.candidates(tiles.target):
+                tiles.ban(problem.key, tile, "it does not compile")
+    plan = make_plan(graph, shapes, "fp16", tiles)
+    kinds = Counter(type(step) for step in plan.steps)
+    assert LaunchBoxConv2d in usual and kinds[LaunchConv2d] + kinds[LaunchStem] == 53
+    assert not kinds.keys() & {LaunchBoxConv2d, LaunchChain, LaunchStemPool}
+    assert any("no tile can run" in c.others.get("boxes", "") for c in plan.choices)
 
 
 def test_small_grids_split_their_depth_and_get_scratch_memory() -> None:
