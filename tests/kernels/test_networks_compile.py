@@ -37,7 +37,7 @@ def test_resnet50_at_batch_256_and_1(
 def test_each_fault_is_seen(script: ModuleType) -> None:
     case = next(script.cases(quick=True))
     graph, tiles = script.graph_of(case.net), script.Tiles(script.Target.typical(80))
-    found = script.kernels(graph, case, tiles, {})
+    _, found = script.kernels(graph, case, tiles, {})
     launch = next(launch for node, _, launch in found if "layer1" in node)
     good = KernelFacts(128, 0, 0, 50_000, 4, {"HMMA.16816": 8, "LDGSTS.E.128": 4})
     assert script.faults(launch, good, 80, "fp16") == []
