@@ -97,7 +97,11 @@ def load(step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
 def _conv2d(
     step: LaunchConv2d, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
 ) -> Launch:
-    x, weight = at[step.source], constants.filters(step.weight)
+    x, groups = at[step.source], step.groups // step.merged
+    if step.merged == 1:
+        weight = constants.filters(step.weight)
+    else:
+        weight = constants.grouped(step.weight, step.groups, step.merged)
     n, h, w, c = x.shape
     k, r, s, _ = weight.shape
     residual, offset = None, 0
@@ -110,7 +114,7 @@ def _conv2d(
         constants.bias([step.bias]),
         residual,
         at[step.target],
-        shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, step.groups),
+        shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, groups),
         target=target,
         residual_channel_offset=offset,
         activation=step.activation,

@@ -27,6 +27,7 @@ class Form:
 
     Args:
         tile: None where several kernels with tiles of their own are meant.
+        merged: of a grouped convolution: groups that are one product.
     """
 
     kind: Kind
@@ -34,9 +35,11 @@ class Form:
     seconds: float
     measured: bool = False
     problem: str = ""
+    merged: int = 1
 
     def __str__(self) -> str:
-        return self.kind if self.tile is None else f"{self.kind} {self.tile}"
+        kind = self.kind if self.merged == 1 else f"{self.kind}, {self.merged} groups at once"
+        return kind if self.tile is None else f"{kind} {self.tile}"
 
     @property
     def time(self) -> str:

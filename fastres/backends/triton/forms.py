@@ -31,7 +31,7 @@ from fastres.kernels import chain_tiles
 from fastres.kernels.boxes import Projection
 from fastres.kernels.boxes import refusal as box_refusal
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
-from fastres.kernels.geometry import ConvShape, PoolShape
+from fastres.kernels.geometry import ConvShape, PoolShape, mergeable
 from fastres.kernels.pool import max_pool_cost
 from fastres.kernels.stem import stem_refusal, stem_shape
 from fastres.kernels.stem_pool_tiles import StemPoolTile, stem_pool_refusal
@@ -281,14 +281,17 @@ class Reckoner:
     def _convolution(
         self, node: Node, plain: bool, projection: Node | None
     ) -> tuple[Form, dict[str, str]]:
-        pointers = None
+        pointers, others = None, {}
         if projection is None:
-            pointers = self._form("pointers", self._problem(node, "pointers"))
+            pointers = self._pointers(node)
+            if pointers.merged > 1:
+                single = self._form("pointers", self._problem(node, "pointers"))
+                others = {str(single): single.time}
         problem = self._problem(node, "boxes", projection)
         reason = self._box_reason(node, plain, projection) or self._no_tile(problem)
         if reason is not None:
             assert pointers is not None
-            return pointers, {"boxes": reason}
+            return pointers, {**others, "boxes": reason}
         boxed = self._form("boxes", problem)
         if pointers is None:
             return boxed, {}
@@ -296,16 +299,29 @@ class Reckoner:
         comparable = boxed.measured and pointers.measured
         quicker = comparable and pointers.seconds < boxed.seconds
         taken, other = (pointers, boxed) if quicker else (boxed, pointers)
-        return taken, {str(other): other.time}
+        return taken, {**others, str(other): other.time}
+
+    def _pointers(self, node: Node) -> Form:
+        """With as many groups in one product as is quickest: a narrow one leaves a tile empty."""
+        shape = self.shape(node)
+        forms = (
+            replace(self._form("pointers", self._problem(node, "pointers", merged=n)), merged=n)
+            for n in mergeable(shape.groups, shape.c // shape.groups)
+        )
+        return min(forms, key=lambda form: (not form.measured, form.seconds))
 
     def _problem(
-        self, node: Node, kind: Literal["pointers", "boxes"], projection: Node | None = None
+        self,
+        node: Node,
+        kind: Literal["pointers", "boxes"],
+        projection: Node | None = None,
+        merged: int = 1,
     ) -> Problem:
-        op = node.op
+        op, shape = node.op, self.shape(node)
         assert isinstance(op, Conv2d)
         residual = op.epilogue.residual and projection is None
-        merged = self._projection(projection)
-        return Problem(kind, self.shape(node), self._precision, merged, residual)
+        shape = replace(shape, groups=shape.groups // merged)
+        return Problem(kind, shape, self._precision, self._projection(projection), residual)
 
     def _form(self, kind: Kind, problem: Problem) -> Form:
         try:
@@ -342,8 +358,11 @@ class Reckoner:
     def _recorded_form(self, node: Node, plain: bool, projection: Node | None) -> Form:
         step = (self._recorded or {}).get(node.name)
         if isinstance(step, LaunchConv2d) and projection is None:
-            if self._problem(node, "pointers").takes(step.tile, self._target):
-                return Form("pointers", step.tile, 0.0)
+            shape, merged = self.shape(node), step.merged
+            possible = merged in mergeable(shape.groups, shape.c // shape.groups)
+            problem = self._problem(node, "pointers", merged=merged if possible else 1)
+            if possible and problem.takes(step.tile, self._target):
+                return Form("pointers", step.tile, 0.0, merged=merged)
         elif isinstance(step, LaunchBoxConv2d) and not self._box_reason(node, plain, projection):
             if self._problem(node, "boxes", projection).takes(step.tile, self._target):
                 return Form("boxes", step.tile, 0.0)

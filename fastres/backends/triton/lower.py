@@ -268,6 +268,7 @@ class _Planner:
             padding=op.padding,
             dilation=op.dilation,
             groups=op.groups,
+            merged=form.merged,
             shortcut=shortcut,
             activation=op.epilogue.activation,
             tile=form.tile,

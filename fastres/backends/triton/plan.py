@@ -83,7 +83,11 @@ class _OneToOne(Step, frozen=True):
 
 
 class LaunchConv2d(_OneToOne, frozen=True, tag=True):
-    """target = act(source * weight + bias + shortcut)."""
+    """target = act(source * weight + bias + shortcut).
+
+    Args:
+        merged: groups that are one product, with zeros for each other's channels.
+    """
 
     weight: str
     bias: str | None
@@ -91,6 +95,7 @@ class LaunchConv2d(_OneToOne, frozen=True, tag=True):
     padding: Pair
     dilation: Pair
     groups: int
+    merged: int
     shortcut: Shortcut | None
     activation: ActivationKind | None
     tile: ConvTile

@@ -209,6 +209,30 @@ def test_where_no_tile_of_a_form_is_left_another_form_is_taken(batch: int) -> No
     assert any("no tile can run" in c.others.get("boxes", "") for c in plan.choices)
 
 
+@pytest.mark.parametrize("target", [HOPPER, AMPERE], ids=["sm_90", "sm_80"])
+def test_narrow_groups_share_a_product(target: Tiles) -> None:
+    weights = fastres.models.resnext50_32x4d(seed=0).state_dict()
+    graph = optimise(fastres.build(weights, version="v1.5"))
+    plan = make_plan(graph, ((256, 3, 224, 224),), "fp16", target)
+    grouped = [s for s in plan.steps if isinstance(s, LaunchConv2d) and s.groups == 32]
+    assert len(grouped) == 16
+    channels = {s.node: s.merged * graph.constants[s.weight].shape[1] for s in grouped}
+    assert set(channels.values()) == {32}
+    choice = next(c for c in plan.choices if c.nodes == ("layer1.0.conv2",))
+    assert "8 groups at once" in choice.taken
+    others = [text for form, text in choice.others.items() if form.startswith("pointers ")]
+    assert float(others[0].split()[0]) > 2 * choice.microseconds
+    assert make_plan(graph, ((256, 3, 224, 224),), "fp16", target, plan) is plan
+    for merged in (0, 3, 5, 32):
+        steps = [
+            msgspec.structs.replace(s, merged=merged) if s.node == "layer1.0.conv2" else s
+            for s in plan.steps
+        ]
+        strange = msgspec.structs.replace(plan, steps=tuple(steps))
+        with pytest.raises(ArtifactError, match=r"layer1\.0\.conv2 that it cannot have"):
+            make_plan(graph, ((256, 3, 224, 224),), "fp16", target, strange)
+
+
 def test_small_grids_split_their_depth_and_get_scratch_memory() -> None:
     plan = make_plan(bottleneck("v1.5"), ((1, 3, 224, 224),), "fp16", HOPPER)
     split = [s for s in plan.steps if isinstance(s, LaunchBoxConv2d) and s.workspace]
