@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import questions
 import torch
 import torch.nn.functional as F
 from compare import photographs
@@ -113,6 +114,7 @@ def compiling(run: Run) -> Iterator[Row]:
     for batch in run.batch_sizes:
         for version in ("v1.5", "v1"):
             jobs += [("tiles", p, target) for p in _problems(version, batch, run)]
+    jobs += [("question", case.name, target) for case in questions.cases(Tiles(target))]
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
     context = multiprocessing.get_context("spawn")
     started, kernels = time.time(), 0
@@ -141,6 +143,8 @@ def _compile(job: Job) -> int:
     """In a process of its own, without touching the GPU."""
     if job[0] == "tiles":
         return precompile(*job[1:], tried=TRIED)
+    if job[0] == "question":
+        return questions.precompile(*job[1:])
     _, net, version, precision, batch, target, size = job
     shape = (batch, 3, size, size)
     graph = optimise(capture(_make(net, version).eval(), [fastres.Input(shape)]).graph)
@@ -320,13 +324,15 @@ def _engine(
     )
 
 
+# seconds at most; what ends early leaves its time to the next, and speed takes what is left
 SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], float]] = {
-    "facts": (facts, 20),
-    "compile": (compiling, 150),
-    "parity": (parity, 90),
-    "stem": (stem, 30),
-    "tuning": (tuning, 120),
+    "facts": (facts, 15),
+    "compile": (compiling, 120),
+    "parity": (parity, 80),
+    "tests": (tests, 90),
+    "stem": (stem, 25),
+    "tuning": (tuning, 90),
+    "questions": (questions.questions, 60),
     "speed": (speed, 200),
     "profile": (profile, 40),
-    "tests": (tests, 120),
 }
