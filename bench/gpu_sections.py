@@ -51,6 +51,7 @@ PARITY_BATCH = 4
 TRIED = 10  # tiles of a problem
 NETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "wide_resnet50")
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "tf32", "fp32")
+BOTH_LAUNCHES = (1, 32)  # batches at which launches are compared, dependent and not
 POWER = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
 
@@ -285,9 +286,15 @@ def speed(run: Run) -> Iterator[Row]:
             x = photographs(batch, run.image_size).half().to(run.device)
             x = x.contiguous(memory_format=torch.channels_last)
             model = settled("resnet50", version, run).half()
-            ours = _engine(model, x, "fp16", run, cache_dir=str(run.out))
+            ours = {
+                "fastres" if asked is None else f"fastres, dependent_launch={asked}": _engine(
+                    model, x, "fp16", run, cache_dir=str(run.out), dependent_launch=asked
+                )
+                for asked in ((None, True, False) if batch in BOTH_LAUNCHES else (None,))
+            }
             theirs = model.to(run.device).to(memory_format=torch.channels_last)
-            targets = [Target("fastres", ours), Target("eager channels_last", theirs)]
+            targets = [Target(name, engine) for name, engine in ours.items()]
+            targets.append(Target("eager channels_last", theirs))
             for mode in _modes(version, batch):
                 own = torch.compile(copy.deepcopy(theirs), mode=mode, dynamic=False)
                 targets.append(Target(f"torch.compile {mode}", own))
@@ -296,7 +303,8 @@ def speed(run: Run) -> Iterator[Row]:
                 continue
             report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
             yield {"name": name, "table": str(report), **report.to_dict()}
-            ours.close()
+            for engine in ours.values():
+                engine.close()
 
 
 def _modes(version: str, batch: int) -> tuple[str, ...]:

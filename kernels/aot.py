@@ -27,6 +27,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 _REGISTERS = re.compile(r"\bREG:(\d+)")
 # Triton 3.6 lists no attributes for constants other than texts; later versions list them for all
