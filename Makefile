@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
 .PHONY: run test install dev lint types unit interpret bench gpu kernels clean
 
@@ -50,8 +51,15 @@ bench: dev
 gpu:  ## on a machine with an NVIDIA GPU: right first, then tuned, then how fast; results in build/gpu
 	$(PYTHON) bench/gpu.py --out build/gpu
 
-kernels: dev  ## every kernel of the networks below compiled for sm_80 to sm_120; no GPU needed
+kernels: dev $(OLDEST)/.installed  ## every kernel of whole networks for sm_80 to sm_120; no GPU
 	$(BIN)/python bench/kernels.py --out build/kernels.json
+	$(OLDEST)/bin/python bench/kernels.py --out build/kernels-oldest.json
+
+$(OLDEST)/.installed: setup.py pyproject.toml  ## the oldest PyTorch that is supported, and its Triton
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --editable . 'torch==2.11.*'
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import questions
 import torch
 import torch.nn.functional as F
 from compare import photographs
@@ -50,6 +51,7 @@ PARITY_BATCH = 4
 TRIED = 10  # tiles of a problem
 NETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "wide_resnet50")
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "tf32", "fp32")
+BOTH_LAUNCHES = (1, 32)  # batches at which launches are compared, dependent and not
 POWER = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
 
@@ -113,6 +115,7 @@ def compiling(run: Run) -> Iterator[Row]:
     for batch in run.batch_sizes:
         for version in ("v1.5", "v1"):
             jobs += [("tiles", p, target) for p in _problems(version, batch, run)]
+    jobs += [("question", case.name, target) for case in questions.cases(Tiles(target))]
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
     context = multiprocessing.get_context("spawn")
     started, kernels = time.time(), 0
@@ -141,6 +144,8 @@ def _compile(job: Job) -> int:
     """In a process of its own, without touching the GPU."""
     if job[0] == "tiles":
         return precompile(*job[1:], tried=TRIED)
+    if job[0] == "question":
+        return questions.precompile(*job[1:])
     _, net, version, precision, batch, target, size = job
     shape = (batch, 3, size, size)
     graph = optimise(capture(_make(net, version).eval(), [fastres.Input(shape)]).graph)
@@ -281,9 +286,15 @@ def speed(run: Run) -> Iterator[Row]:
             x = photographs(batch, run.image_size).half().to(run.device)
             x = x.contiguous(memory_format=torch.channels_last)
             model = settled("resnet50", version, run).half()
-            ours = _engine(model, x, "fp16", run, cache_dir=str(run.out))
+            ours = {
+                "fastres" if asked is None else f"fastres, dependent_launch={asked}": _engine(
+                    model, x, "fp16", run, cache_dir=str(run.out), dependent_launch=asked
+                )
+                for asked in ((None, True, False) if batch in BOTH_LAUNCHES else (None,))
+            }
             theirs = model.to(run.device).to(memory_format=torch.channels_last)
-            targets = [Target("fastres", ours), Target("eager channels_last", theirs)]
+            targets = [Target(name, engine) for name, engine in ours.items()]
+            targets.append(Target("eager channels_last", theirs))
             for mode in _modes(version, batch):
                 own = torch.compile(copy.deepcopy(theirs), mode=mode, dynamic=False)
                 targets.append(Target(f"torch.compile {mode}", own))
@@ -292,7 +303,8 @@ def speed(run: Run) -> Iterator[Row]:
                 continue
             report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
             yield {"name": name, "table": str(report), **report.to_dict()}
-            ours.close()
+            for engine in ours.values():
+                engine.close()
 
 
 def _modes(version: str, batch: int) -> tuple[str, ...]:
@@ -320,13 +332,15 @@ def _engine(
     )
 
 
+# seconds at most; what ends early leaves its time to the next, and speed takes what is left
 SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], float]] = {
-    "facts": (facts, 20),
-    "compile": (compiling, 150),
-    "parity": (parity, 90),
-    "stem": (stem, 30),
-    "tuning": (tuning, 120),
+    "facts": (facts, 15),
+    "compile": (compiling, 120),
+    "parity": (parity, 80),
+    "tests": (tests, 90),
+    "stem": (stem, 25),
+    "tuning": (tuning, 90),
+    "questions": (questions.questions, 60),
     "speed": (speed, 200),
     "profile": (profile, 40),
-    "tests": (tests, 120),
 }

@@ -1,11 +1,12 @@
 """Every distinct kernel of whole networks compiled for many GPUs, none of which need be here.
 
-python bench/kernels.py [--quick] [--sm 80,90] [--out FILE.json]     (or: make kernels)
+python bench/kernels.py [--quick] [--sm 80,90] [--out FILE.json] [--tables DIR]   (or: make kernels)
 
 A tile whose kernel spills or does not fit gives way to the next, which is said. Checked for each
 kernel of the plans that come out: no spills, shared memory within the target's, the matrix
 instruction that the target is to have, no 2-byte loads where channels come in eights. The exit
-status is 1 if one fails. Triton's cache makes a second run quick.
+status is 1 if one fails. Triton's cache makes a second run quick. --tables writes what came out as
+tables of tiles, which fastres ships for GPUs that it has not been measured on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,15 @@ import fastres
 from fastres import models
 from fastres.backends.triton.cross import compiled_plan, launches_of, spill_limit
 from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.plan import Plan
+from fastres.backends.triton.table import (
+    Entry,
+    Machine,
+    Table,
+    Tiles,
+    kernels_digest,
+    write_table,
+)
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, fits, key_of
@@ -39,6 +48,7 @@ SMS = (80, 86, 89, 90, 100, 120)
 BATCHES = (1, 32, 256)
 NETS = ("resnet18", "resnet50@v1", "resnet50@v1.5", "resnet152@v1.5", "resnext50_32x4d")
 OTHERS: tuple[Precision, ...] = ("bf16", "tf32", "fp32")  # on one network; fp16 on all
+GPUS = {90: ("NVIDIA H200",)}  # that tables are shipped for, by the names drivers give them
 MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
@@ -74,15 +84,28 @@ def graph_of(net: str) -> Graph:
 
 def kernels(
     graph: Graph, case: Case, tiles: Tiles, known: dict[str, Built]
-) -> list[tuple[str, str, Launch]]:
-    """Every launch of the network's plan: the node it is for, the kernel's key, the call."""
+) -> tuple[Plan, list[tuple[str, str, Launch]]]:
+    """The network's plan; and its launches: the node each is for, the kernel's key, the call."""
     shape = (case.batch, 3, 224, 224)
     plan, _ = compiled_plan(graph, (shape,), case.precision, tiles, known)
     constants = Packed(graph, DTYPE_OF[case.precision], torch.device("meta"))
-    return [
+    return plan, [
         (node, key_of(launch), launch)
         for node, launch in launches_of(plan, constants, tiles.target)
     ]
+
+
+def write_tables(tiles: Tiles, chosen: Collection[str], folder: Path) -> None:
+    """The tiles that plans took, estimated and compiled, for each GPU of the target's kind."""
+    entries = {
+        problem.key: Entry(dict(vars(best.tile)), round(1e6 * best.seconds, 2), measured=False)
+        for problem in tiles.asked()
+        if problem.key in chosen and not (best := tiles.best(problem)).measured
+    }
+    for name in GPUS.get(tiles.target.sm, ()):
+        machine = Machine(name, tiles.target.sm_count, triton.__version__, kernels_digest())
+        write_table(folder / machine.file, Table(machine, entries))
+        print(f"{folder / machine.file}: {len(entries)} tiles", flush=True)
 
 
 def faults(launch: Launch, facts: KernelFacts, sm: int, precision: Precision) -> list[str]:
@@ -92,6 +115,8 @@ def faults(launch: Launch, facts: KernelFacts, sm: int, precision: Precision) ->
         found.append(f"{facts.spill_stores} bytes spilled")
     if not fits(facts, sm):
         found.append(f"{facts.shared_bytes} bytes of shared memory")
+    if launch.dependent and facts.unguarded:
+        found.append(f"{facts.unguarded} accesses before the wait for the kernel in front")
     x = launch.arguments.get("x_ptr")
     if isinstance(x, torch.Tensor) and launch.constants["C"] * x.element_size() % 16 == 0:
         if narrow := facts.count("LDG", "U16"):
@@ -111,14 +136,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one network, fp16, batch 256 and 1")
     parser.add_argument("--sm", default=",".join(map(str, SMS)), help="targets")
     parser.add_argument("--out", type=Path, help="also write every kernel's facts as JSON")
+    parser.add_argument("--tables", type=Path, help="also write tables of tiles into this folder")
     given = parser.parse_args(arguments)
     started, rows, bad = time.time(), [], 0
     graphs: dict[str, Graph] = {}
     for sm in map(int, given.sm.split(",")):
         tiles, known, seen = Tiles(Target.typical(sm)), dict[str, Built](), set[str]()
+        chosen: set[str] = set()
         for case in cases(given.quick):
             graph = graphs.setdefault(case.net, graph_of(case.net))
-            for node, key, launch in kernels(graph, case, tiles, known):
+            plan, launches = kernels(graph, case, tiles, known)
+            chosen.update(choice.problem for choice in plan.choices)
+            for node, key, launch in launches:
                 if key in seen:
                     continue
                 seen.add(key)
@@ -129,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for why in tiles.banned.values():
             print(f"sm_{sm}, gave way to another tile: {why}")
         print(f"sm_{sm}: {len(seen)} kernels, {time.time() - started:.0f} s so far", flush=True)
+        if given.tables is not None:
+            write_tables(tiles, chosen, given.tables)
     print(f"{len(rows)} kernels with Triton {triton.__version__}, {bad} with faults")
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)

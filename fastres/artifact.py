@@ -100,6 +100,7 @@ class OptionsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     cache_size: int
     target: str | None = None
     cuda_graph: bool | None = None
+    dependent_launch: bool | None = None
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -270,6 +271,7 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
             cache_size=options.cache_size,
             target=options.target,
             cuda_graph=options.cuda_graph,
+            dependent_launch=options.dependent_launch,
         ),
         inputs=tuple(
             InputEntry(

@@ -52,6 +52,7 @@ def compile(
     threads: int | None = None,
     target: str | None = None,
     cuda_graph: bool | None = None,
+    dependent_launch: bool | None = None,
     tune: bool = False,
     cache_dir: PathLike | None = None,
 ) -> Engine:
@@ -81,6 +82,9 @@ def compile(
             kernel is compiled for it, and the engine can be looked at and saved, but not called;
             `fastres.load` on such a GPU runs it without choosing again.
         cuda_graph: whether a GPU's kernels are launched as one CUDA graph; None stands for True.
+        dependent_launch: whether they are programmatic dependent launches, whose blocks may start
+            before the kernel in front has ended (sm_90 and newer); None decides by how short they
+            are.
         tune: measure the kernels' tiles on this GPU for the usual input shapes, which takes minutes
             once; what is measured is kept, and an interrupted run goes on where it was.
         cache_dir: where measurements are kept; None takes `fastres` in the user's cache folder.
@@ -105,6 +109,7 @@ def compile(
         threads=threads,
         target=target,
         cuda_graph=cuda_graph,
+        dependent_launch=dependent_launch,
         tune=tune,
         cache_dir=cast(str | None, cache_dir),
     )

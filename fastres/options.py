@@ -149,6 +149,7 @@ class Options:
     cache_size: int = 8
     target: str | None = None
     cuda_graph: bool | None = None
+    dependent_launch: bool | None = None
     tune: bool = False
     cache_dir: str | None = None
 
@@ -171,8 +172,9 @@ class Options:
             raise InputError(f"tuning needs a {self.target} GPU: leave out target= or tune=")
         if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", _folder(self.cache_dir))
-        if not isinstance(self.cuda_graph, bool | None):
-            raise InputError(f"cuda_graph is {self.cuda_graph!r}; give True, False or None")
+        for name in ("cuda_graph", "dependent_launch"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise InputError(f"{name} is {getattr(self, name)!r}; give True, False or None")
         _one_of("precision", self.precision, (None, *get_args(Precision)))
         _one_of("hint", self.hint, get_args(Hint))
         _one_of("oversize", self.oversize, get_args(Oversize))

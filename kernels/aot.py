@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 import triton
@@ -26,11 +27,14 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 _REGISTERS = re.compile(r"\bREG:(\d+)")
 # Triton 3.6 lists no attributes for constants other than texts; later versions list them for all
 _EVERY_ATTRIBUTE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 MATRIX = re.compile(r"U?T?C?[HIQ]G?MMA\b")
+_GLOBAL = re.compile(r"(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP|ATOMG?|REDG?|LD|ST)(?:\.|$)")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.M)
 
 
@@ -45,6 +49,8 @@ class KernelFacts:
         shared_bytes: shared memory a block asks for, static and dynamic.
         num_warps: warps in a block.
         instructions: how often each machine instruction stands in the code, by its full name.
+        unguarded: accesses to global memory that stand before the wait for the kernel in front
+            (`fastres.kernels.dependent`): all of them in a kernel that does not wait.
     """
 
     registers: int
@@ -53,6 +59,7 @@ class KernelFacts:
     shared_bytes: int
     num_warps: int
     instructions: Mapping[str, int]
+    unguarded: int = 0
 
     def count(self, *parts: str) -> int:
         """Instructions whose dotted name holds all the parts: count("LDG", "128")."""
@@ -86,7 +93,9 @@ def facts_of(kernel: CompiledKernel) -> KernelFacts:
         cubin.flush()
         usage = _tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name)
         code = _tool(knobs.nvidia.nvdisasm.path, "-c", cubin.name)
-    instructions = Counter(_INSTRUCTION.findall(code))
+    names = _INSTRUCTION.findall(code)
+    instructions = Counter(names)
+    before = takewhile(lambda name: not name.startswith("ACQBULK"), names)
     return KernelFacts(
         registers=int(_REGISTERS.findall(usage)[0]),
         spill_stores=_local_bytes(instructions, "STL"),
@@ -94,6 +103,7 @@ def facts_of(kernel: CompiledKernel) -> KernelFacts:
         shared_bytes=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
         instructions=dict(instructions),
+        unguarded=sum(_GLOBAL.match(name) is not None for name in before),
     )
 
 

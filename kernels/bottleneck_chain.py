@@ -25,6 +25,7 @@ from fastres.kernels.chain_tiles import (
     refusal,
 )
 from fastres.kernels.cost import Target
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_activation
 from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted, target_of
@@ -69,7 +70,9 @@ def _bottleneck_chain_kernel(
     CHUNK: tl.constexpr,
     CONV_STAGES: tl.constexpr,
     CHUNK_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     PIXELS: tl.constexpr = BOX_N * BOX_P * BOX_Q
     dtype: tl.constexpr = out_desc.dtype
     wide: tl.constexpr = tl.float32 if WIDEN else dtype
@@ -285,6 +288,7 @@ def chain_launch(
             "CHUNK": tile.chunk,
             "CONV_STAGES": tile.num_stages,
             "CHUNK_STAGES": tile.chunk_stages,
+            "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

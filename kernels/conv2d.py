@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost, Target
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_epilogue
 from fastres.kernels.geometry import ConvShape, Pair
@@ -60,7 +61,9 @@ def _conv2d_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     # Channel tiles run fastest, then groups: neighbouring blocks share their pixels in L2.
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
@@ -292,6 +295,7 @@ def conv2d_launch(
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
+            "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

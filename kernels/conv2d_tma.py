@@ -261,6 +261,7 @@ def conv2d_tma_launches(
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
             "SPLIT_K": tile.split_k,
+            "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue_jit import apply_epilogue
 
 
@@ -46,7 +47,9 @@ def conv2d_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = R * S * C // BLOCK_K // SPLIT_K

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_activation
 from fastres.kernels.launch import Launch, check_inner_stride, check_like, check_nhwc
@@ -47,7 +48,9 @@ def _elementwise_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     rows = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -200,6 +203,7 @@ def elementwise_launch(
             "ACTIVATION": activation,
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,
+            "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
         num_stages=1,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastres.kernels.tiles import GemmShape
 
 Pair = tuple[int, int]
+_MERGED = 64
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,19 @@ class ConvShape:
     def _out(self, size: int, taps: int, axis: int) -> int:
         reach = self.dilation[axis] * (taps - 1) + 1
         return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+
+def mergeable(groups: int, channels: int) -> list[int]:
+    """How many groups may be one product, with zeros for each other's channels.
+
+    A product of a few channels leaves most of a matrix instruction empty; above 64 input channels
+    it would be mostly zeros.
+
+    Args:
+        channels: input channels of a group.
+    """
+    most = max(1, _MERGED // channels)
+    return [count for count in range(1, most + 1) if groups % count == 0]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ so what is checked at compile time is what runs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -62,6 +62,15 @@ class Launch:
         if self.dependent:
             options["launch_pdl"] = True
         return options
+
+    def overlapping(self) -> "Launch":
+        """The same as a dependent launch: `fastres.kernels.dependent`.
+
+        In Triton's interpreter, which runs one kernel after the other, nothing changes.
+        """
+        if is_interpreted(self.kernel):
+            return self
+        return replace(self, dependent=True, constants={**self.constants, "DEPENDENT": True})
 
     def run(self) -> None:
         """Launches on the current stream of the first tensor's device.

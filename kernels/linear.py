@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fastres.kernels.conv2d import conv2d
 from fastres.kernels.cost import Cost
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.launch import Launch, check_like, check_nhwc
 from fastres.kernels.tiles import ConvTile, PoolTile, choose_mean_tile
@@ -26,7 +27,9 @@ def _global_avg_pool_kernel(
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     n = pid // TILES_C
@@ -104,6 +107,7 @@ def global_avg_pool_launch(
             "C": c,
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,
+            "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
         num_stages=2,

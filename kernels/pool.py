@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.geometry import Pair, PoolShape
 from fastres.kernels.launch import Launch, check_like, check_nhwc
 from fastres.kernels.tiles import PoolTile, choose_pool_tile
@@ -35,7 +36,9 @@ def _max_pool_kernel(
     DILATION_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     rows = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -153,6 +156,7 @@ def max_pool_launch(
             "DILATION_W": shape.dilation[1],
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,
+            "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
         num_stages=1,
@@ -183,7 +187,9 @@ def _avg_pool_kernel(
     DIVISOR: tl.constexpr,  # 0 for the size of the window
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     rows = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)

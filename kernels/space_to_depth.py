@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastres.kernels.folding import FOLDED, MARGIN
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import (
     check_first_images,
@@ -19,9 +20,6 @@ from fastres.kernels.layout import (
     normalised,
 )
 from fastres.kernels.tiles import PoolTile
-
-FOLDED = 16  # channels of a folded pixel: 2 x 2 pixels of up to 4 channels
-MARGIN = (2, 1)  # folded pixels of zeros before and after: 4 taps reach from -2 to +1
 
 
 def fold_refusal(c: int, h: int, w: int) -> str | None:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_epilogue
 from fastres.kernels.launch import FLOAT_DTYPES, Launch, check_like
@@ -28,7 +29,9 @@ def _sum_parts_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     rows = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -128,6 +131,7 @@ def sum_parts_launch(
             "ACTIVATION": activation,
             "BLOCK_M": _BLOCK_M,
             "BLOCK_N": _BLOCK_N,
+            "DEPENDENT": False,
         },
         num_warps=4,
         num_stages=2,

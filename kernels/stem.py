@@ -16,13 +16,11 @@ from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Cost, Target
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.folding import FOLDED, ROW, TAPS
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import FLOAT_DTYPES, Launch, check_like, target_of
-from fastres.kernels.space_to_depth import FOLDED, fold_refusal
+from fastres.kernels.space_to_depth import fold_refusal
 from fastres.kernels.tiles import ConvTile
-
-TAPS = 4  # rows and columns of the folded filter
-ROW = TAPS * FOLDED  # what a row of taps reads, in one piece
 
 
 def stem_refusal(c: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair) -> str | None:

@@ -5,71 +5,23 @@ A block computes 16x16 pixels of the stem, of which 15x15 are the windows of 7x7
 is done, and the stem's map is neither written nor read. See `stem.py` for the folding.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from fastres.kernels.cost import Cost, Target
+from fastres.kernels.cost import Cost
+from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_epilogue
+from fastres.kernels.folding import FOLDED, ROW, TAPS
 from fastres.kernels.launch import Launch, check_like, is_interpreted
-from fastres.kernels.space_to_depth import FOLDED
-from fastres.kernels.stem import ROW, TAPS, output_pixels, stem_cost
-from fastres.kernels.tiles import ConvTile, GemmShape, conv_seconds
-
-
-@dataclass(frozen=True)
-class StemPoolTile:
-    """How one block of the pooled stem is cut.
-
-    Args:
-        block_p, block_q: rows and columns of pooled pixels, of which all but the last are stored.
-        block_k: output channels a block.
-        num_warps: warps of 32 threads.
-        num_stages: depth of the software pipeline.
-    """
-
-    block_p: int = 8
-    block_q: int = 8
-    block_k: int = 64
-    num_warps: int = 8
-    num_stages: int = 2  # two rows of taps are 80 KB: two blocks fit an SM of sm_80, 90 or 100
-
-    def __post_init__(self) -> None:
-        blocks = (self.block_p, self.block_q, self.block_k)
-        if any(block & (block - 1) for block in blocks) or min(blocks) < 2 or self.block_k < 16:
-            raise ValueError(f"blocks are {blocks}, expected powers of two of at least 2, 2 and 16")
-
-    @property
-    def product(self) -> ConvTile:
-        """The matrix product of a block: pixels of the stem, output channels, a row of taps."""
-        pixels = 4 * self.block_p * self.block_q
-        return ConvTile(pixels, self.block_k, ROW, self.num_warps, self.num_stages)
-
-    def programs(self, n: int, p: int, q: int, k: int) -> int:
-        """Blocks in the grid, for p x q pixels of the stem."""
-        rows = triton.cdiv(pooled(p), self.block_p - 1)
-        columns = triton.cdiv(pooled(q), self.block_q - 1)
-        return n * rows * columns * triton.cdiv(k, self.block_k)
-
-
-def pooled(size: int) -> int:
-    """Pixels that a 3x3 max pool of stride 2 and padding 1 makes of `size`."""
-    return (size + 1) // 2
-
-
-def stem_pool_refusal(p: int, q: int, itemsize: int) -> str | None:
-    """Why a stem of p x q output pixels is not pooled in the same kernel; None when it is.
-
-    For where `stem_refusal` has nothing to say; a planner then takes `stem` and `max_pool`.
-    """
-    if itemsize != 2:
-        return f"elements have {itemsize} bytes, expected 2: a block's map would not fit registers"
-    if (p + TAPS - 1) * (q + TAPS - 1) * FOLDED >= 2**31:
-        return f"the stem has {p}x{q} pixels, expected under 2**31 elements in a folded picture"
-    return None
+from fastres.kernels.stem import output_pixels, stem_cost
+from fastres.kernels.stem_pool_tiles import (
+    StemPoolTile,
+    choose_stem_pool_tile,
+    pooled,
+    stem_pool_refusal,
+)
 
 
 @triton.jit
@@ -111,7 +63,9 @@ def _stem_pool_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(DEPENDENT)
     ROW: tl.constexpr = TAPS * C
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
@@ -175,28 +129,6 @@ def stem_pool_cost(n: int, p: int, q: int, k: int, itemsize: int) -> Cost:
     y = n * pooled(p) * pooled(q) * k
     stem = stem_cost(n, p, q, k, itemsize)
     return Cost(stem.flops + 9 * y, stem.bytes + itemsize * (y - n * p * q * k))
-
-
-def stem_pool_seconds(
-    tile: StemPoolTile, n: int, p: int, q: int, k: int, itemsize: int, target: Target
-) -> float:
-    """Estimated time, by the rule of `conv_seconds`: of all the pixels that blocks compute.
-
-    To compare with a stem and a pool. That rule's device memory counts the map as well, which here
-    is not written; L2 comes out longer in any case, since each row of taps is loaded by itself.
-
-    Args:
-        p, q: pixels of the stem, before the pool.
-    """
-    product = tile.product
-    blocks = tile.programs(n, p, q, k) // triton.cdiv(k, tile.block_k)
-    shape = GemmShape(blocks * product.block_m, k, TAPS * ROW, ROW)
-    return conv_seconds(product, shape, itemsize, target, tensor_cores=True)
-
-
-def choose_stem_pool_tile(k: int) -> StemPoolTile:
-    """8x8 pooled pixels, of which 7x7 are stored, and up to 64 channels."""
-    return StemPoolTile(block_k=max(16, min(64, triton.next_power_of_2(k))))
 
 
 def stem_pool(
@@ -288,6 +220,7 @@ def stem_pool_launch(
             "BLOCK_P": tile.block_p,
             "BLOCK_Q": tile.block_q,
             "BLOCK_K": tile.block_k,
+            "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

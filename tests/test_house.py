@@ -67,8 +67,10 @@ TRITON_FREE = (
     "cost",
     "driver",
     "epilogue",
+    "folding",
     "geometry",
     "reference",
+    "stem_pool_tiles",
     "tensor_map",
     "tiles",
 )

@@ -12,7 +12,14 @@ import typer
 from fastres.cli import flags, pictures
 from fastres.cli.flags import Request
 from fastres.cli.output import emit, note, progress, working
-from fastres.cli.targets import Target, open_target, precision_ran, split, to_engine
+from fastres.cli.targets import (
+    Target,
+    is_saved,
+    open_target,
+    precision_ran,
+    split,
+    to_engine,
+)
 from fastres.errors import InputError, ParityError
 
 if TYPE_CHECKING:
@@ -96,12 +103,19 @@ class Lane:
 
 
 def _open(positionals: Sequence[str], request: Request) -> list[Target]:
-    """All targets; they must take the same images, since they are fed the same ones."""
+    """All targets; they must take the same images, since they are fed the same ones.
+
+    --trust-engine is for the saved engines among them.
+    """
     first, rest = split(positionals, request.weights)
     if request.weights is not None and rest:
         raise InputError(f"--weights goes with one model, got also {', '.join(rest)}")
     names = list(dict.fromkeys([first, *rest]))
-    targets = [open_target(replace(request, model=name)) for name in names]
+    saved = [name for name in names if name is not None and is_saved(name)]
+    targets = []
+    for name in names:
+        trust = request.trust_engine if name in saved or not saved else None
+        targets.append(open_target(replace(request, model=name, trust_engine=trust)))
     kinds = {(target.shape, target.dtype): target for target in targets}
     if len(kinds) > 1:
         takes = "; ".join(f"{t.name} takes {t.dtype} {list(t.shape)}" for t in kinds.values())

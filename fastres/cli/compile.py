@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastres.engine import Engine
 
 
-@flags.takes_request(target=True)
+@flags.takes_request(without="trust_engine", target=True)
 def compile_model(
     model: flags.ModelName = None,
     output: Annotated[
@@ -39,7 +39,8 @@ def compile_model(
     """Compile a model into an engine and save it.
 
     Any batch size runs in the engine; it is prepared for the first of --batch-size. With --target
-    every kernel is compiled for a GPU that is not here, and listed with what it uses.
+    every kernel is compiled for a GPU that is not here, and listed with what it uses. With --tune
+    the kernels' tiles are measured first; an interrupted run goes on where it was.
     """
     request = request.about(model)
     target = open_model(request)

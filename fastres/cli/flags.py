@@ -80,6 +80,28 @@ Architecture = Annotated[
         help="Build for a GPU architecture that need not be here, such as sm_90 (triton).",
     ),
 ]
+Tune = Annotated[
+    bool | None,
+    typer.Option(
+        "--tune",
+        help="Measure the kernels' tiles on this GPU first, which takes minutes once (triton).",
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where such measurements are kept. Without it: fastres in the user's cache folder.",
+    ),
+]
+TrustEngine = Annotated[
+    bool | None,
+    typer.Option(
+        "--trust-engine",
+        help="Run the machine code in a saved engine, which can do anything that you can. "
+        "Without it: its kernels are compiled on this machine.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Output = Annotated[
     Path | None,
@@ -106,6 +128,9 @@ class Request:
     threads: Threads = None
     on_unsupported: OnUnsupported = None
     target: Architecture = None
+    tune: Tune = None
+    cache_dir: CacheDir = None
+    trust_engine: TrustEngine = None
     model: str | None = None
     batch_sizes: tuple[int, ...] = (1,)
 
@@ -121,7 +146,8 @@ class Request:
 
     def only_for_models(self) -> list[str]:
         """The flags given that change how a model is compiled, so that no saved engine takes."""
-        names = ("weights", "version", "backend", "precision", "threads", "on_unsupported")
+        settings = ("backend", "precision", "threads", "on_unsupported", "tune", "cache_dir")
+        names = ("weights", "version", *settings)
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,9 +72,14 @@ def open_target(request: Request) -> Target:
         InputError: no such model or path, or a flag that does not go with it.
         BuildError, ArtifactError, BackendUnavailable: see `fastres.build`, `fastres.load`, `make`.
     """
-    if request.model is not None and Path(request.model).exists():
+    if request.model is not None and is_saved(request.model):
         return _saved(request, Path(request.model))
     return open_model(request)
+
+
+def is_saved(name: str) -> bool:
+    """Whether a target is a path, and so a saved engine."""
+    return Path(name).exists()
 
 
 def open_model(request: Request) -> Target:
@@ -83,9 +89,14 @@ def open_model(request: Request) -> Target:
         InputError: no such model, a path, or a flag that does not go with the model.
         BuildError, BackendUnavailable: see `fastres.build`, `make`.
     """
-    if request.model is not None and Path(request.model).exists():
+    if request.model is not None and is_saved(request.model):
         raise InputError(
             f"{request.model} is a file or folder; this must be a model, {NAMES}, or --weights"
+        )
+    if request.trust_engine and (request.model is None or models.is_name(request.model)):
+        raise InputError(
+            f"--trust-engine is for saved engines; {request.model or request.weights} is compiled "
+            "here: leave it out"
         )
     with working(f"reading {request.model or request.weights}"):
         version = models.as_version(request.version)
@@ -112,12 +123,18 @@ def to_engine(target: Target, request: Request, preprocess: Preprocess | None = 
         "backend": (request.backend or "auto").split(","),
         "on_unsupported": request.on_unsupported or "error",
         "target": request.target,
+        "tune": bool(request.tune),
+        "cache_dir": request.cache_dir,
     }
     inputs = (
         None if isinstance(target.model, Graph) else image_input(target.shape, request.batch_sizes)
     )
-    with working(f"compiling {target.name}"):
-        return fastres.compile(target.model, inputs, **given)
+    # tuning has a bar of its own, and a terminal takes one display at a time
+    with nullcontext() if request.tune else working(f"compiling {target.name}"):
+        engine = fastres.compile(target.model, inputs, **given)
+    if request.tune and engine.backend.name != "triton":
+        note(f"nothing was tuned: {target.name} runs on {engine.backend.name}, which has no tiles")
+    return engine
 
 
 def precision_ran(engine: Engine) -> str:
@@ -142,7 +159,12 @@ def _saved(request: Request, path: Path) -> Target:
             "given with it; compile the model again"
         )
     with working(f"loading {path}"):
-        engine = fastres.load(path, device=request.device, target=request.target)
+        engine = fastres.load(
+            path,
+            device=request.device,
+            target=request.target,
+            trust_engine=bool(request.trust_engine),
+        )
     return engine_target(engine, str(path), request.image_size)
 
 

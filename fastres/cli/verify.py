@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +67,8 @@ def verify(
     request = request.about(model, default_batch=4)
     engine_path = rest[0] if rest else None
     _check_flags(request, engine_path)
-    target = open_model(request)
+    # only the engine beside the model can be trusted, or not
+    target = open_model(replace(request, trust_engine=None) if engine_path else request)
     candidate = _candidate(engine_path, request) or target
     fed = candidate if candidate.normalises else target
     data = _data(fed, images, max(request.batch_sizes))
@@ -136,4 +138,8 @@ def _settle(model: object, data: torch.Tensor, target: Target) -> None:
 
 
 def _candidate(path: str | None, request: Request) -> Target | None:
-    return None if path is None else open_target(Request(model=path, device=request.device))
+    if path is None:
+        return None
+    return open_target(
+        Request(model=path, device=request.device, trust_engine=request.trust_engine)
+    )

@@ -48,6 +48,23 @@ def test_a_wrong_result_is_the_exit_status(tmp_path: Path) -> None:
     assert rows(tmp_path)[0]["right"] is False
 
 
+@pytest.mark.interpret
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_questions_are_answered_and_not_asked_twice(tmp_path: Path) -> None:
+    flags = (*SMALL, "--only=questions", "--budget=400")
+    first = run(tmp_path, *flags)
+    assert first.returncode == 0, first.stdout + first.stderr
+    *answers, table = rows(tmp_path)
+    assert all(row["right"] for row in answers)
+    of = {row["name"].split(":")[0] for row in answers}
+    assert of == {"l2", "launch", "peak", "chain", "layout"}
+    assert table["name"] == f"the fastest of {len(answers)} cases"
+    assert len(table["table"].splitlines()) == 1 + len({row["group"] for row in answers})
+    again = run(tmp_path, *flags)
+    assert again.returncode == 0 and rows(tmp_path) == [*answers, table]
+
+
 def test_time_that_is_up_is_said(tmp_path: Path) -> None:
     done = run(tmp_path, *SMALL, "--section=parity", "--until=0")
     assert done.returncode == 0 and rows(tmp_path)[0]["error"] == "out of time"

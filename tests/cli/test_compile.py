@@ -81,6 +81,7 @@ def test_a_pipe_gets_the_report_and_nothing_else(
         (("--weights", "ENGINE"), "neither .safetensors nor"),
         (("ENGINE",), "is a file or folder"),
         (("SMALL", "-o", "PHOTOS"), "photos"),
+        (("SMALL", "--tune", "--target", "sm_90"), "tuning needs a sm_90 GPU"),
     ],
 )
 def test_compile_refuses(
@@ -105,6 +106,9 @@ def test_compile_refuses(
         (("ENGINE", "--precision", "bf16"), "--precision cannot be given with it"),
         (("ENGINE", "--backend", "cpu", "--threads", "2"), "--backend, --threads cannot"),
         (("DAMAGED",), "error: "),
+        (("ENGINE", "--tune"), "--tune cannot be given with it"),
+        (("ENGINE", "--cache-dir", "there"), "--cache-dir cannot be given with it"),
+        (("nowhere.fastres", "--trust-engine"), "there is no model or saved engine"),
     ],
 )
 def test_inspect_refuses(
@@ -140,7 +144,7 @@ def test_building_for_a_gpu_that_is_not_here(
     facts = run_json("compile", small, "--target", "sm_90", "--precision", "fp16", "-o", path)
     assert facts["target"] == "sm_90" and facts["backend"] == "triton"
     assert all(k["spilled"] == 0 and k["registers"] > 0 for k in facts["kernels"])
-    text = run("inspect", path, "--target", "sm_90").stdout
+    text = run("inspect", path, "--target", "sm_90", "--trust-engine").stdout
     assert "HGMMA" in text and f"{len(facts['kernels'])} kernels" in text
     assert "no NVIDIA GPU" in run("inspect", path, status=3).stderr
     assert (

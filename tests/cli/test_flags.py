@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,8 @@ def test_a_request_names_the_flags_that_no_saved_engine_takes() -> None:
     assert Request(model="e.fastres", device="cpu", image_size=32).only_for_models() == []
     request = Request(precision="bf16", on_unsupported="fallback", threads=2)
     assert request.only_for_models() == ["--precision", "--threads", "--on-unsupported"]
+    assert Request(model="e.fastres", trust_engine=True).only_for_models() == []
+    assert Request(tune=True, cache_dir=Path("t")).only_for_models() == ["--tune", "--cache-dir"]
 
 
 def test_a_command_has_the_shared_flags_where_its_request_stands() -> None:

@@ -37,7 +37,7 @@ def test_resnet50_at_batch_256_and_1(
 def test_each_fault_is_seen(script: ModuleType) -> None:
     case = next(script.cases(quick=True))
     graph, tiles = script.graph_of(case.net), script.Tiles(script.Target.typical(80))
-    found = script.kernels(graph, case, tiles, {})
+    _, found = script.kernels(graph, case, tiles, {})
     launch = next(launch for node, _, launch in found if "layer1" in node)
     good = KernelFacts(128, 0, 0, 50_000, 4, {"HMMA.16816": 8, "LDGSTS.E.128": 4})
     assert script.faults(launch, good, 80, "fp16") == []
@@ -48,6 +48,8 @@ def test_each_fault_is_seen(script: ModuleType) -> None:
         (replace(good, instructions={**good.instructions, "LDG.E.U16": 1}), "of 2 bytes"),
     ):
         assert word in script.faults(launch, bad, 80, "fp16")[0]
+    early = script.faults(launch.overlapping(), replace(good, unguarded=2), 90, "fp16")
+    assert "2 accesses before the wait" in early[0]
     mixed = replace(good, instructions={"HMMA.16816": 8, "HGMMA.64x64x16": 8})
     assert "HMMA beside HGMMA" in script.faults(launch, mixed, 90, "fp16")
 

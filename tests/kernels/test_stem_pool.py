@@ -10,13 +10,12 @@ from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.pool import max_pool
 from fastres.kernels.space_to_depth import packed_shape, space_to_depth
 from fastres.kernels.stem import pack_stem_weight, stem, stem_cost, stem_shape
-from fastres.kernels.stem_pool import (
+from fastres.kernels.stem_pool import stem_pool, stem_pool_cost, stem_pool_launch
+from fastres.kernels.stem_pool_tiles import (
     StemPoolTile,
     choose_stem_pool_tile,
     pooled,
-    stem_pool,
-    stem_pool_cost,
-    stem_pool_launch,
+    stem_pool_candidates,
     stem_pool_refusal,
     stem_pool_seconds,
 )
@@ -161,18 +160,19 @@ def test_blocks_cover_imagenet_without_waste():
 
 def test_estimated_to_take_less_than_stem_and_pool():
     n, target = 256, Target.typical(90)
-    shape = stem_shape(n, 112, 112, 64).gemm
-    apart = conv_seconds(choose_conv_tile(shape, 2, target), shape, 2, target, True)
+    shape = stem_shape(n, 112, 112, 64)
+    tile = choose_conv_tile(shape.gemm, 2, target)
+    apart = conv_seconds(tile, shape.gemm, 2, target, True)
     apart += 2 * n * 64 * (112 * 112 + 56 * 56) / target.dram_bytes
-    assert stem_pool_seconds(choose_stem_pool_tile(64), n, 112, 112, 64, 2, target) < apart
+    assert stem_pool_seconds(choose_stem_pool_tile(64), shape, 2, target) < apart
 
 
-def launch_of(n: int, dtype: torch.dtype):
+def launch_of(n: int, dtype: torch.dtype, tile: StemPoolTile | None = None):
     def meta(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     packed, out = meta(*packed_shape(n, 224, 224)), meta(n, 56, 56, 64)
-    return stem_pool_launch(packed, meta(64, 256), meta(64, dtype=FP32), out)
+    return stem_pool_launch(packed, meta(64, 256), meta(64, dtype=FP32), out, tile=tile)
 
 
 @pytest.mark.compile
@@ -188,6 +188,19 @@ def test_machine_code(sm, dtype):
     assert facts.count("LDG", "U16") == facts.count("STG", "U16") == 0
     matrix = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[sm]
     assert {name.split(".")[0] for name in facts.instructions if "MMA" in name} == {matrix}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("rank", range(0, 24, 6))
+@pytest.mark.parametrize("sm", [80, 90])
+def test_other_tiles_compile(sm, rank):
+    target, shape = Target.typical(sm), stem_shape(256, 112, 112, 64)
+    tiles = sorted(
+        stem_pool_candidates(shape, 2, target),
+        key=lambda tile: stem_pool_seconds(tile, shape, 2, target),
+    )
+    facts = compile_launch(launch_of(256, HALF, tiles[rank]), sm)
+    assert facts.spill_stores == 0 and fits(facts, sm)
 
 
 @pytest.mark.compile

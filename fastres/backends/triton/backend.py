@@ -54,7 +54,7 @@ class TritonBackend:
         return None if wanted in DTYPE_OF else f"triton runs {', '.join(DTYPE_OF)}, not {wanted}"
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
-        from fastres.backends.triton.lower import refusals
+        from fastres.backends.triton.refusals import refusals
 
         return refusals(graph)
 
@@ -121,6 +121,7 @@ class TritonExecutable:
         self._batched = is_batched(graph)
         self._precision: Precision = options.precision or "fp32"
         constants = Packed(graph, DTYPE_OF[self._precision], device)
+        asked = options.dependent_launch
         tiles = tiles_for(options, device)
         if options.tune:
             tiles = tuned(graph, options, device, self._planned(shapes))
@@ -136,7 +137,7 @@ class TritonExecutable:
         def make(shapes: Shapes) -> Runner:
             given = stored.get(shapes)
             while True:
-                plan = make_plan(graph, shapes, self._precision, tiles, given)
+                plan = make_plan(graph, shapes, self._precision, tiles, given, asked)
                 if code is not None and given is not None:
                     linked = code.runner(plan, constants, record)
                     if linked is not None:

@@ -23,6 +23,7 @@ from fastres.backends.triton.plan import (
     LaunchStem,
     LaunchStemPool,
     LoadInput,
+    Plan,
 )
 from fastres.kernels.bottleneck_chain import chain_launch, chain_shape
 from fastres.kernels.conv2d import conv2d_launch
@@ -42,15 +43,23 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def bind(
-    step: AnyStep, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
+    plan: Plan, step: AnyStep, at: Tensors, constants: Packed, target: Target
 ) -> tuple[Launch, ...]:
     """The calls of one step; none for `LoadInput`, which depends on the caller's tensors: `load`.
 
     Args:
+        plan: that the step belongs to.
         at: the plan's tensors by name.
         constants: the graph's weights, on the same device.
         target: the GPU they are meant for.
     """
+    launches = _launches(step, at, constants, target, plan.allow_tf32)
+    return tuple(launch.overlapping() for launch in launches) if plan.dependent else launches
+
+
+def _launches(
+    step: AnyStep, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
+) -> tuple[Launch, ...]:
     if isinstance(step, LaunchConv2d):
         return (_conv2d(step, at, constants, target, allow_tf32),)
     if isinstance(step, LaunchStem):
@@ -98,7 +107,11 @@ def load_launch(
 def _conv2d(
     step: LaunchConv2d, at: Tensors, constants: Packed, target: Target, allow_tf32: bool
 ) -> Launch:
-    x, weight = at[step.source], constants.filters(step.weight)
+    x, groups = at[step.source], step.groups // step.merged
+    if step.merged == 1:
+        weight = constants.filters(step.weight)
+    else:
+        weight = constants.grouped(step.weight, step.groups, step.merged)
     n, h, w, c = x.shape
     k, r, s, _ = weight.shape
     residual, offset = None, 0
@@ -111,7 +124,7 @@ def _conv2d(
         constants.bias([step.bias]),
         residual,
         at[step.target],
-        shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, step.groups),
+        shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, groups),
         target=target,
         residual_channel_offset=offset,
         activation=step.activation,
@@ -142,6 +155,7 @@ def _stem_pool(step: LaunchStemPool, at: Tensors, constants: Packed) -> Launch:
         constants.bias([step.bias]),
         at[step.target],
         activation=step.activation,
+        tile=step.tile,
     )
 
 

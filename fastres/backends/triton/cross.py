@@ -58,6 +58,7 @@ def compiled_plan(
     tiles: Tiles,
     known: dict[str, Built],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    dependent: bool | None = None,
 ) -> tuple[Plan, tuple[KernelInfo, ...]]:
     """A plan whose every kernel compiles, fits, and keeps its values in registers.
 
@@ -65,13 +66,14 @@ def compiled_plan(
 
     Args:
         known: by the kernel's key, what was compiled before; is added to.
+        dependent: as for `make_plan`.
 
     Raises:
         UnsupportedError: a problem has no such tile left; all that were tried are named.
     """
     constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
     while True:
-        plan = make_plan(graph, shapes, precision, tiles)
+        plan = make_plan(graph, shapes, precision, tiles, dependent=dependent)
         launches = launches_of(plan, constants, tiles.target)
         try:
             return plan, compile_launches(launches, tiles.target, known, progress)
@@ -124,6 +126,10 @@ def _compiled(node: str, launch: Launch, target: Target) -> Built:
         )
     if facts.spill_stores > spill_limit(target.sm):
         raise Unfit(node, f"{what} spills {facts.spill_stores} bytes of registers")
+    if launch.dependent and facts.unguarded:
+        raise Unfit(
+            node, f"{what} touches memory {facts.unguarded} times before it waits for its input"
+        )
     return built
 
 
@@ -245,7 +251,9 @@ def build(
         return CrossExecutable(plan, known.kernels if known else (), options.target, ran, code)
     built: dict[str, Built] = {}
     with progress_bar(f"compiling for {options.target}") as report:
-        plan, kernels = compiled_plan(graph, shapes, precision, Tiles(target), built, report)
+        plan, kernels = compiled_plan(
+            graph, shapes, precision, Tiles(target), built, report, options.dependent_launch
+        )
     code = _linked(graph, plan, precision, target, built)
     return CrossExecutable(plan, kernels, options.target, ran, code)
 

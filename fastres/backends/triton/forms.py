@@ -8,10 +8,11 @@ one kernel, is decided by the sum of the estimates. A recorded plan decides in t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from fastres.backends.base import Choice
+from fastres.backends.triton.form import SEVERAL, Form, Kind, choice_of
 from fastres.backends.triton.plan import (
     AnyStep,
     LaunchBoxConv2d,
@@ -21,7 +22,7 @@ from fastres.backends.triton.plan import (
     LaunchStem,
     LaunchStemPool,
 )
-from fastres.backends.triton.problems import AnyTile, Problem
+from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.regions import Boundary
 from fastres.backends.triton.table import Tiles
 from fastres.errors import ArtifactError, UnsupportedError
@@ -30,44 +31,12 @@ from fastres.kernels import chain_tiles
 from fastres.kernels.boxes import Projection
 from fastres.kernels.boxes import refusal as box_refusal
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
-from fastres.kernels.geometry import ConvShape, PoolShape
+from fastres.kernels.geometry import ConvShape, PoolShape, mergeable
 from fastres.kernels.pool import max_pool_cost
 from fastres.kernels.stem import stem_refusal, stem_shape
-from fastres.kernels.stem_pool import (
-    choose_stem_pool_tile,
-    stem_pool_refusal,
-    stem_pool_seconds,
-)
+from fastres.kernels.stem_pool_tiles import StemPoolTile, stem_pool_refusal
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
-
-Kind = Literal[
-    "pointers",
-    "folded stem",
-    "stem and pool",
-    "boxes",
-    "chain",
-    "chain without the next 1x1",
-    "kernels of their own",
-]
-
-
-@dataclass(frozen=True)
-class Form:
-    """One way to run some nodes, and its estimated time.
-
-    Args:
-        tile: None where several kernels with tiles of their own are meant.
-    """
-
-    kind: Kind
-    tile: AnyTile | None
-    seconds: float
-    measured: bool = False
-    problem: str = ""
-
-    def __str__(self) -> str:
-        return self.kind if self.tile is None else f"{self.kind} {self.tile}"
 
 
 class Reckoner:
@@ -115,7 +84,7 @@ class Reckoner:
                 return step.tile
             raise _strange(node)
         form = self._form("pointers", problem)
-        self.choices.append(_choice((node,), form, {}))
+        self.choices.append(choice_of((node,), form, {}))
         assert isinstance(form.tile, ConvTile)
         return form.tile
 
@@ -129,25 +98,31 @@ class Reckoner:
             return self._recorded_form(node, plain, projection)
         form, others = self._convolution(node, plain, projection)
         nodes = (node,) if projection is None else (projection, node)
-        self.choices.append(_choice(nodes, form, others))
+        self.choices.append(choice_of(nodes, form, others))
         return form
 
-    def pools_stem(self, node: Node, pool: Node) -> bool:
-        """Whether a stem and its max pool are one kernel; `node` is the stem."""
+    def pooled_stem(self, node: Node, pool: Node) -> StemPoolTile | None:
+        """The tile of a stem and its max pool as one kernel, None if they are two.
+
+        Args:
+            node: the stem.
+        """
         shape, size = self.shape(node), self._dtype.itemsize
         filters = (shape.r, shape.s), shape.stride, shape.padding
         reason = stem_refusal(shape.c, shape.h, shape.w, *filters)
         reason = reason or stem_pool_refusal(shape.p, shape.q, size)
-        if self._recorded is not None:
-            taken = isinstance(self._recorded.get(pool.name), LaunchStemPool)
-            if taken and reason is not None:
-                raise _strange(pool)
-            return taken
-        if reason is not None:
-            return False
         sizes = (shape.n, shape.p, shape.q, shape.k)
-        tile = choose_stem_pool_tile(shape.k)
-        together = stem_pool_seconds(tile, *sizes, size, self._target)
+        problem = Problem("stem and pool", stem_shape(*sizes), self._precision)
+        if self._recorded is not None:
+            step = self._recorded.get(pool.name)
+            if not isinstance(step, LaunchStemPool):
+                return None
+            if reason is None and problem.takes(step.tile, self._target):
+                return step.tile
+            raise _strange(pool)
+        if reason is not None or self._no_tile(problem):
+            return None
+        together = self._form("stem and pool", problem)
         stem = min(
             self._form("pointers", Problem("pointers", stem_shape(*sizes), self._precision)),
             self._form("pointers", self._problem(node, "pointers")),
@@ -155,12 +130,12 @@ class Reckoner:
         )
         windows = PoolShape(*sizes, (3, 3), (2, 2), (1, 1))
         apart = stem.seconds + max_pool_cost(windows, size).bytes / self._target.dram_bytes
-        if apart <= together:
-            return False
-        nodes = (node, pool)
-        others = {"a stem and a pool": _time(Form("kernels of their own", None, apart))}
-        self.choices.append(_choice(nodes, Form("stem and pool", None, together), others))
-        return True
+        if apart <= together.seconds:
+            return None
+        others = {"a stem and a pool": Form(SEVERAL, None, apart).time}
+        self.choices.append(choice_of((node, pool), together, others))
+        assert isinstance(together.tile, StemPoolTile)
+        return together.tile
 
     def stem(self, node: Node) -> ConvTile | None:
         """The tile with which a stem reads its picture folded; None if it runs as any other."""
@@ -177,13 +152,13 @@ class Reckoner:
             if possible and problem.takes(step.tile, self._target):
                 return step.tile
             raise _strange(node)
-        if not possible:
+        if not possible or self._no_tile(problem):
             return None
         folded = replace(self._form("pointers", problem), kind="folded stem")
         plain = self._form("pointers", self._problem(node, "pointers"))
         if plain.seconds <= folded.seconds:
             return None  # the choice is written down where it is planned as a convolution
-        self.choices.append(_choice((node,), folded, {str(plain): _time(plain)}))
+        self.choices.append(choice_of((node,), folded, {str(plain): plain.time}))
         assert isinstance(folded.tile, ConvTile)
         return folded.tile
 
@@ -192,7 +167,8 @@ class Reckoner:
         if self._recorded is not None:
             step = self._recorded.get(node.name)
             return isinstance(step, LaunchBoxConv2d) and step.projection is not None
-        if self._box_reason(node, True, projection) is not None:
+        problem = self._problem(node, "boxes", projection)
+        if self._box_reason(node, True, projection) or self._no_tile(problem):
             return False
         merged, _ = self._convolution(node, True, projection)
         alone, _ = self._convolution(node, True, None)
@@ -213,14 +189,15 @@ class Reckoner:
             if candidate is None:
                 continue
             reason = self._chain_reason(candidate)
+            reason = reason or self._no_tile(self._chain_problem(candidate))
             if reason is None:
                 chain, rest = self._chain(candidate), self._rest(boundary, candidate)
                 ways.append((replace(chain, seconds=chain.seconds + rest), candidate))
             else:
                 others[_kind(candidate)] = reason
         taken, chained = min(ways, key=lambda way: way[0].seconds)
-        others.update((str(form), _time(form)) for form, _ in ways if form is not taken)
-        self.choices.append(_choice(boundary.nodes, taken, others))
+        others.update((str(form), form.time) for form, _ in ways if form is not taken)
+        self.choices.append(choice_of(boundary.nodes, taken, others))
         if chained is None:
             return None
         assert isinstance(taken.tile, ChainTile)
@@ -299,35 +276,52 @@ class Reckoner:
                 seconds += self._convolution(projection, True, None)[0].seconds
         if boundary.following is not None:
             seconds += self._convolution(boundary.following, True, None)[0].seconds
-        return Form("kernels of their own", None, seconds)
+        return Form(SEVERAL, None, seconds)
 
     def _convolution(
         self, node: Node, plain: bool, projection: Node | None
     ) -> tuple[Form, dict[str, str]]:
-        pointers = None
+        pointers, others = None, {}
         if projection is None:
-            pointers = self._form("pointers", self._problem(node, "pointers"))
-        reason = self._box_reason(node, plain, projection)
+            pointers = self._pointers(node)
+            if pointers.merged > 1:
+                single = self._form("pointers", self._problem(node, "pointers"))
+                others = {str(single): single.time}
+        problem = self._problem(node, "boxes", projection)
+        reason = self._box_reason(node, plain, projection) or self._no_tile(problem)
         if reason is not None:
             assert pointers is not None
-            return pointers, {"boxes": reason}
-        boxed = self._form("boxes", self._problem(node, "boxes", projection))
+            return pointers, {**others, "boxes": reason}
+        boxed = self._form("boxes", problem)
         if pointers is None:
             return boxed, {}
         # measured times are compared; estimates of the two forms are not of one making
         comparable = boxed.measured and pointers.measured
         quicker = comparable and pointers.seconds < boxed.seconds
         taken, other = (pointers, boxed) if quicker else (boxed, pointers)
-        return taken, {str(other): _time(other)}
+        return taken, {**others, str(other): other.time}
+
+    def _pointers(self, node: Node) -> Form:
+        """With as many groups in one product as is quickest: a narrow one leaves a tile empty."""
+        shape = self.shape(node)
+        forms = (
+            replace(self._form("pointers", self._problem(node, "pointers", merged=n)), merged=n)
+            for n in mergeable(shape.groups, shape.c // shape.groups)
+        )
+        return min(forms, key=lambda form: (not form.measured, form.seconds))
 
     def _problem(
-        self, node: Node, kind: Literal["pointers", "boxes"], projection: Node | None = None
+        self,
+        node: Node,
+        kind: Literal["pointers", "boxes"],
+        projection: Node | None = None,
+        merged: int = 1,
     ) -> Problem:
-        op = node.op
+        op, shape = node.op, self.shape(node)
         assert isinstance(op, Conv2d)
         residual = op.epilogue.residual and projection is None
-        merged = self._projection(projection)
-        return Problem(kind, self.shape(node), self._precision, merged, residual)
+        shape = replace(shape, groups=shape.groups // merged)
+        return Problem(kind, shape, self._precision, self._projection(projection), residual)
 
     def _form(self, kind: Kind, problem: Problem) -> Form:
         try:
@@ -335,6 +329,14 @@ class Reckoner:
         except ValueError as error:
             raise UnsupportedError(str(error)) from error
         return Form(kind, best.tile, best.seconds, best.measured, problem.key)
+
+    def _no_tile(self, problem: Problem) -> str | None:
+        """Why a problem cannot be run; None if it can."""
+        try:
+            self._tiles.best(problem)
+        except ValueError as error:
+            return str(error).partition("\n")[0]
+        return None
 
     def _projection(self, node: Node | None) -> Projection | None:
         if node is None:
@@ -356,8 +358,11 @@ class Reckoner:
     def _recorded_form(self, node: Node, plain: bool, projection: Node | None) -> Form:
         step = (self._recorded or {}).get(node.name)
         if isinstance(step, LaunchConv2d) and projection is None:
-            if self._problem(node, "pointers").takes(step.tile, self._target):
-                return Form("pointers", step.tile, 0.0)
+            shape, merged = self.shape(node), step.merged
+            possible = merged in mergeable(shape.groups, shape.c // shape.groups)
+            problem = self._problem(node, "pointers", merged=merged if possible else 1)
+            if possible and problem.takes(step.tile, self._target):
+                return Form("pointers", step.tile, 0.0, merged=merged)
         elif isinstance(step, LaunchBoxConv2d) and not self._box_reason(node, plain, projection):
             if self._problem(node, "boxes", projection).takes(step.tile, self._target):
                 return Form("boxes", step.tile, 0.0)
@@ -366,16 +371,6 @@ class Reckoner:
 
 def _kind(boundary: Boundary) -> Kind:
     return "chain" if boundary.following is not None else "chain without the next 1x1"
-
-
-def _choice(nodes: tuple[Node, ...], taken: Form, others: dict[str, str]) -> Choice:
-    names = tuple(node.name for node in nodes)
-    time = 1e6 * taken.seconds
-    return Choice(names, str(taken), time, taken.measured, taken.problem, others)
-
-
-def _time(form: Form) -> str:
-    return f"{1e6 * form.seconds:.1f} us {'measured' if form.measured else 'estimated'}"
 
 
 def _strange(node: Node) -> ArtifactError:

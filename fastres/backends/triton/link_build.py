@@ -53,7 +53,7 @@ def numbered(
                 given = torch.empty((n, h, w, c), dtype=torch.uint8, device=arena.device)
                 planar = given.permute(0, 3, 1, 2)
                 yield number, load_launch(step, planar, tensors[step.target], constants)
-        for launch in bind(step, tensors, constants, target, plan.allow_tf32):
+        for launch in bind(plan, step, tensors, constants, target):
             yield number, launch
 
 

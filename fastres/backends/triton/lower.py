@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from msgspec.structs import replace
 
-from fastres.backends.base import Refusal
 from fastres.backends.triton.arena import Lifetime, place
 from fastres.backends.triton.forms import Reckoner
+from fastres.backends.triton.overlap import has_dependent_launch, with_overlap
 from fastres.backends.triton.plan import (
     AnyStep,
     LaunchAvgPool,
@@ -62,45 +62,9 @@ from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.conv2d_tma import conv2d_tma_workspace
 from fastres.kernels.geometry import Pair
 from fastres.kernels.space_to_depth import packed_shape
+from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
-
-
-def refusals(graph: Graph) -> tuple[Refusal, ...]:
-    """The nodes that the planner has no launch for, and why."""
-    covered = {name for view in shortcuts(graph).values() for name in view.covers}
-    reasons = ((node.name, _refusal(node, graph)) for node in graph.nodes)
-    return tuple(Refusal(n, why) for n, why in reasons if why is not None and n not in covered)
-
-
-def _refusal(node: Node, graph: Graph) -> str | None:
-    op = node.op
-    if isinstance(op, Conv2d | MaxPool | AvgPool | GlobalAvgPool | Normalize):
-        return None
-    if isinstance(op, Add | BatchNorm | Activation):
-        return _elementwise_refusal(node, graph)
-    if isinstance(op, Linear):
-        return None if len(node.spec.shape) == 2 else "triton's linear takes [N, C] inputs only"
-    if isinstance(op, Flatten):
-        shape = graph.spec(node.inputs[0]).shape
-        flat = op.start_dim == 1 and all(size == 1 for size in shape[2:])
-        return None if flat else "triton flattens only [N, C, 1, 1]: others change the layout"
-    return (
-        f"triton has no kernel for {type(op).__name__}; it has Conv2d with residual and "
-        "activation, BatchNorm, Add, Activation, MaxPool, AvgPool, GlobalAvgPool, Linear, and "
-        "shortcut A inside a Conv2d"
-    )
-
-
-def _elementwise_refusal(node: Node, graph: Graph) -> str | None:
-    shape = node.spec.shape
-    if len(shape) not in (2, 4):
-        return f"triton's elementwise kernel takes [N, C] and [N, C, H, W], not {node.spec}"
-    if any(graph.spec(name).shape != shape for name in node.inputs):
-        return "triton adds tensors of one shape only, without broadcasting"
-    if any(name in graph.constants for name in node.inputs):
-        return "triton adds no constants"
-    return None
 
 
 def make_plan(
@@ -109,21 +73,25 @@ def make_plan(
     precision: Precision,
     tiles: Tiles,
     recorded: Plan | None = None,
+    dependent: bool | None = None,
 ) -> Plan:
     """Plans a graph whose nodes are all taken, for fixed input shapes.
 
     Args:
         tiles: the best tile of each problem on the target.
         recorded: a plan of the same graph from a file, whose forms are taken over.
+        dependent: whether launches are dependent ones; None where that pays.
 
     Raises:
         ArtifactError: the recorded plan is not one of this graph's.
     """
     if recorded is None:
-        return _Planner(graph, input_shapes, precision, tiles, None).plan()
+        plan = _Planner(graph, input_shapes, precision, tiles, None).plan()
+        return with_overlap(plan, tiles.target, dependent)
     steps = {step.node: step for step in recorded.steps}
     plan = _Planner(graph, input_shapes, precision, tiles, steps).plan()
-    if replace(plan, choices=recorded.choices) != recorded:
+    plan = replace(plan, dependent=recorded.dependent, choices=recorded.choices)
+    if plan != recorded or (plan.dependent and not has_dependent_launch(tiles.target)):
         raise ArtifactError("a stored plan does not follow from the graph: copy the engine anew")
     return recorded
 
@@ -147,7 +115,7 @@ class _Planner:
         self.covered = {name for view in self.shortcuts.values() for name in view.covers}
         self.folded: set[str] = set()  # entries that stems read
         self.stems: dict[str, ConvTile] = {}  # that read folded pictures
-        self.pooled: dict[str, Node] = {}  # by the name of a max pool: its stem
+        self.pooled: dict[str, tuple[Node, StemPoolTile]] = {}  # stems, by the name of a max pool
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
         self.merged: dict[str, Node] = {}  # by the name of a convolution: its projection
         self.tensor_of: dict[str, str] = {}  # a graph value → the tensor that holds it
@@ -188,9 +156,10 @@ class _Planner:
         projections are merged."""
         for name, stem in stems(self.graph).items():
             pool = pool_of(self.graph, stem)
-            if pool is not None and self.reckoner.pools_stem(stem, pool):
+            together = None if pool is None else self.reckoner.pooled_stem(stem, pool)
+            if pool is not None and together is not None:
                 self.folded.add(name)
-                self.pooled[pool.name] = stem
+                self.pooled[pool.name] = stem, together
                 self.covered.add(stem.name)
             elif (tile := self.reckoner.stem(stem)) is not None:
                 self.folded.add(name)
@@ -260,13 +229,13 @@ class _Planner:
 
     def _stem(self, node: Node) -> LaunchStem | LaunchStemPool:
         """Of a stem that reads folded pictures, or of the max pool that is computed with one."""
-        stem = self.pooled.get(node.name, node)
+        stem, together = self.pooled.get(node.name, (node, None))
         assert isinstance(stem.op, Conv2d)
         source = self.tensor_of[stem.inputs[0]]
         weight, bias = stem.params["weight"], stem.params.get("bias")
         activation = stem.op.epilogue.activation
-        if node is not stem:
-            return LaunchStemPool(node.name, source, node.name, weight, bias, activation)
+        if together is not None:
+            return LaunchStemPool(node.name, source, node.name, weight, bias, activation, together)
         tile = self.stems[node.name]
         return LaunchStem(node.name, source, node.name, weight, bias, activation, tile)
 
@@ -303,6 +272,7 @@ class _Planner:
             padding=op.padding,
             dilation=op.dilation,
             groups=op.groups,
+            merged=form.merged,
             shortcut=shortcut,
             activation=op.epilogue.activation,
             tile=form.tile,

@@ -12,10 +12,12 @@ import torch
 from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Linear, Normalize
+from fastres.kernels.geometry import mergeable
 from fastres.weights import is_finite
 
 Key: TypeAlias = tuple[str | float | None, ...]
-_RANKS = {"filters": 4, "matrix": 4, "stem": 4, "rows": 2, "bias": 1, "scale": 1, "shift": 1}
+_RANKS = dict.fromkeys(("filters", "grouped", "matrix", "stem"), 4) | {"rows": 2}
+_RANKS |= dict.fromkeys(("bias", "scale", "shift"), 1)
 
 
 class Packed:
@@ -46,6 +48,29 @@ class Packed:
             ("filters", name),
             lambda: self._rounded(self._constants[name].permute(0, 2, 3, 1)),
         )
+
+    def grouped(self, name: str, groups: int, merged: int) -> torch.Tensor:
+        """[K, R, S, merged * C/groups] of a grouped convolution, some groups in one product.
+
+        Each filter holds zeros for the channels of the other groups.
+
+        Raises:
+            ValueError: the filters are not of so many groups.
+        """
+        k, c = self._constants[name].shape[:2]
+        if groups < 1 or k % groups or merged not in mergeable(groups, c):
+            raise ValueError(f"{merged} of {groups} groups of {name} cannot be one product")
+
+        def make() -> torch.Tensor:
+            filters = self._constants[name].permute(0, 2, 3, 1)
+            r, s = filters.shape[1:3]
+            each = filters.reshape(groups // merged, merged, k // groups, r, s, c)
+            whole = each.new_zeros(*each.shape[:-1], merged, c)
+            for i in range(merged):
+                whole[:, i, :, :, :, i] = each[:, i]
+            return self._rounded(whole.reshape(k, r, s, merged * c))
+
+        return self._once(("grouped", name, groups, merged), make)
 
     def matrix(self, name: str, projection: str | None = None) -> torch.Tensor:
         """[K, R*S*C], and behind it the columns [K, C2] of a 1x1 projection."""
@@ -128,6 +153,10 @@ class Packed:
                 dict(mean=mean, var=var, weight=weight, bias=bias, eps=eps), Norm
             )
             return self.scale_and_shift(norm)[kind == "shift"]
+        if kind == "grouped":
+            counts = [n for n in rest[1:] if isinstance(n, float | int) and n == int(n)]
+            groups, merged = map(int, counts)
+            return self.grouped(names[0], groups, merged)
         if kind == "bias":
             total = self.bias(names)
             assert total is not None

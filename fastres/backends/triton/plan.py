@@ -14,6 +14,7 @@ from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import Pair
+from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 from fastres.options import Sizes
 
@@ -85,7 +86,11 @@ class _OneToOne(Step, frozen=True):
 
 
 class LaunchConv2d(_OneToOne, frozen=True, tag=True):
-    """target = act(source * weight + bias + shortcut)."""
+    """target = act(source * weight + bias + shortcut).
+
+    Args:
+        merged: groups that are one product, with zeros for each other's channels.
+    """
 
     weight: str
     bias: str | None
@@ -93,6 +98,7 @@ class LaunchConv2d(_OneToOne, frozen=True, tag=True):
     padding: Pair
     dilation: Pair
     groups: int
+    merged: int
     shortcut: Shortcut | None
     activation: ActivationKind | None
     tile: ConvTile
@@ -116,6 +122,7 @@ class LaunchStemPool(_OneToOne, frozen=True, tag=True):
     weight: str
     bias: str | None
     activation: ActivationKind | None
+    tile: StemPoolTile
 
 
 class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
@@ -258,6 +265,7 @@ class Plan(msgspec.Struct, frozen=True):
         outputs: tensor and logical NCHW shape of each output.
         arena_bytes: size of the one buffer that holds all places.
         allow_tf32: whether fp32 products may be rounded to TF32.
+        dependent: whether a kernel's blocks may start before the kernel in front has ended.
         choices: for people: what is run in which form, and why.
     """
 
@@ -267,6 +275,7 @@ class Plan(msgspec.Struct, frozen=True):
     outputs: tuple[tuple[str, Sizes], ...]
     arena_bytes: int
     allow_tf32: bool = False
+    dependent: bool = False
     choices: tuple[Choice, ...] = ()
 
     def to_json(self) -> bytes:

@@ -9,26 +9,32 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from fastres.kernels import boxes, chain_tiles, tiles
+from fastres.kernels import boxes, chain_tiles, stem_pool_tiles, tiles
 from fastres.kernels.boxes import BoxTile, Projection
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
+from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision
 
-Kind = Literal["pointers", "boxes", "chain"]
-AnyTile = ConvTile | BoxTile | ChainTile
-TILE_OF: dict[Kind, type[AnyTile]] = {"pointers": ConvTile, "boxes": BoxTile, "chain": ChainTile}
+Kind = Literal["pointers", "boxes", "chain", "stem and pool"]
+AnyTile = ConvTile | BoxTile | ChainTile | StemPoolTile
+TILE_OF: dict[Kind, type[AnyTile]] = {
+    "pointers": ConvTile,
+    "boxes": BoxTile,
+    "chain": ChainTile,
+    "stem and pool": StemPoolTile,
+}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A convolution through pointers or boxes, or a chain.
+    """A convolution through pointers or boxes, a chain, or a stem with its max pool.
 
     Args:
         kind: which kernel.
-        shape: a ChainShape for a chain, else a ConvShape.
+        shape: a ChainShape for a chain, else a ConvShape; `stem_shape` of a stem with its pool.
         projection: of boxes: the 1x1 merged into the same accumulator.
         residual: of pointers and boxes: whether a tensor is added in the epilogue.
     """
@@ -61,6 +67,8 @@ class Problem:
         found: list[AnyTile]
         if isinstance(self.shape, ChainShape):
             found = [*chain_tiles.chain_candidates(self.shape, self.itemsize, target)]
+        elif self.kind == "stem and pool":
+            found = [*stem_pool_tiles.stem_pool_candidates(self.shape, self.itemsize, target)]
         elif self.kind == "boxes":
             found = [*boxes.box_candidates(self.shape, self.itemsize, target, self.projection)]
         else:
@@ -80,6 +88,8 @@ class Problem:
             return boxes.box_seconds(
                 tile, self.shape, self.itemsize, target, self.projection, residual=self.residual
             )
+        if isinstance(tile, StemPoolTile):
+            return stem_pool_tiles.stem_pool_seconds(tile, self.shape, self.itemsize, target)
         assert isinstance(tile, ConvTile)
         return tiles.conv_seconds(tile, self.shape.gemm, self.itemsize, target, self._tensor_cores)
 
@@ -92,6 +102,8 @@ class Problem:
         assert isinstance(self.shape, ConvShape)
         if isinstance(tile, BoxTile):
             return not boxes.tile_refusal(tile, self.shape, self.itemsize, target, self.projection)
+        if isinstance(tile, StemPoolTile):
+            return stem_pool_tiles.is_valid(tile, self.itemsize, target)
         assert isinstance(tile, ConvTile)
         return tiles.is_valid(tile, self.itemsize, self._tensor_cores, target)
 

@@ -24,7 +24,7 @@ class PlanRunner(Runner):
     def bind(self, arena: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Iterator[Bound]:
         target = target_of(arena.device)
         for step in self.plan.steps:
-            launches = bind(step, tensors, self._constants, target, self.plan.allow_tf32)
+            launches = bind(self.plan, step, tensors, self._constants, target)
             yield Bound(step, tuple(x.run for x in launches), total(x.cost for x in launches))
 
     def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:

@@ -31,9 +31,8 @@ from fastres.kernels.driver import (
     launch,
     use_device,
 )
+from fastres.kernels.folding import MARGIN
 from fastres.kernels.tensor_map import TensorMap
-
-_BEFORE = 2  # margin of a folded picture, as fastres.kernels.space_to_depth has it
 
 
 class Driver(Protocol):
@@ -143,7 +142,7 @@ class DriverRunner(Runner):
             return
         n, c, h, w = given.shape
         target.zero_()  # the margin: other values lay here since
-        rows, columns = (slice(_BEFORE, _BEFORE + size // 2) for size in (h, w))
+        rows, columns = (slice(MARGIN[0], MARGIN[0] + size // 2) for size in (h, w))
         # channel 4c + 2a + b of a folded pixel is the picture's c at row a and column b of the 2x2
         pixels = given.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
         inner = target[:n, rows, columns, : 4 * c]

@@ -1,7 +1,8 @@
 """Which tile was fastest: tables of measurements by GPU, shipped or in the user's cache.
 
 A table belongs to one kind of GPU, one version of Triton and one state of the kernels' sources. An
-entry says which tile is best for a problem, and how long it took.
+entry says which tile is best for a problem, and how long it took. What is shipped for a GPU that
+has not run yet holds estimates: the best tiles of those that compile for it without spilling.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ from fastres.kernels.cost import Target
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fastest tile of one problem, and the median of its time in microseconds."""
+    """The fastest tile of one problem, and the median of its time in microseconds.
+
+    Args:
+        measured: or estimated.
+    """
 
     tile: dict[str, Any]
     microseconds: float
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Table(msgspec.Struct, forbid_unknown_fields=True):
-    """Measurements of one machine, by the key of a problem."""
+    """What is known of one machine, by the key of a problem."""
 
     machine: Machine
     entries: dict[str, Entry] = {}
@@ -72,7 +78,7 @@ class Table(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Tiles:
-    """The best known tile of each problem: measured where a table has it, estimated elsewhere.
+    """The best known tile of each problem: a table's where one has it, else by estimate.
 
     Args:
         tables: asked in this order.
@@ -91,7 +97,7 @@ class Tiles:
             ValueError: no tile can run the problem.
         """
         if problem not in self._known:
-            self._known[problem] = self._measured(problem) or self._estimated(problem)
+            self._known[problem] = self._looked_up(problem) or self._estimated(problem)
         return self._known[problem]
 
     def ban(self, problem: str, tile: AnyTile, reason: str) -> None:
@@ -103,7 +109,7 @@ class Tiles:
         """Every problem so far, in order."""
         return list(self._known)
 
-    def _measured(self, problem: Problem) -> Best | None:
+    def _looked_up(self, problem: Problem) -> Best | None:
         for table in self._tables:
             entry = table.entries.get(problem.key)
             if entry is None:
@@ -113,7 +119,7 @@ class Tiles:
             except msgspec.ValidationError:
                 continue  # of another version of the kernels
             if (problem.key, tile) not in self.banned and problem.takes(tile, self.target):
-                return Best(tile, entry.microseconds * 1e-6, measured=True)
+                return Best(tile, entry.microseconds * 1e-6, entry.measured)
         return None
 
     def _estimated(self, problem: Problem) -> Best:
@@ -166,9 +172,9 @@ def cache_path(machine: Machine, cache_dir: str | None = None) -> Path:
 
 
 def shipped(machine: Machine) -> Table:
-    """The measurements that come with fastres for this GPU; empty if there are none.
+    """The table that comes with fastres for this GPU; empty if there is none.
 
-    Those of other versions of Triton or of the kernels are taken as well: they are measurements
+    That of other versions of Triton or of the kernels is taken as well: measurements they are
     still, if of something else by a little.
     """
     source = resources.files("fastres.backends.triton") / "tables" / machine.file

@@ -14,6 +14,10 @@ from fastres.kernels.conv2d_tma import conv2d_tma_launches, conv2d_tma_workspace
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import Launch
+from fastres.kernels.space_to_depth import packed_shape, space_to_depth
+from fastres.kernels.stem import pack_stem_weight
+from fastres.kernels.stem_pool import stem_pool_launch
+from fastres.kernels.stem_pool_tiles import StemPoolTile, pooled
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF
 from fastres.tolerances import errors
@@ -37,6 +41,8 @@ class Trial:
         shape = problem.shape
         if isinstance(shape, ChainShape):
             self._make_chain(shape)
+        elif problem.kind == "stem and pool":
+            self._make_stem(shape)
         else:
             self._make_convolution(shape)
 
@@ -53,6 +59,9 @@ class Trial:
             return (self._chain_launch(shape, tile, target),)
         if isinstance(tile, BoxTile):
             return self._box_launches(shape, tile, target)
+        if isinstance(tile, StemPoolTile):
+            out = self._outputs[0]
+            return (stem_pool_launch(self._folded, self._matrix, self._bias, out, tile=tile),)
         assert isinstance(tile, ConvTile)
         launch = conv2d_launch(
             self._x,
@@ -108,6 +117,16 @@ class Trial:
             self._weight2 = self._random(k, projection.channels, depth=total)
             self._matrix = torch.cat([self._matrix, self._weight2], 1)
         self._outputs = [self._random(*pixels, k)]
+
+    def _make_stem(self, s: ConvShape) -> None:
+        self._x = self._random(s.n, 2 * s.p, 2 * s.q, 3)
+        self._filters = self._random(s.k, 7, 7, 3, depth=3 * 49)
+        self._bias = self._random(s.k, dtype=torch.float32)
+        self._outputs = [self._random(s.n, pooled(s.p), pooled(s.q), s.k)]
+        self._matrix = pack_stem_weight(self._filters.permute(0, 3, 1, 2))
+        self._folded = self._random(*packed_shape(s.n, 2 * s.p, 2 * s.q))
+        if self._generator is not None:
+            space_to_depth(self._x.permute(0, 3, 1, 2), out=self._folded)
 
     def _make_chain(self, s: ChainShape) -> None:
         pixels = (s.n, s.p, s.q)
@@ -169,6 +188,9 @@ class Trial:
             return self._chain_reference(shape, chosen, dtype)
         narrow = self.problem.precision == "tf32"
         x = self._x[chosen]
+        if self.problem.kind == "stem and pool":
+            y = _conv(x, self._filters, dtype, (2, 2), (3, 3)) + self._bias.to(dtype)
+            return [F.max_pool2d(y.relu().permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)]
         y = _conv(x, self._filters, dtype, shape.stride, shape.padding, shape, narrow)
         if self._x2 is not None:
             weight2 = self._weight2[:, None, None, :]

@@ -165,6 +165,7 @@ def test_a_loaded_engine_uses_the_stored_choices(engine: fastres.Engine) -> None
         ({"target": "sm_90", "verify": True}, InputError, "verify needs a sm_90 GPU"),
         ({"target": "sm_90", "on_unsupported": "fallback"}, InputError, "cannot be built for"),
         ({"cuda_graph": "yes"}, InputError, "cuda_graph is 'yes'"),
+        ({"dependent_launch": 1}, InputError, "dependent_launch is 1; give True, False or None"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -192,8 +193,9 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
     [
         (KernelFacts(32, 0, 0, 300_000, 4, {}), "asks for 300000 bytes of shared memory; sm_90"),
         (KernelFacts(255, 16, 16, 1000, 4, {}), "spills 16 bytes of registers"),
+        (KernelFacts(32, 0, 0, 1000, 4, {}, 3), "memory 3 times before it waits for its input"),
     ],
-    ids=["too large", "spills"],
+    ids=["too large", "spills", "does not wait"],
 )
 def test_a_kernel_that_does_not_fit_is_named(
     facts: KernelFacts, message: str, monkeypatch: pytest.MonkeyPatch

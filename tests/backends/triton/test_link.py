@@ -25,13 +25,13 @@ from fastres.backends.triton.link import Descriptor, InArena, InConstant, Linked
 from fastres.backends.triton.link_build import digest_of, link
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import LaunchBoxConv2d, LaunchChain, LoadInput, Plan
-from fastres.backends.triton.run_driver import _BEFORE, DriverRunner
+from fastres.backends.triton.run_driver import DriverRunner
 from fastres.backends.triton.stored_code import CODE, KERNELS, write_code
 from fastres.errors import ArtifactError
 from fastres.kernels.binary_build import arguments_of
 from fastres.kernels.cost import Target
+from fastres.kernels.folding import MARGIN
 from fastres.kernels.launch import Launch
-from fastres.kernels.space_to_depth import MARGIN
 
 pytestmark = [
     pytest.mark.compile,
@@ -51,9 +51,7 @@ def built(request: pytest.FixtureRequest) -> Any:
 def launches(plan: Plan, arena: torch.Tensor, constants: Packed) -> list[Launch]:
     tensors = views(plan, arena)
     return [
-        launch
-        for step in plan.steps
-        for launch in bind(step, tensors, constants, TARGET, plan.allow_tf32)
+        launch for step in plan.steps for launch in bind(plan, step, tensors, constants, TARGET)
     ]
 
 
@@ -168,7 +166,7 @@ def test_folded_inputs_get_their_margin(cifar: Any, fake_driver: Any) -> None:
     for c, i, j in ((c, i, j) for c in range(3) for i in range(6) for j in range(8)):
         channel = 4 * c + 2 * (i % 2) + j % 2
         expected[:, MARGIN[0] + i // 2, MARGIN[0] + j // 2, channel] = x[:, c, i, j]
-    assert MARGIN[0] == _BEFORE and torch.equal(target[:2], expected)
+    assert torch.equal(target[:2], expected)
 
 
 def test_profile_knows_work_and_traffic(cifar: Any, fake_driver: Any) -> None:

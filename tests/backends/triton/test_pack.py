@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastres.backends.triton.pack import Key, Packed
@@ -60,6 +61,29 @@ def test_a_projection_stands_behind_the_filters_and_biases_are_summed() -> None:
     assert torch.equal(packed.bias(["a.bias", None]), constants["a.bias"])
 
 
+@pytest.mark.parametrize("merged", [1, 2, 3, 6])
+def test_groups_in_one_product_have_zeros_for_each_others_channels(merged: int) -> None:
+    conv = nn.Conv2d(24, 12, 3, groups=6, bias=False)
+    weight = conv.weight.detach()
+    packed = Packed(Graph((), (), (), {"w": weight}, ""), torch.float32, CPU)
+    filters = packed.grouped("w", 6, merged)
+    assert filters.shape == (12, 3, 3, 4 * merged) and filters.is_contiguous()
+    x = torch.randn(2, 24, 5, 5, dtype=torch.float64)
+    y = F.conv2d(x, filters.permute(0, 3, 1, 2).double(), groups=6 // merged)
+    assert torch.allclose(y, F.conv2d(x, weight.double(), groups=6))
+
+
+@pytest.mark.parametrize(
+    ("groups", "merged"), [(6, 0), (6, 4), (6, 12), (5, 1), (0, 1), (6, -2)], ids=str
+)
+def test_groups_that_cannot_be_one_product(groups: int, merged: int) -> None:
+    packed = Packed(Graph((), (), (), {"w": torch.zeros(12, 4, 3, 3)}, ""), torch.float32, CPU)
+    with pytest.raises(ValueError, match="cannot be one product"):
+        packed.grouped("w", groups, merged)
+    with pytest.raises(ValueError, match="cannot be one product"):
+        packed.get(("grouped", "w", groups, merged))
+
+
 def test_weights_to_compile_for_take_no_memory() -> None:
     packed = Packed(
         capture(network(1.0), [Input((1, 4, 4, 4))]).graph, torch.float16, torch.device("meta")
@@ -77,7 +101,8 @@ def test_everything_made_is_found_by_its_key() -> None:
     packed.filters("a.weight"), packed.matrix("a.weight", "b.weight"), packed.rows("c.weight")
     packed.bias(["a.bias", "b.bias"]), packed.stem("stem.weight")
     packed.scale_and_shift(Norm("n.running_mean", "n.running_var", None, "n.bias", 1e-5))
-    assert len(packed.made()) == 7
+    packed.grouped("a.weight", 2, 2)
+    assert len(packed.made()) == 8
     for key, made in packed.made().items():
         text = msgspec.json.encode(key)
         assert torch.equal(again.get(msgspec.json.decode(text, type=Key)), made)

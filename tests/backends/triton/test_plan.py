@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-from fastres.backends.triton.lower import make_plan, refusals
+from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.plan import (
     LaunchBoxConv2d,
     LaunchChain,
     LaunchConv2d,
     LaunchLinear,
+    LaunchStem,
+    LaunchStemPool,
     LoadInput,
     Plan,
 )
+from fastres.backends.triton.refusals import refusals
 from fastres.backends.triton.regions import boundaries, projections, shortcuts
 from fastres.backends.triton.table import Tiles
+from fastres.errors import ArtifactError
 from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Graph
 from fastres.graph.passes.pipeline import optimise
@@ -154,6 +158,81 @@ def test_every_choice_says_what_else_there_was() -> None:
     assert all(choice.others and choice.microseconds > 0 for choice in plan.choices[:16])
 
 
+@pytest.mark.parametrize(
+    ("batch", "target", "asked", "dependent"),
+    [
+        (1, HOPPER, None, True),
+        (256, HOPPER, None, False),
+        (256, HOPPER, True, True),
+        (1, HOPPER, False, False),
+        (1, AMPERE, None, False),
+        (1, AMPERE, True, False),
+    ],
+    ids=["short", "long", "asked for", "not wanted", "older GPU", "asked of an older GPU"],
+)
+def test_short_launches_are_dependent(
+    batch: int, target: Tiles, asked: bool | None, dependent: bool
+) -> None:
+    shapes = ((batch, 3, 224, 224),)
+    plan = make_plan(bottleneck("v1.5"), shapes, "fp16", target, dependent=asked)
+    assert plan.dependent is dependent
+    told = [choice for choice in plan.choices if not choice.nodes]
+    assert len(told) == (target is HOPPER)
+    for choice in told:
+        assert ("dependent" in choice.taken) is dependent
+        assert choice.others and choice.microseconds >= 1e6 * seconds(plan)
+
+
+def test_a_recorded_plan_keeps_its_launches() -> None:
+    graph, shapes = bottleneck("v1.5"), ((256, 3, 224, 224),)
+    for asked in (True, False):
+        plan = make_plan(graph, shapes, "fp16", HOPPER, dependent=asked)
+        assert make_plan(graph, shapes, "fp16", HOPPER, plan, dependent=not asked) == plan
+    strange = msgspec.structs.replace(make_plan(graph, shapes, "fp16", AMPERE), dependent=True)
+    with pytest.raises(ArtifactError, match="does not follow from the graph"):
+        make_plan(graph, shapes, "fp16", AMPERE, strange)
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+def test_where_no_tile_of_a_form_is_left_another_form_is_taken(batch: int) -> None:
+    """As on a GPU whose compiler refuses all kernels but those that read through pointers."""
+    graph, shapes, tiles = bottleneck("v1.5"), ((batch, 3, 224, 224),), Tiles(HOPPER.target)
+    usual = {type(step) for step in make_plan(graph, shapes, "fp16", tiles).steps}
+    for problem in list(tiles.asked()):
+        if problem.kind != "pointers":
+            for tile in problem.candidates(tiles.target):
+                tiles.ban(problem.key, tile, "it does not compile")
+    plan = make_plan(graph, shapes, "fp16", tiles)
+    kinds = Counter(type(step) for step in plan.steps)
+    assert LaunchBoxConv2d in usual and kinds[LaunchConv2d] + kinds[LaunchStem] == 53
+    assert not kinds.keys() & {LaunchBoxConv2d, LaunchChain, LaunchStemPool}
+    assert any("no tile can run" in c.others.get("boxes", "") for c in plan.choices)
+
+
+@pytest.mark.parametrize("target", [HOPPER, AMPERE], ids=["sm_90", "sm_80"])
+def test_narrow_groups_share_a_product(target: Tiles) -> None:
+    weights = fastres.models.resnext50_32x4d(seed=0).state_dict()
+    graph = optimise(fastres.build(weights, version="v1.5"))
+    plan = make_plan(graph, ((256, 3, 224, 224),), "fp16", target)
+    grouped = [s for s in plan.steps if isinstance(s, LaunchConv2d) and s.groups == 32]
+    assert len(grouped) == 16
+    channels = {s.node: s.merged * graph.constants[s.weight].shape[1] for s in grouped}
+    assert set(channels.values()) == {32}
+    choice = next(c for c in plan.choices if c.nodes == ("layer1.0.conv2",))
+    assert "8 groups at once" in choice.taken
+    others = [text for form, text in choice.others.items() if form.startswith("pointers ")]
+    assert float(others[0].split()[0]) > 2 * choice.microseconds
+    assert make_plan(graph, ((256, 3, 224, 224),), "fp16", target, plan) is plan
+    for merged in (0, 3, 5, 32):
+        steps = [
+            msgspec.structs.replace(s, merged=merged) if s.node == "layer1.0.conv2" else s
+            for s in plan.steps
+        ]
+        strange = msgspec.structs.replace(plan, steps=tuple(steps))
+        with pytest.raises(ArtifactError, match=r"layer1\.0\.conv2 that it cannot have"):
+            make_plan(graph, ((256, 3, 224, 224),), "fp16", target, strange)
+
+
 def test_small_grids_split_their_depth_and_get_scratch_memory() -> None:
     plan = make_plan(bottleneck("v1.5"), ((1, 3, 224, 224),), "fp16", HOPPER)
     split = [s for s in plan.steps if isinstance(s, LaunchBoxConv2d) and s.workspace]
@@ -193,7 +272,9 @@ def test_what_is_no_boundary_and_no_projection() -> None:
 def seconds(plan: Plan) -> float:
     """Of everything that a plan's choices stand for."""
     return 1e-6 * sum(
-        choice.microseconds for choice in plan.choices if not choice.taken.startswith("kernels of")
+        choice.microseconds
+        for choice in plan.choices
+        if choice.nodes and not choice.taken.startswith("kernels of")
     )
 
 

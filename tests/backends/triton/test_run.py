@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.backends.triton.backend import TritonExecutable
+from fastres.backends.triton.plan import LaunchConv2d
 from fastres.options import Precision
 
 PhotoBatch = Callable[[int, int], Tensor]
@@ -71,6 +72,22 @@ def test_narrow_bottleneck_net(photo_batch: PhotoBatch, version: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_dependent_launches_change_no_bit(photo_batch: PhotoBatch, precision: Precision) -> None:
+    """In the interpreter they are no other launches; on a GPU they are told to overlap."""
+    model = fastres.models.settle(fastres.models.cifar_resnet(20, seed=0), photo_batch(32, 32))
+    x = photo_batch(2, 32)
+    found = []
+    for asked in (True, False):
+        with compile(model, x, precision, dependent_launch=asked) as engine:
+            for _ in range(20):  # a race does not show at once
+                poison(engine, x)
+                found.append(engine(x))
+                if INTERPRETING:
+                    break
+    assert all(torch.equal(found[0], y) for y in found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_batch_norms_that_cannot_be_folded(photo_batch: PhotoBatch, precision: Precision) -> None:
     model = fastres.models.PreActResNet(1, seed=0)
     model = fastres.models.settle(model, photo_batch(32, 16))
@@ -81,6 +98,38 @@ def test_batch_norms_that_cannot_be_folded(photo_batch: PhotoBatch, precision: P
         poison(engine, x)
         report = fastres.verify(model, engine, [x], layerwise=True)
         assert report.passed, str(report)
+
+
+class Grouped(nn.Module):
+    """A ResNeXt block's middle, a depthwise convolution, and groups that nothing divides well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.narrow = nn.Conv2d(32, 64, 3, 2, 1, groups=8)
+        self.depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64)
+        self.uneven = nn.Conv2d(64, 60, 1, groups=4)
+        self.odd = nn.Conv2d(60, 30, 3, padding=1, groups=15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.narrow(self.first(x).relu()).relu()
+        y = y + self.depthwise(y).relu()
+        return self.odd(self.uneven(y).relu())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_groups(precision: Precision) -> None:
+    model = Grouped().eval()
+    x = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(1))
+    with compile(model, x, precision) as engine:
+        poison(engine, x)
+        report = fastres.verify(model, engine, [x], layerwise=True)
+        assert report.passed, str(report)
+        executable = engine._lowered.executable
+        assert isinstance(executable, TritonExecutable)
+        steps = executable._runners.latest().plan.steps
+        assert any(step.merged > 1 for step in steps if isinstance(step, LaunchConv2d))
 
 
 class Elementwise(nn.Module):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import fastres
-from fastres.backends.triton import forms
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import LaunchConv2d, LaunchStem, LaunchStemPool, LoadInput
@@ -21,8 +20,10 @@ from fastres.graph.architecture import ResNetSpec
 from fastres.graph.builder import build_graph
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
+from fastres.kernels import stem_pool_tiles
 from fastres.kernels.cost import Target
 from fastres.kernels.stem import stem_shape
+from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 
 CPU = torch.device("cpu")
@@ -75,25 +76,40 @@ def test_a_stored_plan_keeps_its_stem() -> None:
         make_plan(other, ((2, 3, 39, 39),), "fp32", Tiles(Target(90, 1)), plan)
 
 
+def reckoned(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Tiles:
+    """Estimates by which a stem and its pool take so long as one kernel."""
+    monkeypatch.setattr(stem_pool_tiles, "stem_pool_seconds", lambda *sizes: seconds)
+    return Tiles(Target(90, 1))
+
+
 def test_the_pool_goes_with_the_stem_where_it_is_reckoned_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    graph, tiles = graph_of(), Tiles(Target(90, 1))
-    monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes: 0.0)
+    graph, tiles = graph_of(), reckoned(0.0, monkeypatch)
     plan = make_plan(graph, (SHAPE,), "fp16", tiles)
     assert isinstance(plan.steps[1], LaunchStemPool)
     assert plan.steps[1].node == "maxpool" and "conv1" not in plan.places
     choice = next(choice for choice in plan.choices if "maxpool" in choice.nodes)
-    assert choice.nodes == ("conv1", "maxpool") and choice.taken == "stem and pool"
-    assert make_plan(graph, (SHAPE,), "fp16", tiles, plan) is plan
-    monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes: 1.0)
-    assert not isinstance(make_plan(graph, (SHAPE,), "fp16", tiles).steps[1], LaunchStemPool)
-    monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes: 0.0)
+    assert choice.nodes == ("conv1", "maxpool") and choice.taken.startswith("stem and pool ")
+    assert make_plan(graph, (SHAPE,), "fp16", Tiles(Target(90, 1)), plan) is plan
+    slow = make_plan(graph, (SHAPE,), "fp16", reckoned(1.0, monkeypatch))
+    assert not isinstance(slow.steps[1], LaunchStemPool)
+    tiles = reckoned(0.0, monkeypatch)
     for precision, size in (("fp32", 40), ("fp16", 39)):  # refused in words by the kernel
         odd = make_plan(graph_of(size), ((2, 3, size, size),), precision, tiles)  # type: ignore[arg-type]
         assert not any(isinstance(step, LaunchStemPool) for step in odd.steps)
     with pytest.raises(ArtifactError, match="for maxpool that it cannot have"):
         make_plan(graph_of(39), ((2, 3, 39, 39),), "fp16", tiles, plan)
+
+
+def test_a_measured_tile_is_taken() -> None:
+    problem = Problem("stem and pool", stem_shape(2, 20, 20, 16), "fp16")
+    tile = StemPoolTile(4, 16, 16, 4, 3)
+    table = Table(Machine("a GPU", 1, "", ""), {problem.key: Entry(dict(vars(tile)), 0.001)})
+    plan = make_plan(graph_of(), (SHAPE,), "fp16", Tiles(Target(90, 1), [table]))
+    stem = plan.steps[1]
+    assert isinstance(stem, LaunchStemPool) and stem.tile == tile
+    assert next(c for c in plan.choices if "maxpool" in c.nodes).measured
 
 
 @pytest.mark.interpret
@@ -103,8 +119,7 @@ def test_equal_to_a_stem_and_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     packed, results = Packed(graph, torch.float16, CPU), []
     for seconds in (0.0, 1.0):
-        monkeypatch.setattr(forms, "stem_pool_seconds", lambda *sizes, t=seconds: t)
-        plan = make_plan(graph, (SHAPE,), "fp16", Tiles(Target(90, 1)))
+        plan = make_plan(graph, (SHAPE,), "fp16", reckoned(seconds, monkeypatch))
         assert isinstance(plan.steps[1], LaunchStemPool) == (seconds == 0.0)
         runner = PlanRunner(plan, packed, CPU)
         with runner.context() as context:

@@ -31,6 +31,7 @@ from fastres.kernels.boxes import BoxTile, Projection
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
+from fastres.kernels.stem import stem_shape
 from fastres.kernels.tiles import ConvTile
 
 CPU = torch.device("cpu")
@@ -40,6 +41,7 @@ POINTWISE = ConvShape(2, 4, 4, 64, 64, 1, 1)
 POINTERS = Problem("pointers", POINTWISE, "fp16")
 BOXES = Problem("boxes", POINTWISE, "fp16", residual=True)
 CHAIN = Problem("chain", ChainShape(2, 4, 4, 64, 256, 64), "fp16")
+POOLED = Problem("stem and pool", stem_shape(2, 12, 20, 32), "fp16")
 MERGED = Problem("boxes", POINTWISE, "fp16", Projection(64, (2, 2)))
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
@@ -54,7 +56,9 @@ class TestProblems:
         assert BOXES.key.startswith("boxes fp16 n=2 h=4 w=4 c=64") and "residual" in BOXES.key
         assert "projected=64/2x2" in MERGED.key and "stride=1x1" in MERGED.key
 
-    @pytest.mark.parametrize("problem", [POINTERS, BOXES, CHAIN, MERGED], ids=lambda p: p.kind)
+    @pytest.mark.parametrize(
+        "problem", [POINTERS, BOXES, CHAIN, MERGED, POOLED], ids=lambda p: p.kind
+    )
     def test_candidates_come_best_first_and_are_taken(self, problem: Problem) -> None:
         tiles = problem.candidates(HOPPER)
         times = [problem.seconds(tile, HOPPER) for tile in tiles]
@@ -206,6 +210,7 @@ class TestTrials:
             BOXES,
             CHAIN,
             MERGED,
+            POOLED,
             replace(BOXES, precision="tf32"),
             Problem(
                 "pointers", ConvShape(1, 5, 5, 32, 16, 3, 3, (2, 2), (1, 1), (1, 1), 2), "fp32"

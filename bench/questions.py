@@ -1,0 +1,127 @@
+"""First questions about the hardware: what L2, the tensor cores and the launches give.
+
+The section `questions` of gpu.py; docs/gpu-notes.md says what hangs on each answer. A case runs
+over poisoned outputs and is checked against PyTorch in float64 before it is timed, and after.
+Passes walk through sets of operands that are larger than L2 together, but for the question about
+L2 itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from questions_case import Case, Posed
+from questions_gemm import layouts, peaks
+from questions_system import chains, launches, loads
+
+from fastres.backends.triton.choosing import tiles_for
+from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.timing import milliseconds
+from fastres.kernels.aot import compile_kernel, key_of
+from fastres.kernels.cost import Target
+from fastres.kernels.launch import Launch
+from fastres.options import Options
+
+if TYPE_CHECKING:
+    from gpu_sections import Row, Run
+
+_SETS = 8  # of operands at most
+
+
+def cases(tiles: Tiles, small: bool = False) -> list[Case]:
+    """Every case, the quick questions first.
+
+    Args:
+        tiles: the target, and the tiles of the chain and of its three parts.
+        small: sizes for Triton's interpreter; names stay as they are.
+    """
+    found = (loads(tiles, small), launches(small), peaks(small), chains(tiles, small))
+    return [*itertools.chain(*found, layouts(small))]
+
+
+def questions(run: Run) -> Iterator[Row]:
+    """Every case: its time, or why it has none; then the fastest of each group."""
+    tiles = tiles_for(Options(cache_dir=str(run.out)), run.device)
+    for case in cases(tiles, small=run.device.type != "cuda"):
+        if (yield {"name": case.name, "asked": True}):
+            continue
+        try:
+            row = _answer(case, run.device)
+        except Exception as error:  # of Triton, its compiler or the driver: a refusal is an answer
+            row = {"refused": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        yield {"name": case.name, "group": case.group, **row}
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)  # a lost context ends the section, not its rows
+    kept = [row for row in run.rows("questions") if "group" in row]
+    yield {"name": f"the fastest of {len(kept)} cases", "table": "\n" + _table(kept)}
+
+
+def precompile(name: str, target: Target) -> int:
+    """Compiles one case's kernels into Triton's cache; needs no GPU.
+
+    Returns:
+        How many kernels compiled; of those that do not, the case itself will say why.
+    """
+    case = next(case for case in cases(Tiles(target)) if case.name == name)
+    try:
+        calls = case.pose(torch.device("meta")).calls
+        kernels = {key_of(call): call for call in calls if isinstance(call, Launch)}
+        for launch in kernels.values():
+            compile_kernel(launch, target.sm)
+    except Exception:  # of Triton or its compiler: they raise many kinds
+        return 0
+    return len(kernels)
+
+
+def _answer(case: Case, device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    sets = [case.pose(device)]
+    _pass(sets[0])
+    reason = sets[0].wrong()
+    if reason is None:
+        sets += [case.pose(device) for _ in range(_more_sets(case, sets[0], device))]
+        turns = itertools.cycle(sets)
+        ms = milliseconds(lambda: _pass(next(turns)), device)
+        reason = sets[0].wrong()
+    if reason is not None:
+        return {"right": False, "why": reason}
+    row: dict[str, Any] = {"right": True, "us": 1e3 * ms, "sets": len(sets)}
+    if case.flops:
+        row["tflops"] = case.flops / ms / 1e9
+    if case.bytes:
+        row["gbs"] = case.bytes / ms / 1e6
+    if sets[0].tiles:
+        row["tiles"] = sets[0].tiles
+    return row
+
+
+def _pass(posed: Posed) -> None:
+    for call in posed.calls:
+        call.run()
+
+
+def _more_sets(case: Case, posed: Posed, device: torch.device) -> int:
+    """How many further sets of operands make three times what L2 holds."""
+    if device.type != "cuda" or not case.rotate:
+        return 0
+    operands = {t.data_ptr(): t.nbytes for call in posed.calls for t in call.tensors()}
+    wanted = 3 * torch.cuda.get_device_properties(device).L2_cache_size
+    return min(_SETS, -(-wanted // sum(operands.values()))) - 1
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """A line for each group: its fastest case, or why there is none."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row.get("us", float("inf")) <= best.get(row["group"], row).get("us", float("inf")):
+            best[row["group"]] = row
+    return "\n".join(_line(row) for row in best.values())
+
+
+def _line(row: Row) -> str:
+    units = {"us": "us", "tflops": "TFLOP/s", "gbs": "GB/s"}
+    found = [f"{row[key]:.1f} {unit}" for key, unit in units.items() if key in row]
+    return f"{row['name']}: {', '.join(found) or row.get('why') or row.get('refused')}"

@@ -1,0 +1,95 @@
+"""What a question consists of: cases, their operands over poisoned outputs, and the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastres.tolerances import errors
+
+
+class Call(Protocol):
+    """A launch of ours, or a call of PyTorch's."""
+
+    def run(self) -> None: ...
+
+    def tensors(self) -> Iterable[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Library:
+    """A call of PyTorch's, to be timed beside ours."""
+
+    call: Callable[[], object]
+    operands: Sequence[Tensor]
+
+    def run(self) -> None:
+        self.call()
+
+    def tensors(self) -> Iterable[Tensor]:
+        return self.operands
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A case with operands.
+
+    Args:
+        calls: one pass, in order; any number of passes may be run.
+        wrong: what is wrong with the result of a pass; None if nothing is.
+        tiles: how the calls cut their work, where that was not fixed before.
+    """
+
+    calls: Sequence[Call]
+    wrong: Callable[[], str | None]
+    tiles: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of doing what a question is about.
+
+    Args:
+        group: the question and the way; the table shows the fastest case of each group.
+        setting: tells the cases of a group apart.
+        pose: lays out operands on a device; on "meta" the calls can be compiled, and nothing more.
+        flops, bytes: of one pass; 0 where they mean nothing.
+        rotate: whether passes walk through more memory than L2 holds.
+    """
+
+    group: str
+    setting: str
+    pose: Callable[[torch.device], Posed]
+    flops: float = 0.0
+    bytes: float = 0.0
+    rotate: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}, {self.setting}" if self.setting else self.group
+
+
+def normal(
+    device: torch.device, *sizes: int, dtype: torch.dtype = torch.float16, scale: float = 1.0
+) -> Tensor:
+    """Random operands: normal values, or for int8 all of -127 to 127 alike; nothing on "meta"."""
+    if device.type == "meta":
+        return torch.empty(sizes, dtype=dtype, device=device)
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, sizes, dtype=dtype, device=device)
+    return (scale * torch.randn(sizes, device=device)).to(dtype)
+
+
+def poisoned(device: torch.device, *sizes: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """An output full of NaN."""
+    return torch.full(sizes, float("nan"), dtype=dtype, device=device)
+
+
+def difference(found: Tensor, exact: Tensor, tolerance: float) -> str | None:
+    """What tells a result from the float64 one by an RMS error above the tolerance."""
+    distance = errors(found, exact)
+    return None if distance.rms <= tolerance else f"wrong: {distance}"

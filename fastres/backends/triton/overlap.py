@@ -1,0 +1,44 @@
+"""Whether a plan's kernels are dependent launches: reckoned from how short they are.
+
+What these are stands in `fastres.kernels.dependent`.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from fastres.backends.base import Choice
+from fastres.backends.triton.form import SEVERAL
+from fastres.backends.triton.plan import Plan
+from fastres.kernels.cost import Target
+
+_SAVED = 1.0  # us a step inside a CUDA graph: a guess, until a GPU has answered
+_WORTH = 0.05  # of the plan's time: for less, nothing is changed
+
+
+def has_dependent_launch(target: Target) -> bool:
+    return target.sm >= 90
+
+
+def with_overlap(plan: Plan, target: Target, asked: bool | None) -> Plan:
+    """The plan with dependent launches where they pay, and the reckoning among its choices.
+
+    Args:
+        asked: what the user wants; None for what is reckoned.
+    """
+    if not has_dependent_launch(target):
+        return plan
+    total = sum(choice.microseconds for choice in plan.choices if choice.taken != SEVERAL)
+    saved = _SAVED * len(plan.steps)
+    dependent = saved >= _WORTH * total if asked is None else asked
+    forms = ("launched one after the other", "dependent launches")
+    times = (total + saved, total)
+    choice = Choice(
+        nodes=(),
+        taken=forms[dependent],
+        microseconds=times[dependent],
+        measured=False,
+        problem="",
+        others={forms[not dependent]: f"{times[not dependent]:.1f} us"},
+    )
+    return replace(plan, dependent=dependent, choices=(*plan.choices, choice))

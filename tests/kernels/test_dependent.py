@@ -1,0 +1,52 @@
+"""Dependent launches: every kernel lets the next one start, waits, and only then touches memory."""
+
+import pytest
+
+from fastres.kernels.aot import compile_kernel, compile_launch, facts_of
+from fastres.kernels.aot_table import all_cases
+
+FIRST = {"_layout_kernel", "_space_to_depth_kernel"}  # bring a plan's inputs: none is in front
+LAUNCHES = {case.launch.kernel.__name__: case.launch for case in all_cases(90)}  # of every kernel
+DEPENDENT = sorted(LAUNCHES.keys() - FIRST)
+
+
+@pytest.mark.interpret
+def test_nothing_changes_in_the_interpreter() -> None:
+    launch = LAUNCHES["_conv2d_kernel"]
+    assert launch.overlapping() is launch
+
+
+@pytest.mark.compile
+def test_every_kernel_of_a_plan_is_here() -> None:
+    assert set(DEPENDENT) == {
+        "_avg_pool_kernel",
+        "_bottleneck_chain_kernel",
+        "_conv2d_kernel",
+        "_elementwise_kernel",
+        "_global_avg_pool_kernel",
+        "_max_pool_kernel",
+        "_stem_pool_kernel",
+        "_sum_parts_kernel",
+        "conv2d_tma_kernel",
+    }
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("sm", [90, 100, 120])
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_waits_before_it_touches_memory(name: str, sm: int) -> None:
+    launch = LAUNCHES[name].overlapping()
+    assert launch.dependent and launch.options["launch_pdl"] is True
+    kernel = compile_kernel(launch, sm)
+    facts = facts_of(kernel)
+    assert facts.unguarded == 0 and facts.spill_stores == 0
+    assert facts.count("ACQBULK") == facts.count("PREEXIT") == 1
+    assert kernel.metadata.launch_pdl
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_launched_as_usual_it_does_not_wait(name: str) -> None:
+    facts = compile_launch(LAUNCHES[name], 90)
+    assert facts.count("ACQBULK") == facts.count("PREEXIT") == 0
+    assert facts.unguarded > 0
