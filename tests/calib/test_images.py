@@ -34,6 +34,16 @@ def test_same_as_torchvision(pictures: tuple[Image.Image, ...], resize: int, cro
         assert torch.allclose(got, want, atol=1e-6)
 
 
+def test_pixels_alone(pictures: tuple[Image.Image, ...]) -> None:
+    """As far as the last step but one, in RGB whatever order the network wants."""
+    resize = v2.Compose([v2.Resize(50, antialias=True), v2.CenterCrop(33)])
+    p = Preprocess(resize=50, crop=33, channels="BGR")
+    (got,) = batches(pictures, p, 3, normalise=False)
+    assert got.dtype == torch.uint8 and got.shape == (3, 33, 33, 3)
+    for pixels, picture in zip(got, pictures, strict=True):
+        assert torch.equal(pixels, torch.from_numpy(np.array(resize(picture))))
+
+
 def test_channel_order_and_scale() -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[..., 0] = 200
