@@ -28,20 +28,28 @@ from fastres.backends.triton.cross import launches_of
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.problems import Problem
-from fastres.backends.triton.table import Table, Tiles, cache_path, read_table, write_table
+from fastres.backends.triton.table import (
+    Table,
+    Tiles,
+    cache_path,
+    read_table,
+    this_machine,
+    write_table,
+)
 from fastres.backends.triton.timing import milliseconds
-from fastres.backends.triton.tune import precompile, this_machine, tune
+from fastres.backends.triton.tune import precompile, tune
 from fastres.bench_report import machine
 from fastres.benchmarking import Target, benchmark
 from fastres.graph.capture import capture
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, compile_launch, key_of
 from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.cost import target_of
+from fastres.kernels.folding import pack_stem_weight
 from fastres.kernels.geometry import ConvShape
-from fastres.kernels.launch import target_of
 from fastres.kernels.layout import to_nhwc
 from fastres.kernels.space_to_depth import space_to_depth
-from fastres.kernels.stem import pack_stem_weight, stem_box_tile, stem_launch
+from fastres.kernels.stem import stem_box_tile, stem_launch
 from fastres.options import DTYPE_OF, Options, Precision
 from fastres.tolerances import errors
 

@@ -247,7 +247,7 @@ def assemble(
         compiled: what an executable of the same graph had to spare.
     """
     precision = options.precision or PRECISION_OF[graph.floating_dtype]
-    choice = choose(graph, options, precision)
+    choice = choose(graph, options, precision, compiled)
     options = replace(options, precision=precision, device=choice.backend.device(options))
     usual = tuple(i.usual for i in inputs)
     if options.max_batch_size is not None and options.oversize == "split":

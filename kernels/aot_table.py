@@ -11,19 +11,20 @@ import torch
 
 from fastres.kernels.aot import MATRIX, TYPES, compile_launch, fits
 from fastres.kernels.bottleneck_chain import chain_launch
-from fastres.kernels.boxes import Projection, choose_box_tile
+from fastres.kernels.boxes import Projection, choose_box_tile, workspace_bytes
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches, conv2d_tma_workspace
+from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
 from fastres.kernels.elementwise import elementwise_launch
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.folding import packed_shape
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import avg_pool_launch, max_pool_launch
-from fastres.kernels.space_to_depth import packed_shape, space_to_depth_launch
+from fastres.kernels.space_to_depth import space_to_depth_launch
 from fastres.kernels.stem import stem_box_tile, stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
 
@@ -308,7 +309,7 @@ def _conv2d_tma_cases(
         stride2=(1, 1) if projection is None else projection.stride,
         activation="relu",
         tile=tile,
-        workspace=_meta(conv2d_tma_workspace(shape, tile) // 4, dtype=torch.float32),
+        workspace=_meta(workspace_bytes(shape, tile) // 4, dtype=torch.float32),
         allow_tf32=dtype == torch.float32,
     )
     kind = "tf32" if dtype == torch.float32 else TYPES[dtype]

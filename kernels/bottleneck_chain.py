@@ -24,11 +24,11 @@ from fastres.kernels.chain_tiles import (
     is_valid,
     refusal,
 )
-from fastres.kernels.cost import Target
+from fastres.kernels.cost import Target, target_of
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_activation
-from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted, target_of
+from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted
 
 _DTYPES = (torch.float16, torch.bfloat16)
 

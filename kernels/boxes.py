@@ -346,5 +346,11 @@ def _resident(tile: BoxTile, itemsize: int, target: Target) -> int:
     return max(1, min(4, shared, registers))
 
 
+def workspace_bytes(shape: ConvShape, tile: BoxTile) -> int:
+    """Bytes of workspace `conv2d_tma` needs: the fp32 parts of a split depth, or nothing."""
+    parts = tile.split_k if tile.split_k > 1 else 0
+    return 4 * parts * shape.n * shape.p * shape.q * shape.k
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastres.kernels.cost import Cost, Target
+from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_epilogue
@@ -19,7 +19,6 @@ from fastres.kernels.launch import (
     check_like,
     check_nhwc,
     is_interpreted,
-    target_of,
 )
 from fastres.kernels.tiles import ConvTile, choose_conv_tile
 

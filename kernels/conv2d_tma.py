@@ -20,12 +20,13 @@ from fastres.kernels.boxes import (
     refusal,
     tile_refusal,
     walk_shape,
+    workspace_bytes,
 )
 from fastres.kernels.conv2d_tma_jit import conv2d_tma_kernel
-from fastres.kernels.cost import Cost, Target
+from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import ConvShape, Pair
-from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted, target_of
+from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted
 from fastres.kernels.split_k import sum_parts_launch
 
 
@@ -48,12 +49,6 @@ def conv2d_tma_cost(
     x = walk.n * walk.h * walk.w * shape.c + m * channels2
     y = m * shape.k * (2 if residual else 1)
     return Cost(2 * m * shape.k * depth, itemsize * (x + shape.k * depth + y))
-
-
-def conv2d_tma_workspace(shape: ConvShape, tile: BoxTile) -> int:
-    """Bytes of workspace a call needs: the fp32 parts of a split depth, or nothing."""
-    parts = tile.split_k if tile.split_k > 1 else 0
-    return 4 * parts * shape.n * shape.p * shape.q * shape.k
 
 
 def pack_weight(weight: torch.Tensor, weight2: torch.Tensor | None = None) -> torch.Tensor:
@@ -130,7 +125,7 @@ def conv2d_tma(
         out = torch.empty((n, shape.p, shape.q, k), dtype=x.dtype, device=x.device)
     if tile is None:
         tile = choose_box_tile(shape, x.element_size(), target, projection)
-    parts = conv2d_tma_workspace(shape, tile) // 4
+    parts = workspace_bytes(shape, tile) // 4
     for launch in conv2d_tma_launches(
         x,
         matrix,
@@ -172,7 +167,7 @@ def conv2d_tma_launches(
         weight: [K, R*S*C + C2], as `pack_weight` gives it.
         shape: sizes of the convolution, as x and weight have them.
         target: the GPU it is meant for.
-        workspace: fp32, contiguous, of at least `conv2d_tma_workspace(shape, tile)` bytes.
+        workspace: fp32, contiguous, of at least `workspace_bytes(shape, tile)` bytes.
 
     Returns:
         One launch; two where the tile splits the depth; none for an empty batch.
@@ -319,7 +314,7 @@ def _parts(
     workspace: torch.Tensor | None, shape: ConvShape, tile: BoxTile, x: torch.Tensor
 ) -> torch.Tensor:
     """The workspace as [SPLIT_K, N*P*Q, K]."""
-    size = conv2d_tma_workspace(shape, tile) // 4
+    size = workspace_bytes(shape, tile) // 4
     if workspace is None or workspace.numel() < size:
         found = "missing" if workspace is None else f"of {workspace.numel()} elements"
         raise ValueError(f"workspace is {found}, expected {size} fp32 for tile {tile}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -106,3 +108,11 @@ def _known(sm: int) -> int:
     if not known:
         raise ValueError(f"sm_{sm} is not supported: the kernels need sm_80 or newer")
     return max(known)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target a tensor's device stands for; anything but CUDA is shaped as for an H200."""
+    if device.type != "cuda":
+        return Target.typical(90)
+    properties = torch.cuda.get_device_properties(device)
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)

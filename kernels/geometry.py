@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastres.kernels.cost import Cost
 from fastres.kernels.tiles import GemmShape
 
 Pair = tuple[int, int]
@@ -137,3 +138,10 @@ class PoolShape:
         out = -(-free // stride) + 1
         # PyTorch's rule: the last window starts inside the input or the padding before it
         return out - 1 if (out - 1) * stride >= size + pad else out
+
+
+def max_pool_cost(shape: PoolShape, itemsize: int) -> Cost:
+    """Comparisons, counted as FLOPs, and compulsory bytes of one call."""
+    y = shape.n * shape.p * shape.q * shape.c
+    x = shape.n * shape.h * shape.w * shape.c
+    return Cost(y * shape.kernel[0] * shape.kernel[1], itemsize * (x + y))

@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastres.kernels.cost import Cost, Target
+from fastres.kernels.cost import Cost
 
 _SIDES = ("BLOCK", "BOX", "CHUNK", "SPLIT")  # constants that a tile brings
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,14 +108,6 @@ class Launch:
 def is_interpreted(kernel: Any) -> bool:
     """Whether the kernel was decorated under TRITON_INTERPRET=1 and so runs on the CPU."""
     return isinstance(kernel, InterpretedFunction)
-
-
-def target_of(device: torch.device) -> Target:
-    """The target a tensor's device stands for; anything but CUDA is shaped as for an H200."""
-    if device.type != "cuda":
-        return Target.typical(90)
-    properties = torch.cuda.get_device_properties(device)
-    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 def check_nhwc(name: str, x: torch.Tensor) -> None:

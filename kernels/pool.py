@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastres.kernels.cost import Cost
 from fastres.kernels.dependent import await_predecessor
-from fastres.kernels.geometry import Pair, PoolShape
+from fastres.kernels.geometry import Pair, PoolShape, max_pool_cost
 from fastres.kernels.launch import Launch, check_like, check_nhwc
 from fastres.kernels.tiles import PoolTile, choose_pool_tile
 
@@ -64,13 +64,6 @@ def _max_pool_kernel(
             best = tl.where((v > best) | (v != v), v, best)
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :]
     tl.store(y_tile, best.to(y_ptr.dtype.element_ty), mask=ok)
-
-
-def max_pool_cost(shape: PoolShape, itemsize: int) -> Cost:
-    """Comparisons, counted as FLOPs, and compulsory bytes of one call."""
-    y = shape.n * shape.p * shape.q * shape.c
-    x = shape.n * shape.h * shape.w * shape.c
-    return Cost(y * shape.kernel[0] * shape.kernel[1], itemsize * (x + y))
 
 
 def max_pool(

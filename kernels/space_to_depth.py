@@ -4,13 +4,11 @@ What the stem (`stem.py`) reads; casts and normalises on the way, so that a call
 once and written once.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from fastres.kernels.folding import FOLDED, MARGIN
+from fastres.kernels.folding import FOLDED, MARGIN, fold_refusal, packed_shape
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import (
     check_first_images,
@@ -20,22 +18,6 @@ from fastres.kernels.layout import (
     normalised,
 )
 from fastres.kernels.tiles import PoolTile
-
-
-def fold_refusal(c: int, h: int, w: int) -> str | None:
-    """Why a picture cannot be folded; None when it can."""
-    if not 1 <= c <= 4:
-        return f"the picture has {c} channels, expected 1 to 4: folded they must fit into {FOLDED}"
-    if h < 2 or w < 2 or h % 2 or w % 2:
-        return f"the picture has {h}x{w} pixels, expected even numbers, to fold 2x2 into one"
-    if math.prod(packed_shape(1, h, w)) > 2**29 * FOLDED:  # a thin one's margin is most of it
-        return f"the picture has {h}x{w} pixels, expected at most 2**29 folded, with the margin"
-    return None
-
-
-def packed_shape(n: int, h: int, w: int) -> tuple[int, int, int, int]:
-    """Sizes of a folded picture with its margin: [N, H/2 + 3, W/2 + 3, 16]."""
-    return n, h // 2 + sum(MARGIN), w // 2 + sum(MARGIN), FOLDED
 
 
 @triton.jit

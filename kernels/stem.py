@@ -14,47 +14,11 @@ import torch
 from fastres.kernels.boxes import BoxTile, box_candidates, box_seconds
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
-from fastres.kernels.cost import Cost, Target
+from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.folding import FOLDED, ROW, TAPS
-from fastres.kernels.geometry import ConvShape, Pair
-from fastres.kernels.launch import FLOAT_DTYPES, Launch, check_like, target_of
-from fastres.kernels.space_to_depth import fold_refusal
+from fastres.kernels.folding import FOLDED, ROW, TAPS, stem_shape
+from fastres.kernels.launch import FLOAT_DTYPES, Launch, check_like
 from fastres.kernels.tiles import ConvTile
-
-
-def stem_refusal(c: int, h: int, w: int, taps: Pair, stride: Pair, padding: Pair) -> str | None:
-    """Why a convolution is no stem of this kind; None when it is one.
-
-    A planner then takes the convolution over pointers, which takes every one.
-    """
-    if (taps, stride, padding) != ((7, 7), (2, 2), (3, 3)):
-        return (
-            f"the filter is {taps}, stride {stride}, padding {padding}; expected 7x7, 2 and 3, "
-            "whose taps fold into 4x4"
-        )
-    return fold_refusal(c, h, w)
-
-
-def pack_stem_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Folds a stem's filter: [K, C, 7, 7], as PyTorch keeps it, to [K, 4*4*16].
-
-    Tap r of 7 is row (r + 1) % 2 of folded tap (r + 1) // 2, since 2p - 3 + r = 2(p - 2) + r + 1;
-    channels of a folded tap lie as `space_to_depth` lays them, those beyond 4C are zero.
-
-    Raises:
-        ValueError: no 7x7 filter of 1 to 4 channels.
-    """
-    if weight.ndim != 4 or tuple(weight.shape[2:]) != (7, 7) or not 1 <= weight.shape[1] <= 4:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [K, 1 to 4, 7, 7]")
-    k, c = weight.shape[:2]
-    eight = weight.new_zeros(k, c, 8, 8)
-    eight[:, :, 1:, 1:] = weight
-    packed = weight.new_zeros(k, TAPS, TAPS, FOLDED)
-    # k, c, (tap, dh), (tap, dw) -> k, tap, tap, (c, dh, dw)
-    folded = eight.view(k, c, TAPS, 2, TAPS, 2).permute(0, 2, 4, 1, 3, 5)
-    packed[..., : 4 * c] = folded.reshape(k, TAPS, TAPS, 4 * c)
-    return packed.view(k, TAPS * ROW)
 
 
 def stem_cost(n: int, p: int, q: int, k: int, itemsize: int) -> Cost:
@@ -187,11 +151,6 @@ def stem_box_tile(n: int, p: int, q: int, k: int, itemsize: int, target: Target)
     shape = stem_shape(n, p, q, k)
     whole = [box for box in box_candidates(shape, itemsize, target) if box.split_k == 1]
     return min(whole, key=lambda box: box_seconds(box, shape, itemsize, target))
-
-
-def stem_shape(n: int, p: int, q: int, k: int) -> ConvShape:
-    """The stem as a 4x1 convolution of rows of 4 folded pixels."""
-    return ConvShape(n, p + TAPS - 1, q, ROW, k, TAPS, 1)
 
 
 def output_pixels(packed: torch.Tensor) -> tuple[int, int, int]:

@@ -140,10 +140,14 @@ class Backend(Protocol):
 
     name: str
 
-    def unavailable(self, target: str | None = None) -> str | None:
+    def unavailable(
+        self, target: str | None = None, compiled: CompiledParts | None = None
+    ) -> str | None:
         """None, or why this backend cannot run on this machine and what would help.
 
-        With a target such as "sm_90": why it cannot build for that one.
+        Args:
+            target: such as "sm_90", to build for; then why it cannot build for that one.
+            compiled: what a saved engine brings along, with which less may be needed.
         """
 
     def precision(self, wanted: Precision) -> str | None:

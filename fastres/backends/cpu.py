@@ -34,7 +34,9 @@ class CpuBackend:
 
     name = "cpu"
 
-    def unavailable(self, target: str | None = None) -> str | None:
+    def unavailable(
+        self, target: str | None = None, compiled: CompiledParts | None = None
+    ) -> str | None:
         if target is not None:
             return HERE_ONLY
         try:

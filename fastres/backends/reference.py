@@ -39,7 +39,9 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def unavailable(self, target: str | None = None) -> str | None:
+    def unavailable(
+        self, target: str | None = None, compiled: CompiledParts | None = None
+    ) -> str | None:
         if target is not None:
             return HERE_ONLY
         return None

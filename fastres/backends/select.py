@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastres.backends.base import Backend
+from fastres.backends.base import Backend, CompiledParts
 from fastres.errors import BackendUnavailable, InputError, UnsupportedError
 from fastres.graph.ir import Graph
 from fastres.options import Options, Precision
@@ -66,10 +66,15 @@ def order(
     return tuple(("triton" if on_gpu else "cpu") if name == "auto" else name for name in names)
 
 
-def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
+def choose(
+    graph: Graph, options: Options, precision: Precision, compiled: CompiledParts | None = None
+) -> Choice:
     """The first backend of the list that runs here, in this precision, and takes every node.
 
     With `on_unsupported="fallback"` it need not take every node.
+
+    Args:
+        compiled: what a saved engine brings along.
 
     Raises:
         BackendUnavailable: none of them can run on this machine.
@@ -81,7 +86,7 @@ def choose(graph: Graph, options: Options, precision: Precision) -> Choice:
     runnable, advice = False, "Choose another backend, precision or device"
     for name in order(options.backend, options.device, options.target):
         candidate = BACKENDS[name]()
-        why = candidate.unavailable(options.target)
+        why = candidate.unavailable(options.target, compiled)
         if why is not None:
             reasons.append(f"{name} cannot {task}: {why}")
             continue

@@ -8,14 +8,8 @@ import triton
 
 from fastres.kernels.aot import compile_launch, fits
 from fastres.kernels.aot_table import conv2d_tma_cases
-from fastres.kernels.boxes import BoxTile, Projection
-from fastres.kernels.conv2d_tma import (
-    conv2d_tma,
-    conv2d_tma_cost,
-    conv2d_tma_launches,
-    conv2d_tma_workspace,
-    pack_weight,
-)
+from fastres.kernels.boxes import BoxTile, Projection, workspace_bytes
+from fastres.kernels.conv2d_tma import conv2d_tma, conv2d_tma_cost, conv2d_tma_launches, pack_weight
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
 
@@ -95,8 +89,8 @@ def test_rejects(arguments, message):
 def test_rejects_workspace(workspace, message):
     shape = ConvShape(1, 8, 8, 16, 32, 3, 3)
     tile = replace(SMALL, split_k=3)
-    assert conv2d_tma_workspace(shape, tile) == 4 * 3456
-    assert conv2d_tma_workspace(shape, SMALL) == 0
+    assert workspace_bytes(shape, tile) == 4 * 3456
+    assert workspace_bytes(shape, SMALL) == 0
     with pytest.raises(ValueError, match=message):
         conv2d_tma_launches(
             X,

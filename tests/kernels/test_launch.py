@@ -3,8 +3,7 @@ import torch
 from triton import knobs
 
 from fastres.kernels.conv2d import conv2d
-from fastres.kernels.cost import Target
-from fastres.kernels.launch import target_of
+from fastres.kernels.cost import Target, target_of
 from fastres.kernels.linear import global_avg_pool
 from fastres.kernels.pool import max_pool
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastres.kernels import reference
-from fastres.kernels.geometry import PoolShape
-from fastres.kernels.pool import avg_pool, avg_pool_cost, avg_pool_launch, max_pool, max_pool_cost
+from fastres.kernels.geometry import PoolShape, max_pool_cost
+from fastres.kernels.pool import avg_pool, avg_pool_cost, avg_pool_launch, max_pool
 from fastres.kernels.tiles import PoolTile
 
 Pair = tuple[int, int]

@@ -8,15 +8,10 @@ from fastres.kernels.aot import compile_launch, fits
 from fastres.kernels.aot_table import stem_cases
 from fastres.kernels.boxes import BoxTile
 from fastres.kernels.cost import Target
+from fastres.kernels.folding import pack_stem_weight, packed_shape, stem_refusal
 from fastres.kernels.layout import normalisation
-from fastres.kernels.space_to_depth import packed_shape, space_to_depth, space_to_depth_launch
-from fastres.kernels.stem import (
-    pack_stem_weight,
-    stem,
-    stem_box_tile,
-    stem_cost,
-    stem_refusal,
-)
+from fastres.kernels.space_to_depth import space_to_depth, space_to_depth_launch
+from fastres.kernels.stem import stem, stem_box_tile, stem_cost
 from fastres.kernels.tiles import ConvTile, PoolTile
 
 HALF, BF16, FP32, BYTE = torch.float16, torch.bfloat16, torch.float32, torch.uint8

@@ -7,9 +7,10 @@ from fastres.kernels import reference
 from fastres.kernels.aot import compile_launch, fits
 from fastres.kernels.cost import Target
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.folding import pack_stem_weight, packed_shape, stem_shape
 from fastres.kernels.pool import max_pool
-from fastres.kernels.space_to_depth import packed_shape, space_to_depth
-from fastres.kernels.stem import pack_stem_weight, stem, stem_cost, stem_shape
+from fastres.kernels.space_to_depth import space_to_depth
+from fastres.kernels.stem import stem, stem_cost
 from fastres.kernels.stem_pool import stem_pool, stem_pool_cost, stem_pool_launch
 from fastres.kernels.stem_pool_tiles import (
     StemPoolTile,

@@ -10,13 +10,16 @@ import torch
 
 from fastres.backends.base import Account, CompiledParts, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
-from fastres.errors import missing
+from fastres.backends.triton.stored_code import brings_code
+from fastres.errors import BackendUnavailable, missing
 from fastres.graph.ir import Graph, Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
 if TYPE_CHECKING:
-    from fastres.backends.triton.contexts import Runner
+    from fastres.backends.triton.contexts import Record, Runner
     from fastres.backends.triton.cross import CrossExecutable
+    from fastres.backends.triton.pack import Packed
+    from fastres.backends.triton.plan import Plan
 
 _OLDEST = 80
 _NEWEST = 130  # exclusive: nothing is known of what comes after sm_12x
@@ -31,11 +34,12 @@ class TritonBackend:
 
     name = "triton"
 
-    def unavailable(self, target: str | None = None) -> str | None:
-        try:
-            import triton  # noqa: F401
-        except ImportError as error:
-            return missing("triton", error)
+    def unavailable(
+        self, target: str | None = None, compiled: CompiledParts | None = None
+    ) -> str | None:
+        without_triton = _without_triton()
+        if without_triton is not None and not (compiled and brings_code(compiled)):
+            return without_triton
         if target is not None:
             return _unbuildable(target)
         if _interpreting():
@@ -83,6 +87,15 @@ class TritonBackend:
         return torch.device("cuda", torch.cuda.current_device())
 
 
+def _without_triton() -> str | None:
+    """What to do about it that there is no Triton; None where there is one."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return missing("triton", error)
+    return None
+
+
 def _unbuildable(target: str) -> str | None:
     if _interpreting():
         return "TRITON_INTERPRET=1 turns Triton's compiler off; unset it"
@@ -113,7 +126,6 @@ class TritonExecutable:
         from fastres.backends.triton.lower import make_plan
         from fastres.backends.triton.machine_code import ready_code
         from fastres.backends.triton.pack import Packed
-        from fastres.backends.triton.run import PlanRunner
         from fastres.backends.triton.stored import recorded
         from fastres.backends.triton.timing import record_cuda_graph
 
@@ -142,7 +154,7 @@ class TritonExecutable:
                     linked = code.runner(plan, constants, record)
                     if linked is not None:
                         return linked
-                runner = PlanRunner(plan, constants, device, record)
+                runner = self._compiling(plan, constants, device, record)
                 failed = runner.failing() if self._on_gpu else None
                 if failed is None:
                     return runner
@@ -180,6 +192,25 @@ class TritonExecutable:
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
+
+    def _compiling(
+        self, plan: Plan, constants: Packed, device: torch.device, record: Record | None
+    ) -> Runner:
+        """The runner that compiles its kernels.
+
+        Raises:
+            BackendUnavailable: there is no Triton to do that.
+        """
+        without_triton = _without_triton()
+        if without_triton is not None:
+            shapes = ", ".join(str(list(shape)) for shape in plan.input_shapes)
+            notes = "".join(f"\n{note}" for note in self._notes)
+            raise BackendUnavailable(
+                f"kernels for inputs {shapes} must be compiled here: {without_triton}{notes}"
+            )
+        from fastres.backends.triton.run import PlanRunner
+
+        return PlanRunner(plan, constants, device, record)
 
     def _runner(self, shapes: Shapes) -> Runner:
         return self._runners.get(self._planned(shapes))

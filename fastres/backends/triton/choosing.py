@@ -13,13 +13,12 @@ from fastres.backends.triton.table import (
     cache_path,
     read_table,
     shipped,
+    this_machine,
     write_table,
 )
-from fastres.backends.triton.tune import this_machine, tune
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Graph
-from fastres.kernels.cost import Target
-from fastres.kernels.launch import target_of
+from fastres.kernels.cost import Target, target_of
 from fastres.options import Options
 from fastres.text import progress_bar
 
@@ -59,6 +58,8 @@ def tuned(graph: Graph, options: Options, device: torch.device, shapes: Shapes) 
     Raises:
         ArtifactError: that table is damaged, or cannot be written.
     """
+    from fastres.backends.triton.tune import tune
+
     machine = this_machine(device)
     path = cache_path(machine, options.cache_dir)
     table = read_table(path, machine)

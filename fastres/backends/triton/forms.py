@@ -31,9 +31,8 @@ from fastres.kernels import chain_tiles
 from fastres.kernels.boxes import Projection
 from fastres.kernels.boxes import refusal as box_refusal
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
-from fastres.kernels.geometry import ConvShape, PoolShape, mergeable
-from fastres.kernels.pool import max_pool_cost
-from fastres.kernels.stem import stem_refusal, stem_shape
+from fastres.kernels.folding import stem_refusal, stem_shape
+from fastres.kernels.geometry import ConvShape, PoolShape, max_pool_cost, mergeable
 from fastres.kernels.stem_pool_tiles import StemPoolTile, stem_pool_refusal
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes

@@ -148,6 +148,10 @@ def check_linked(
             f"it is linked for inputs {linked.input_shapes} and {linked.arena_bytes} bytes, the "
             f"plan is for {plan.input_shapes} and {plan.arena_bytes}"
         )
+    for index, step in enumerate(plan.steps):
+        loads = sum(launch.step == index for launch in linked.launches)
+        if takes_pictures(step) and loads != 1:
+            raise ValueError(f"{loads} launches bring the pictures of {step.node} in, expected 1")
     for number, launch in enumerate(linked.launches):
         if not (0 <= launch.step < len(plan.steps) and 0 <= launch.kernel < len(headers)):
             raise ValueError(

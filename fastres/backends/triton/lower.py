@@ -57,11 +57,10 @@ from fastres.graph.ir import (
     Normalize,
 )
 from fastres.graph.shapes import infer_shapes
-from fastres.kernels.boxes import BoxTile
+from fastres.kernels.boxes import BoxTile, workspace_bytes
 from fastres.kernels.chain_tiles import ChainTile
-from fastres.kernels.conv2d_tma import conv2d_tma_workspace
+from fastres.kernels.folding import packed_shape
 from fastres.kernels.geometry import Pair
-from fastres.kernels.space_to_depth import packed_shape
 from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 from fastres.options import DTYPE_OF, Precision, Sizes
@@ -283,7 +282,7 @@ class _Planner:
     ) -> LaunchBoxConv2d:
         shape = self.reckoner.shape(node)
         workspace = None
-        if size := conv2d_tma_workspace(shape, tile):
+        if size := workspace_bytes(shape, tile):
             workspace = f"{node.name}:parts"
             self.places[workspace] = (size // 4,), torch.float32
         residual = (

@@ -12,6 +12,7 @@ import torch
 from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Linear, Normalize
+from fastres.kernels.folding import pack_stem_weight
 from fastres.kernels.geometry import mergeable
 from fastres.weights import is_finite
 
@@ -86,8 +87,6 @@ class Packed:
 
     def stem(self, name: str) -> torch.Tensor:
         """[K, 256] of a 7x7 stem, folded as its picture is (`fastres.kernels.stem`)."""
-        from fastres.kernels.stem import pack_stem_weight
-
         return self._once(
             ("stem", name), lambda: self._rounded(pack_stem_weight(self._constants[name]))
         )

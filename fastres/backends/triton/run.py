@@ -13,7 +13,8 @@ import torch
 from fastres.backends.triton.bind import bind, load
 from fastres.backends.triton.contexts import Bound, Runner, total
 from fastres.backends.triton.plan import LoadInput
-from fastres.kernels.launch import LaunchError, target_of
+from fastres.kernels.cost import target_of
+from fastres.kernels.launch import LaunchError
 
 
 class PlanRunner(Runner):

@@ -119,6 +119,11 @@ def code_files(files: Mapping[str, bytes], plans: Sequence[Plan], target: str) -
     return {name: files[name] for name in (KERNELS, CODE)}
 
 
+def brings_code(parts: CompiledParts) -> bool:
+    """Whether there is machine code that the caller trusts."""
+    return parts.trusted and KERNELS in parts.files
+
+
 def usable_code(parts: CompiledParts, target: str) -> tuple[MachineCode | None, str | None]:
     """The machine code that may run on this architecture; or why what is there may not.
 

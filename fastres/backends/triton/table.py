@@ -13,11 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from fastres.backends.triton.problems import TILE_OF, AnyTile, Problem
 from fastres.errors import ArtifactError
@@ -65,6 +66,28 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The table's file name; SXM and PCIe cards have names of their own."""
         name = re.sub(r"[^a-z0-9]+", "_", self.gpu.lower()).strip("_")
         return f"tiles_{name}_{self.sm_count}sm.json"
+
+
+def this_machine(device: torch.device) -> Machine:
+    """What measurements made here hold for."""
+    version = _triton_version()
+    if device.type != "cuda":
+        return Machine("interpreter", 1, version, kernels_digest())
+    properties = torch.cuda.get_device_properties(device)
+    sm_count = properties.multi_processor_count
+    return Machine(properties.name, sm_count, version, kernels_digest())
+
+
+def _triton_version() -> str:
+    """ "none" where there is none: machine code does without."""
+    try:
+        return metadata.version("triton")  # which takes no import
+    except metadata.PackageNotFoundError:
+        try:
+            import triton
+        except ImportError:
+            return "none"
+        return str(triton.__version__)
 
 
 class Table(msgspec.Struct, forbid_unknown_fields=True):

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.kernels.bottleneck_chain import chain_launch
-from fastres.kernels.boxes import BoxTile
+from fastres.kernels.boxes import BoxTile, workspace_bytes
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
 from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches, conv2d_tma_workspace
+from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
+from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import Launch
-from fastres.kernels.space_to_depth import packed_shape, space_to_depth
-from fastres.kernels.stem import pack_stem_weight
+from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem_pool import stem_pool_launch
 from fastres.kernels.stem_pool_tiles import StemPoolTile, pooled
 from fastres.kernels.tiles import ConvTile
@@ -144,7 +144,7 @@ class Trial:
             self._outputs.append(self._random(*pixels, s.next_mid))
 
     def _box_launches(self, shape: ConvShape, tile: BoxTile, target: Target) -> tuple[Launch, ...]:
-        size = conv2d_tma_workspace(shape, tile) // 4
+        size = workspace_bytes(shape, tile) // 4
         workspace = torch.empty(size, dtype=torch.float32, device=self.device) if size else None
         return conv2d_tma_launches(
             self._x,

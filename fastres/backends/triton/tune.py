@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from fastres.backends.triton.problems import AnyTile, Problem
-from fastres.backends.triton.table import Entry, Machine, Table, kernels_digest
+from fastres.backends.triton.table import Entry, Table
 from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.trial import Trial
-from fastres.kernels.cost import Target
-from fastres.kernels.launch import target_of
+from fastres.kernels.cost import Target, target_of
 
 _TRIED = 16  # tiles a problem: the best by estimate
 
@@ -29,21 +28,6 @@ class Attempt:
     tile: AnyTile
     milliseconds: float | None
     reason: str = ""
-
-
-def this_machine(device: torch.device) -> Machine:
-    """What measurements made here hold for."""
-    import triton
-
-    if device.type != "cuda":
-        return Machine("interpreter", 1, str(triton.__version__), kernels_digest())
-    properties = torch.cuda.get_device_properties(device)
-    return Machine(
-        properties.name,
-        properties.multi_processor_count,
-        str(triton.__version__),
-        kernels_digest(),
-    )
 
 
 def tune(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,57 @@ def test_otherwise_kernels_are_compiled_and_a_note_says_so(
     assert not isinstance(made._runner(SHAPES), DriverRunner)
     (note,) = made.account().notes
     assert re.search(message, note)
+
+
+WITHOUT_TRITON = """
+import sys, torch
+sys.modules["triton"] = None
+from fastres import artifact
+from fastres.backends.base import CompiledParts
+from fastres.backends.triton import machine_code
+from fastres.backends.triton.backend import TritonBackend, TritonExecutable
+from fastres.errors import BackendUnavailable
+class Fake:
+    def __init__(self, kernels, device):
+        self.headers, self.launched = tuple(kernel.header for kernel in kernels), 0
+    def encode(self, tensor):
+        return bytes(128)
+    def launch(self, kernel, arguments, programs):
+        self.launched += 1
+machine_code.CudaDriver = Fake
+contents = artifact.read(sys.argv[1])
+parts = CompiledParts(contents.compiled, trusted=True)
+shape, cpu = (2, 3, 16, 16), torch.device("cpu")
+made = TritonExecutable(contents.graph, contents.options, cpu, (shape,), parts)
+print(list(made.run([torch.zeros(shape)])[0].shape), made.account().notes)
+for given in (parts, CompiledParts(contents.compiled), None):
+    print("triton" in TritonBackend().unavailable(None, given).split(" is not ")[0])
+for call in (
+    lambda: made.run([torch.zeros(shape[0] + 1, *shape[1:])]),
+    lambda: TritonExecutable(contents.graph, contents.options, cpu, (shape,)),
+):
+    try:
+        call()
+    except BackendUnavailable as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("net", ["cifar", "bottleneck"])
+def test_runs_where_there_is_no_triton(
+    net: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    saved = request.getfixturevalue(net)
+    saved.engine.save(tmp_path / "a.fastres")
+    code = WITHOUT_TRITON.replace("(2, 3, 16, 16)", str(saved.plan.input_shapes[0]))
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "a.fastres")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    first, *available, other, none = done.stdout.splitlines()
+    (n, *rest), k = saved.plan.input_shapes[0], saved.plan.outputs[0][1][1]
+    assert first == f"[{n}, {k}] ()", done.stderr
+    assert available == ["False", "True", "True"]  # then it is the GPU that is missing
+    assert other.startswith(f"kernels for inputs {[n + 1, *rest]} must be compiled here: triton")
+    assert none.startswith(f"kernels for inputs {[n, *rest]} must be compiled here: triton")
 
 
 def test_machine_code_that_does_not_launch_gives_way(

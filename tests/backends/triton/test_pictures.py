@@ -31,7 +31,7 @@ from fastres.backends.triton.table import Entry, Machine, Table, Tiles
 from fastres.graph.ir import Normalize
 from fastres.kernels.binary_build import arguments_of
 from fastres.kernels.cost import Target
-from fastres.kernels.stem import stem_shape
+from fastres.kernels.folding import stem_shape
 from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 from fastres.options import Precision
@@ -288,8 +288,11 @@ class TestMachineCode:
         weights = {key: constants.get(key) for key in linked.keys()}
         check_linked(linked, plan, headers, weights)
         first, *rest = linked.launches
+        with pytest.raises(ValueError, match="0 launches bring the pictures of x.normalize in"):
+            check_linked(replace(linked, launches=tuple(rest)), plan, headers, weights)
         without = replace(first, arguments={**first.arguments, "x_ptr": None})
-        for launches in ((without, *rest), (replace(first, step=1), *rest)):
+        moved = replace(rest[0], arguments={**rest[0].arguments, "x_ptr": Pictures()})
+        for launches in ((without, *rest), (first, moved, *rest[1:])):
             with pytest.raises(ValueError, match="reads pictures, or does not"):
                 check_linked(replace(linked, launches=launches), plan, headers, weights)
 

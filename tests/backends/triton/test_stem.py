@@ -22,7 +22,7 @@ from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels import stem_pool_tiles
 from fastres.kernels.cost import Target
-from fastres.kernels.stem import stem_shape
+from fastres.kernels.folding import stem_shape
 from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 

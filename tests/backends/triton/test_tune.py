@@ -30,8 +30,8 @@ from fastres.errors import ArtifactError
 from fastres.kernels.boxes import BoxTile, Projection
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.cost import Target
+from fastres.kernels.folding import stem_shape
 from fastres.kernels.geometry import ConvShape
-from fastres.kernels.stem import stem_shape
 from fastres.kernels.tiles import ConvTile
 
 CPU = torch.device("cpu")
