@@ -29,6 +29,7 @@ from fastres.backends.triton.cross import compiled_plan, launches_of, spill_limi
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.table import (
+    TYPICAL,
     Entry,
     Machine,
     Table,
@@ -48,7 +49,6 @@ SMS = (80, 86, 89, 90, 100, 120)
 BATCHES = (1, 32, 256)
 NETS = ("resnet18", "resnet50@v1", "resnet50@v1.5", "resnet152@v1.5", "resnext50_32x4d")
 OTHERS: tuple[Precision, ...] = ("bf16", "tf32", "fp32")  # on one network; fp16 on all
-GPUS = {90: ("NVIDIA H200",)}  # that tables are shipped for, by the names drivers give them
 MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
@@ -96,13 +96,13 @@ def kernels(
 
 
 def write_tables(tiles: Tiles, chosen: Collection[str], folder: Path) -> None:
-    """The tiles that plans took, estimated and compiled, for each GPU of the target's kind."""
+    """The tiles that plans took, estimated and compiled, for the target's typical GPU."""
     entries = {
         problem.key: Entry(dict(vars(best.tile)), round(1e6 * best.seconds, 2), measured=False)
         for problem in tiles.asked()
         if problem.key in chosen and not (best := tiles.best(problem)).measured
     }
-    for name in GPUS.get(tiles.target.sm, ()):
+    if (name := TYPICAL.get(tiles.target.sm)) is not None:
         machine = Machine(name, tiles.target.sm_count, triton.__version__, kernels_digest())
         write_table(folder / machine.file, Table(machine, entries))
         print(f"{folder / machine.file}: {len(entries)} tiles", flush=True)

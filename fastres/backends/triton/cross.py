@@ -16,7 +16,7 @@ from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.stored import read_plans, recorded, write_plans
 from fastres.backends.triton.stored_code import code_files, write_code
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.table import Tiles, shipped_for
 from fastres.errors import BackendUnavailable
 from fastres.graph.ir import Graph
 from fastres.kernels.aot import MATRIX, KernelFacts, fits, key_of
@@ -251,8 +251,9 @@ def build(
         return CrossExecutable(plan, known.kernels if known else (), options.target, ran, code)
     built: dict[str, Built] = {}
     with progress_bar(f"compiling for {options.target}") as report:
+        tiles = Tiles(target, shipped_for(target))
         plan, kernels = compiled_plan(
-            graph, shapes, precision, Tiles(target), built, report, options.dependent_launch
+            graph, shapes, precision, tiles, built, report, options.dependent_launch
         )
     code = _linked(graph, plan, precision, target, built)
     return CrossExecutable(plan, kernels, options.target, ran, code)

@@ -13,6 +13,7 @@ import torch
 from fastres.backends.triton.bind import bind, load
 from fastres.backends.triton.contexts import Bound, Runner, total
 from fastres.backends.triton.plan import LoadInput
+from fastres.errors import UnsupportedError
 from fastres.kernels.cost import target_of
 from fastres.kernels.launch import LaunchError
 
@@ -29,4 +30,8 @@ class PlanRunner(Runner):
             yield Bound(step, tuple(x.run for x in launches), total(x.cost for x in launches))
 
     def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
-        load(step, given, target, self._constants)
+        try:
+            load(step, given, target, self._constants)
+        except LaunchError as error:
+            what = f"the input {step.source} cannot be brought into the kernels' layout"
+            raise UnsupportedError(f"{what}: {error}") from error

@@ -24,6 +24,8 @@ from fastres.backends.triton.problems import TILE_OF, AnyTile, Problem
 from fastres.errors import ArtifactError
 from fastres.kernels.cost import Target
 
+TYPICAL = {90: "NVIDIA H200"}  # GPUs that tables are shipped for, by the names drivers give them
+
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The fastest tile of one problem, and the median of its time in microseconds.
@@ -204,6 +206,12 @@ def shipped(machine: Machine) -> Table:
     if not source.is_file():
         return Table(machine)
     return msgspec.json.decode(source.read_bytes(), type=Table)
+
+
+def shipped_for(target: Target) -> list[Table]:
+    """What comes with fastres for the GPU that stands for a target which is not here."""
+    name = TYPICAL.get(target.sm)
+    return [] if name is None else [shipped(Machine(name, target.sm_count, "", ""))]
 
 
 @cache

@@ -149,6 +149,13 @@ class TestInterpreted:
         with pytest.raises(UnsupportedError, match="avgpool cannot run on sm_90: "):
             self.on_a_gpu(monkeypatch, lambda launch: "PIXELS" in launch.constants)
 
+    def test_an_input_kernel_that_does_not_compile_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        executable = self.on_a_gpu(monkeypatch, lambda launch: "layout" in launch.kernel.__name__)
+        with pytest.raises(UnsupportedError, match="the input x cannot be brought .*_layout_kern"):
+            executable.run([torch.randn(1, 3, 8, 8)])
+
     def test_a_gpus_plans_are_saved_and_taken_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
         executable = self.on_a_gpu(monkeypatch, lambda launch: False)
         executable.run([torch.randn(2, 3, 8, 8)])
