@@ -154,7 +154,7 @@ def save(engine: Engine, path: PathLike) -> None:
         engine.inputs,
         engine.preprocess,
         engine.ignored_weights,
-        engine.compiled_parts(),
+        dict(engine.compiled_parts().files),
     )
     write(contents, path)
 

@@ -300,4 +300,5 @@ def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowe
     graph = _optimised(source, InputError)
     origin = Origin(engine.source, engine.ignored_weights)
     options = replace(engine.options, backend=(engine.backend.name,))
-    return assemble(graph, origin, options, engine.inputs)._lowered
+    compiled = engine.compiled_parts()
+    return assemble(graph, origin, options, engine.inputs, compiled=compiled)._lowered

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 import torch.utils._pytree as pytree
 
-from fastres.backends.base import Backend, Executable, Refusal
+from fastres.backends.base import Backend, CompiledParts, Executable, Refusal
 from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import ImageLike, Preprocess, batches
 from fastres.engine_info import EngineInfo, describe
@@ -286,8 +286,8 @@ class Engine:
         self._open()
         artifact.save(self, path)
 
-    def compiled_parts(self) -> dict[str, bytes]:
-        """What was compiled and is worth saving; see `Executable.compiled`."""
+    def compiled_parts(self) -> CompiledParts:
+        """What was compiled and is worth keeping; see `Executable.compiled`."""
         return self._open().executable.compiled()
 
     def close(self) -> None:

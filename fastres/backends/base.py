@@ -76,10 +76,10 @@ class Account(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class CompiledParts:
-    """What `Executable.compiled` gave, out of a saved engine.
+    """What `Executable.compiled` gave, perhaps out of a saved engine; empty where it had nothing.
 
     Args:
-        files: by name.
+        files: by the names that a saved engine gives them.
         trusted: whether machine code among them may run, which can do anything.
     """
 
@@ -128,11 +128,8 @@ class Executable(Protocol):
     def account(self) -> Account:
         """Kernels and choices, as far as they are known."""
 
-    def compiled(self) -> dict[str, bytes]:
-        """Files that spare `lower` some work when they are given back to it; {} if there are none.
-
-        Names as a saved engine has them.
-        """
+    def compiled(self) -> CompiledParts:
+        """What spares `lower` some work when it is given back to it, whatever the weights."""
 
 
 class Backend(Protocol):

@@ -142,8 +142,8 @@ class CpuExecutable:
     def account(self) -> Account:
         return Account()
 
-    def compiled(self) -> dict[str, bytes]:
-        return {}
+    def compiled(self) -> CompiledParts:
+        return CompiledParts()
 
     def _arrays(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Each input as the ONNX form takes it."""

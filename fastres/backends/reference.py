@@ -112,8 +112,8 @@ class ReferenceExecutable:
     def account(self) -> Account:
         return Account()
 
-    def compiled(self) -> dict[str, bytes]:
-        return {}
+    def compiled(self) -> CompiledParts:
+        return CompiledParts()
 
     @torch.no_grad()
     @no_autocast()

@@ -150,8 +150,8 @@ class SegmentedExecutable:
     def account(self) -> Account:
         return Account()
 
-    def compiled(self) -> dict[str, bytes]:
-        return {}
+    def compiled(self) -> CompiledParts:
+        return CompiledParts()
 
     def _values(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {v.name: t for v, t in zip(self._graph.inputs, inputs, strict=True)}

@@ -170,19 +170,19 @@ class TritonExecutable:
         notes = (*self._notes, *banned)
         return Account(choices=self._runners.latest().plan.choices, notes=notes)
 
-    def compiled(self) -> dict[str, bytes]:
-        """The plans of a GPU, so that nothing is chosen or measured again when they are loaded.
+    def compiled(self) -> CompiledParts:
+        """The plans of a GPU, so that nothing is chosen or measured again.
 
-        With the machine code that came with them.
+        With the machine code that came with them, trusted as it was.
         """
         from fastres.backends.triton.stored import write_plans
         from fastres.backends.triton.stored_code import code_files
 
         if not self._on_gpu:
-            return {}
+            return CompiledParts()
         plans = [runner.plan for runner in self._runners.entries()]
         code = code_files(self._parts.files, plans, self._target)
-        return write_plans(self._target, plans, ()) | code
+        return CompiledParts(write_plans(self._target, plans, ()) | code, self._parts.trusted)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).run(inputs)

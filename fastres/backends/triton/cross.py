@@ -216,8 +216,8 @@ class CrossExecutable:
     def account(self) -> Account:
         return Account(self._kernels, self.plan.choices)
 
-    def compiled(self) -> dict[str, bytes]:
-        return write_plans(self._target, [self.plan], self._kernels) | self._code
+    def compiled(self) -> CompiledParts:
+        return CompiledParts(write_plans(self._target, [self.plan], self._kernels) | self._code)
 
     def _elsewhere(self) -> BackendUnavailable:
         return BackendUnavailable(

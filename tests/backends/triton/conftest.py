@@ -40,7 +40,7 @@ class Saved(NamedTuple):
 
     @property
     def files(self) -> dict[str, bytes]:
-        return self.engine.compiled_parts()
+        return self.engine.compiled_parts().files
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def bottleneck() -> Saved:
 
 
 def _saved(engine: fastres.Engine) -> Saved:
-    files = engine.compiled_parts()
+    files = engine.compiled_parts().files
     (plan,) = recorded(files, "sm_90").values()
     code = read_code(files)
     assert code is not None

@@ -90,14 +90,14 @@ def test_saved_and_looked_at_again_without_compiling(
 
 
 def test_plans_for_another_architecture_are_left_alone(engine: fastres.Engine) -> None:
-    files = engine.compiled_parts()
+    files = engine.compiled_parts().files
     assert set(files) == {PLANS, KERNELS, CODE}
     assert list(recorded(files, "sm_90")) == [((8, 3, 32, 32),)]
     assert recorded(files, "sm_80") == {} and recorded({}, "sm_90") == {}
 
 
 def test_a_plan_is_taken_over_with_its_choices(engine: fastres.Engine) -> None:
-    stored = next(iter(recorded(engine.compiled_parts(), "sm_90").values()))
+    stored = next(iter(recorded(engine.compiled_parts().files, "sm_90").values()))
     step = stored.steps[1]
     tile = msgspec.structs.replace(step, tile=type(step.tile)(64, 16, 16, 4, 3))
     other = msgspec.structs.replace(stored, steps=(stored.steps[0], tile, *stored.steps[2:]))
@@ -137,7 +137,7 @@ def tampered(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], by
 def test_no_plan_from_a_file_is_trusted(
     engine: fastres.Engine, change: Callable[[bytes], bytes], message: str
 ) -> None:
-    files = {PLANS: change(engine.compiled_parts()[PLANS])}
+    files = {PLANS: change(engine.compiled_parts().files[PLANS])}
     with pytest.raises(ArtifactError, match=message):
         plan = recorded(files, "sm_90")[((8, 3, 32, 32),)]
         make_plan(engine.graph, plan.input_shapes, "fp16", Tiles(Target.typical(90)), plan)
@@ -145,7 +145,7 @@ def test_no_plan_from_a_file_is_trusted(
 
 def test_a_loaded_engine_uses_the_stored_choices(engine: fastres.Engine) -> None:
     """The CPU stands for an sm_90, so the plan is taken over; it is not run here."""
-    stored = next(iter(recorded(engine.compiled_parts(), "sm_90").values()))
+    stored = next(iter(recorded(engine.compiled_parts().files, "sm_90").values()))
     files = write_plans("sm_90", [stored], ())
     assert read_plans(files) is not None
     shapes, parts = ((8, 3, 32, 32),), CompiledParts(files)
@@ -216,3 +216,12 @@ def test_a_tile_that_spills_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatc
     engine = fastres.compile(net, SHAPE, target="sm_80", precision="fp16")
     convolutions = [k for k in engine.info.account.kernels if k.kernel == "conv2d"]
     assert convolutions and all(" w8 " in kernel.tile for kernel in convolutions)
+
+
+def test_new_weights_compile_nothing(
+    engine: fastres.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = engine.compiled_parts()
+    monkeypatch.setattr(cross, "build_launch", None)
+    engine.update_weights(fastres.models.cifar_resnet(14, seed=1).state_dict())
+    assert engine.compiled_parts() == before and engine.info.account.kernels

@@ -86,7 +86,7 @@ def test_trusted_machine_code_runs(
     runner = made._runner(SHAPES)
     assert isinstance(runner, DriverRunner) and made.account().notes == ()
     assert made.run([torch.zeros(SHAPES[0])])[0].shape == (2, 10)
-    again = made.compiled()
+    again = made.compiled().files
     assert {name: again[name] for name in (KERNELS, CODE)} == {
         name: files[name] for name in (KERNELS, CODE)
     }
@@ -110,6 +110,24 @@ def test_otherwise_kernels_are_compiled_and_a_note_says_so(
     assert not isinstance(made._runner(SHAPES), DriverRunner)
     (note,) = made.account().notes
     assert re.search(message, note)
+
+
+def test_machine_code_runs_with_other_weights_too(
+    cifar: Any, monkeypatch: pytest.MonkeyPatch, fake_driver: Any
+) -> None:
+    monkeypatch.setattr(machine_code, "CudaDriver", fake_driver)
+    monkeypatch.setattr("fastres.backends.triton.backend._is_gpu", lambda device: True)
+    graph = cifar.engine.graph
+    made = executable(cifar.engine, CompiledParts(cifar.files, trusted=True))
+    other = graph.replace(constants={name: 2 * t for name, t in graph.constants.items()})
+    again = TritonExecutable(other, cifar.engine.options, CPU, SHAPES, made.compiled())
+    runners = [it._runner(SHAPES) for it in (made, again)]
+    assert all(isinstance(runner, DriverRunner) for runner in runners)
+    assert again.account().notes == ()
+    old, new = (runner._weights for runner in runners)  # type: ignore[attr-defined]
+    assert old.keys() == new.keys()
+    for key in old:  # two roundings of what is tiny in fp16
+        assert torch.allclose(new[key].float(), 2 * old[key].float(), atol=1e-6)
 
 
 WITHOUT_TRITON = """
@@ -227,7 +245,7 @@ def test_batches_are_planned_as_on_the_gpu() -> None:
     net = fastres.models.cifar_resnet(8, seed=0).eval()
     shape = fastres.Input((17, 3, 8, 8))
     engine = fastres.compile(net, shape, target="sm_90", precision="fp16")
-    code = read_code(engine.compiled_parts())
+    code = read_code(engine.compiled_parts().files)
     assert code is not None and code.plans[0].input_shapes == ((18, 3, 8, 8),)
 
 

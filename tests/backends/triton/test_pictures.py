@@ -185,7 +185,7 @@ def crossed() -> fastres.Engine:
 
 
 def plan_of(engine: fastres.Engine) -> Plan:
-    (plan,) = recorded(engine.compiled_parts(), "sm_90").values()
+    (plan,) = recorded(engine.compiled_parts().files, "sm_90").values()
     return plan
 
 
@@ -195,7 +195,7 @@ class TestMachineCode:
     def test_the_load_is_compiled(self, crossed: fastres.Engine) -> None:
         load = crossed.info.account.kernels[0]
         assert (load.kernel, load.nodes, load.spilled) == ("layout", ("x.normalize",), 0)
-        code = read_code(crossed.compiled_parts())
+        code = read_code(crossed.compiled_parts().files)
         assert code is not None
         first = code.plans[0].launches[0]
         assert first.step == 0 and first.arguments["x_ptr"] == Pictures()
@@ -206,7 +206,7 @@ class TestMachineCode:
     def test_the_driver_gets_what_the_jit_would_get(
         self, crossed: fastres.Engine, fake_driver: Any, n: int
     ) -> None:
-        plan, code = plan_of(crossed), read_code(crossed.compiled_parts())
+        plan, code = plan_of(crossed), read_code(crossed.compiled_parts().files)
         assert code is not None
         driver = fake_driver(list(code.kernels.values()))
         constants = Packed(crossed.graph, torch.float16, CPU)
@@ -239,7 +239,7 @@ class TestMachineCode:
                     assert address % 16 == 0
 
         found: list[bytes] = []
-        plan, code = plan_of(crossed), read_code(crossed.compiled_parts())
+        plan, code = plan_of(crossed), read_code(crossed.compiled_parts().files)
         assert code is not None
         load, *others = plan.steps
         assert isinstance(load, LoadInput) and load.normalize is not None
@@ -260,7 +260,7 @@ class TestMachineCode:
     ) -> None:
         monkeypatch.setattr(machine_code, "CudaDriver", fake_driver)
         monkeypatch.setattr("fastres.backends.triton.backend._is_gpu", lambda device: True)
-        parts = CompiledParts(crossed.compiled_parts(), trusted=True)
+        parts = CompiledParts(crossed.compiled_parts().files, trusted=True)
         shapes = ((3, 3, 16, 16),)
         made = TritonExecutable(crossed.graph, crossed.options, CPU, shapes, parts)
         assert isinstance(made._runner(shapes), DriverRunner) and made.account().notes == ()
@@ -274,14 +274,14 @@ class TestMachineCode:
                     raise RuntimeError("CUDA_ERROR_UNSUPPORTED")
 
         monkeypatch.setattr(machine_code, "CudaDriver", Broken)
-        parts = CompiledParts(crossed.compiled_parts(), trusted=True)
+        parts = CompiledParts(crossed.compiled_parts().files, trusted=True)
         shapes = ((3, 3, 16, 16),)
         made = TritonExecutable(crossed.graph, crossed.options, CPU, shapes, parts)
         assert not isinstance(made._runner(shapes), DriverRunner)
         assert "x.normalize: CUDA_ERROR_UNSUPPORTED" in made.account().notes[0]
 
     def test_pictures_elsewhere_are_refused(self, crossed: fastres.Engine) -> None:
-        plan, code = plan_of(crossed), read_code(crossed.compiled_parts())
+        plan, code = plan_of(crossed), read_code(crossed.compiled_parts().files)
         assert code is not None
         linked, headers = code.plans[0], list(code.headers.values())
         constants = Packed(crossed.graph, torch.float16, CPU)

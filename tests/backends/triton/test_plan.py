@@ -23,9 +23,10 @@ from fastres.backends.triton.plan import (
     LoadInput,
     Plan,
 )
+from fastres.backends.triton.problems import TILE_OF
 from fastres.backends.triton.refusals import refusals
 from fastres.backends.triton.regions import boundaries, projections, shortcuts
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.table import Tiles, shipped_for
 from fastres.errors import ArtifactError
 from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Graph
@@ -231,6 +232,22 @@ def test_narrow_groups_share_a_product(target: Tiles) -> None:
         strange = msgspec.structs.replace(plan, steps=tuple(steps))
         with pytest.raises(ArtifactError, match=r"layer1\.0\.conv2 that it cannot have"):
             make_plan(graph, ((256, 3, 224, 224),), "fp16", target, strange)
+
+
+def test_the_table_shipped_for_the_h200_is_taken() -> None:
+    """It holds estimates so far: the same as without it, but for tiles that spill."""
+    (table,) = shipped_for(HOPPER.target)
+    plan = make_plan(
+        bottleneck("v1.5"), ((256, 3, 224, 224),), "fp16", Tiles(HOPPER.target, [table])
+    )
+    problems = [choice for choice in plan.choices if choice.problem]
+    assert {choice.problem for choice in problems} <= table.entries.keys()
+    for choice in problems:
+        entry = table.entries[choice.problem]
+        kind = next(kind for kind in TILE_OF if choice.problem.startswith(f"{kind} "))
+        assert str(msgspec.convert(entry.tile, TILE_OF[kind])) in choice.taken
+        assert choice.measured == entry.measured
+    assert shipped_for(Target.typical(80)) == []
 
 
 def test_small_grids_split_their_depth_and_get_scratch_memory() -> None:

@@ -159,14 +159,14 @@ class TestInterpreted:
     def test_a_gpus_plans_are_saved_and_taken_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
         executable = self.on_a_gpu(monkeypatch, lambda launch: False)
         executable.run([torch.randn(2, 3, 8, 8)])
-        files = executable.compiled()
+        files = executable.compiled().files
         assert set(recorded(files, "sm_90")) == {((1, 3, 8, 8),), ((2, 3, 8, 8),)}
         again = TritonExecutable(small_graph(), FP32, CPU, ((2, 3, 8, 8),), CompiledParts(files))
         plan = again._runner(((2, 3, 8, 8),)).plan
         assert plan == executable._runner(((2, 3, 8, 8),)).plan
 
     def test_the_interpreters_plans_are_not(self) -> None:
-        assert TritonExecutable(small_graph(), FP32, CPU, ((1, 3, 8, 8),)).compiled() == {}
+        assert TritonExecutable(small_graph(), FP32, CPU, ((1, 3, 8, 8),)).compiled().files == {}
 
     def on_a_gpu(
         self, monkeypatch: pytest.MonkeyPatch, broken: Callable[[Launch], bool]
