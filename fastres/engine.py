@@ -246,13 +246,17 @@ class Engine:
             account=lowered.executable.account(),
         )
 
-    def profile(self, *inputs: torch.Tensor) -> Profile:
-        """Time, TFLOP/s and GB/s of every node in one run, measured by the backend itself.
+    def profile(self, *inputs: torch.Tensor, trace: PathLike | None = None) -> Profile:
+        """Time, GFLOP/s, GB/s and, on a GPU, share of the roofline of every node in one run.
+
+        Args:
+            trace: a file for what torch.profiler sees of the measuring and of one whole run after
+                it, in Chrome's format (chrome://tracing, Perfetto).
 
         Raises:
-            InputError: an input does not fit, or the batch is empty.
+            InputError: an input does not fit, the batch is empty, or the file cannot be written.
         """
-        from fastres.profiling import make_profile
+        from fastres.profiling import make_profile, traced
 
         lowered = self._open()
         if self._given.check(inputs) == 0:
@@ -260,9 +264,11 @@ class Engine:
         inputs = tuple(x.resolve_neg() for x in self.planar(inputs))
         shapes = infer_shapes(lowered.graph, [tuple(x.shape) for x in inputs])
         executable = lowered.executable
-        return make_profile(
-            lowered.graph, shapes, executable.profile(inputs), executable.precisions()
-        )
+        with traced(trace):
+            times = executable.profile(inputs)
+            if trace is not None:
+                executable.run(inputs)
+        return make_profile(lowered.graph, shapes, times, executable.precisions())
 
     def update_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Takes new weights for the same architecture; calls under way finish with the old ones.

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from fastres.backends.base import NodeTime
+from fastres.errors import InputError
 from fastres.graph.cost import Shapes, multiply_adds, traffic
 from fastres.graph.ir import Graph, op_name
+from fastres.options import PathLike
 from fastres.text import json_text, render
 
 _ITEMSIZE = {"fp64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -27,6 +32,7 @@ class Row:
         share: of the total time, 0 to 1.
         flop: floating-point operations, two for each multiply-add.
         bytes: the least traffic that the operands and the result need.
+        least: milliseconds that the machine's rates allow for both; 0 where these are unknown.
         kernel: what ran, as the backend names it; that of the longest step if there were several.
     """
 
@@ -38,6 +44,12 @@ class Row:
     op: str = ""
     kernel: str = ""
     precision: str = ""
+    least: float = 0.0
+
+    @property
+    def roofline(self) -> float:
+        """Share of the roofline, 0 to 1: `least` over the time it took."""
+        return self.least / self.milliseconds if self.milliseconds > 0 else 0.0
 
     @property
     def gflop_per_s(self) -> float:
@@ -64,7 +76,8 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         def row(r: Row) -> dict[str, Any]:
-            return {**asdict(r), "gflop_per_s": r.gflop_per_s, "gb_per_s": r.gb_per_s}
+            rates = {"gflop_per_s": r.gflop_per_s, "gb_per_s": r.gb_per_s, "roofline": r.roofline}
+            return asdict(r) | rates
 
         return {
             "rows": [row(r) for r in self.rows],
@@ -81,6 +94,31 @@ class Profile:
         return f"{render(groups)}\n{render(nodes, width=160)}"
 
 
+@contextmanager
+def traced(path: PathLike | None) -> Iterator[None]:
+    """What runs within goes into a Chrome trace, by torch.profiler; nothing happens without a path.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        file = Path(path)
+        file.open("ab").close()
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"trace={path!r} cannot be written: {error}") from error
+    kinds = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(ProfilerActivity.CUDA)
+    with profile(activities=kinds) as recorded:
+        yield
+    recorded.export_chrome_trace(str(file))
+
+
 def make_profile(
     graph: Graph, shapes: Shapes, times: Sequence[NodeTime], precisions: Mapping[str, str]
 ) -> Profile:
@@ -95,9 +133,11 @@ def make_profile(
             of its result.
     """
     spent: dict[str, float] = {}
+    least: dict[str, float] = {}
     longest: dict[str, NodeTime] = {}
     for time in times:
         spent[time.name] = spent.get(time.name, 0.0) + time.milliseconds
+        least[time.name] = least.get(time.name, 0.0) + (time.least or 0.0)
         if time.name not in longest or time.milliseconds > longest[time.name].milliseconds:
             longest[time.name] = time
     whole = sum(spent.values())
@@ -119,6 +159,7 @@ def make_profile(
             op_name(node.op),
             kernel,
             precision,
+            least[name],
         )
     in_order = [node.name for node in graph.nodes if node.name in rows]
     in_order += [name for name in rows if name not in graph]
@@ -145,6 +186,7 @@ def _sum(name: str, rows: Sequence[Row]) -> Row:
         sum(row.share for row in rows),
         sum(row.flop for row in rows),
         sum(row.bytes for row in rows),
+        least=sum(row.least for row in rows),
     )
 
 
@@ -156,7 +198,8 @@ def _rate(amount: int, milliseconds: float) -> float:
 def _table(first: str, rows: Sequence[Row], texts: Sequence[str] = ()) -> Table:
     table = Table()
     table.add_column(first, no_wrap=True)
-    for heading in ("ms", "share", "GFLOP/s", "GB/s"):
+    known = any(row.least for row in rows)  # without a GPU the column would be empty
+    for heading in ("ms", "share", "GFLOP/s", "GB/s", *(("roofline",) if known else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in texts:
         table.add_column(heading, no_wrap=True)
@@ -166,6 +209,7 @@ def _table(first: str, rows: Sequence[Row], texts: Sequence[str] = ()) -> Table:
             f"{row.share:.1%}",
             f"{row.gflop_per_s:.1f}",
             f"{row.gb_per_s:.2f}",
+            *((f"{row.roofline:.0%}",) if known else ()),
         )
         words = {"operation": row.op, "precision": row.precision, "kernel": row.kernel}
         table.add_row(row.name, *numbers, *(words[heading] for heading in texts))

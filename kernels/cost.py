@@ -102,6 +102,18 @@ class Target:
         return _ARCHITECTURES[_known(self.sm)].l2_bytes
 
 
+def least_seconds(cost: Cost, target: Target, itemsize: int, tensor_cores: bool) -> float:
+    """The roofline: the longer of arithmetic and compulsory traffic, at the target's rates.
+
+    Args:
+        itemsize: bytes of an operand's element.
+        tensor_cores: whether products run on them (fp32 in full precision does not).
+    """
+    share = 2 / itemsize if tensor_cores else 1 / 16
+    arithmetic = cost.flops / (target.fp16_flops * target.sm_count * share)
+    return max(arithmetic, cost.bytes / target.dram_bytes)
+
+
 def _known(sm: int) -> int:
     """The newest listed architecture not above `sm`: sm_103 counts as sm_100."""
     known = [candidate for candidate in _ARCHITECTURES if candidate <= sm]

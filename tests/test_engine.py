@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,8 +306,20 @@ def test_profile_times_every_convolution(engine: fastres.Engine, photo_batch: Ph
     profile = engine.profile(photo_batch(4, 32))
     text = str(profile)
     assert "layer3.2.conv2" in text
+    assert "roofline" not in text  # the rates of this processor are not known
     with pytest.raises(InputError, match="nothing to profile"):
         engine.profile(torch.empty(0, 3, 32, 32))
+
+
+def test_profile_writes_a_trace(net: nn.Module, photo_batch: PhotoBatch, tmp_path: Path) -> None:
+    x, file = photo_batch(2, 32), tmp_path / "trace.json"
+    with fastres.compile(net, x, backend="reference") as engine:
+        rows = engine.profile(x, trace=file).rows
+        events = json.loads(file.read_text())["traceEvents"]
+        assert any(event["name"] == "aten::conv2d" for event in events) and rows
+        for path in (tmp_path, tmp_path / "none" / "trace.json", 5):
+            with pytest.raises(InputError, match="trace=.* cannot be written"):
+                engine.profile(x, trace=path)  # type: ignore[arg-type]
 
 
 def test_update_weights(model: nn.Module, photo_batch: PhotoBatch) -> None:

@@ -47,6 +47,20 @@ class TestMakeProfile:
         assert profile.total.milliseconds == 4.0
         assert profile.total.flop == conv.flop + fc.flop
 
+    def test_share_of_the_roofline(self, graph: Graph, shapes: Shapes) -> None:
+        times = [
+            NodeTime("conv1", 3.0, least=1.0),
+            NodeTime("conv1", 1.0, least=2.0),
+            NodeTime("fc", 6.0),
+        ]
+        profile = make_profile(graph, shapes, times, {})
+        fc, conv = profile.rows
+        assert (conv.roofline, fc.roofline) == (0.75, 0.0)
+        assert profile.total.least == 3.0 and profile.total.roofline == 0.3
+        assert "roofline" in str(profile) and "75%" in str(profile)
+        assert profile.to_dict()["total"]["roofline"] == 0.3
+        assert "roofline" not in str(make_profile(graph, shapes, times[2:], {}))
+
     def test_longest_first_and_groups_in_order(self, graph: Graph, shapes: Shapes) -> None:
         times = [NodeTime(node.name, float(i + 1)) for i, node in enumerate(graph.nodes)]
         profile = make_profile(graph, shapes, times[::-1], {})

@@ -93,6 +93,7 @@ class NodeTime:
 
     Args:
         flop, bytes: work and traffic, where what ran is more or less than the node by itself.
+        least: milliseconds that the machine's rates would allow, where these are known.
     """
 
     name: str
@@ -100,6 +101,7 @@ class NodeTime:
     ran_as: str = ""
     flop: int | None = None
     bytes: int | None = None
+    least: float | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from fastres.cli import flags, pictures
 from fastres.cli.flags import Request
 from fastres.cli.output import emit, working
@@ -16,8 +21,12 @@ def profile(
     request: Request,
     as_json: flags.Json = False,
     output: flags.Output = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a Chrome trace there, by torch.profiler."),
+    ] = None,
 ) -> None:
-    """Show the time, TFLOP/s and GB/s of every node in one run."""
+    """Show the time, GFLOP/s and GB/s of every node in one run; on a GPU, share of the roofline."""
     request = request.about(model)
     size, *more = request.batch_sizes
     if more:
@@ -27,7 +36,7 @@ def profile(
     engine = to_engine(target, request)
     batch = pictures.synthetic(size, target).to(engine.device)
     with working(f"profiling {target.name}"):
-        found = engine.profile(batch)
+        found = engine.profile(batch, trace=trace)
     ran = precision_ran(engine)
     head = f"{target.name} on {engine.info.backend} in {ran}, batch {size}"
     fields = {

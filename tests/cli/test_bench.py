@@ -102,6 +102,12 @@ def test_profile_lists_every_node(run: Run, run_json: RunJson, engine: Path) -> 
     assert f"{engine} on cpu in fp32, batch 1" in text and "GFLOP/s" in text
 
 
+def test_profile_writes_a_trace(run: Run, engine: Path, tmp_path: Path) -> None:
+    run("profile", engine, "--trace", tmp_path / "trace.json")
+    assert "traceEvents" in (tmp_path / "trace.json").read_text()
+    assert "cannot be written" in run("profile", engine, "--trace", tmp_path, status=2).stderr
+
+
 def test_profile_refuses(run: Run, engine: Path) -> None:
     assert "one batch size" in run("profile", engine, "--batch-size", "1,2", status=2).stderr
     wrong = run("profile", engine, "--image-size", "40", status=2)

@@ -3,7 +3,7 @@ import torch
 from triton import knobs
 
 from fastres.kernels.conv2d import conv2d
-from fastres.kernels.cost import Target, target_of
+from fastres.kernels.cost import Cost, Target, least_seconds, target_of
 from fastres.kernels.linear import global_avg_pool
 from fastres.kernels.pool import max_pool
 
@@ -33,6 +33,19 @@ def test_batch_0_needs_no_device():
 
 def test_target_of_the_cpu_is_the_reference_gpu():
     assert target_of(torch.device("cpu")) == Target.typical(90)
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "tensor_cores", "slower"), [(2, True, 1), (4, True, 2), (4, False, 16)], ids=str
+)
+def test_the_roofline_is_the_longer_of_arithmetic_and_traffic(itemsize, tensor_cores, slower):
+    target = Target(90, 132)
+    rate = target.fp16_flops * 132 / slower
+    assert least_seconds(Cost(10**12, 1), target, itemsize, tensor_cores) == pytest.approx(
+        1e12 / rate
+    )
+    traffic = Cost(1, 10**12)
+    assert least_seconds(traffic, target, itemsize, tensor_cores) == 1e12 / target.dram_bytes
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch.profiler import record_function
 
 from fastres.backends.base import NodeTime
 from fastres.backends.triton.pack import Packed
@@ -22,7 +23,7 @@ from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.backends.triton.timing import milliseconds
 from fastres.errors import OutOfMemory
 from fastres.graph.ir import DTYPES
-from fastres.kernels.cost import Cost
+from fastres.kernels.cost import Cost, least_seconds, target_of
 
 Call = Callable[[], None]
 Record = Callable[[Call], Call]
@@ -131,16 +132,23 @@ class Runner(ABC):
                     for call in calls:
                         call()
 
-                times.append(
-                    NodeTime(
-                        step.node,
-                        milliseconds(work, self._device),
-                        type(step).__name__,
-                        None if cost is None else cost.flops,
-                        None if cost is None else cost.bytes,
-                    )
-                )
+                with record_function(step.node):
+                    spent = milliseconds(work, self._device)
+                name = type(step).__name__
+                if cost is None:
+                    times.append(NodeTime(step.node, spent, name))
+                    continue
+                least = self._least(cost)
+                times.append(NodeTime(step.node, spent, name, cost.flops, cost.bytes, least))
         return times
+
+    def _least(self, cost: Cost) -> float | None:
+        """Milliseconds that this GPU's rates allow; None in the interpreter."""
+        if self._device.type != "cuda":
+            return None
+        itemsize = min(DTYPES[place.dtype].itemsize for place in self.plan.places.values())
+        tensor_cores = itemsize < 4 or self.plan.allow_tf32
+        return 1e3 * least_seconds(cost, target_of(self._device), itemsize, tensor_cores)
 
     @contextmanager
     def context(self) -> Iterator[Context]:

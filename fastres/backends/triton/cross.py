@@ -21,7 +21,7 @@ from fastres.errors import BackendUnavailable
 from fastres.graph.ir import Graph
 from fastres.kernels.aot import MATRIX, KernelFacts, fits, key_of
 from fastres.kernels.binary_build import Built, build_launch
-from fastres.kernels.cost import Cost, Target
+from fastres.kernels.cost import Cost, Target, least_seconds
 from fastres.kernels.launch import Launch
 from fastres.options import DTYPE_OF, Options, Precision
 from fastres.text import progress_bar
@@ -154,9 +154,11 @@ def _times(
 ) -> tuple[float, Literal["arithmetic", "memory"]]:
     if cost is None:
         return 0.0, "memory"
-    arithmetic = cost.flops / (target.fp16_flops * target.sm_count)
-    memory = cost.bytes / target.dram_bytes
-    return 1e6 * max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"
+    itemsize = min(tensor.element_size() for tensor in launch.tensors())
+    tensor_cores = itemsize < 4 or launch.constants.get("INPUT_PRECISION") == "tf32"
+    least = least_seconds(cost, target, itemsize, tensor_cores)
+    in_memory = cost.bytes / target.dram_bytes
+    return 1e6 * least, "arithmetic" if least > in_memory else "memory"
 
 
 def _tile(launch: Launch) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,11 +183,13 @@ def test_fallback_around_a_softmax() -> None:
         assert report.passed, str(report)
 
 
-def test_profile_names_every_launch(photo_batch: PhotoBatch) -> None:
+def test_profile_names_every_launch(photo_batch: PhotoBatch, tmp_path: Path) -> None:
     model = fastres.models.settle(fastres.models.cifar_resnet(8), photo_batch(16, 16))
     x = photo_batch(1, 16)
     with compile(model, x, "fp16") as engine:
-        names = {row.name for row in engine.profile(x.to(DEVICE)).rows}
+        file = tmp_path / "trace.json"
+        names = {row.name for row in engine.profile(x.to(DEVICE), trace=file).rows}
+        assert {"conv1", "fc"} <= {e["name"] for e in json.loads(file.read_text())["traceEvents"]}
         assert {"conv1", "layer3.0.conv2", "avgpool", "fc"} <= names
 
 
