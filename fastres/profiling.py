@@ -114,7 +114,7 @@ def traced(path: PathLike | None) -> Iterator[None]:
     kinds = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(ProfilerActivity.CUDA)
-    with profile(activities=kinds) as recorded:
+    with profile(activities=kinds, acc_events=True) as recorded:
         yield
     recorded.export_chrome_trace(str(file))
 
