@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Literal
 
@@ -46,8 +48,13 @@ class Preprocess(msgspec.Struct, frozen=True):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1, or None")
+        for name in ("mean", "std"):
+            if not _are_three_numbers(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give three finite numbers")
         if any(s <= 0 for s in self.std):
             raise ValueError(f"std is {self.std}; every entry must be above 0")
+        if not _are_three_numbers((self.scale,) * 3) or self.scale == 0:
+            raise ValueError(f"scale is {self.scale!r}; give a finite number other than 0")
         if self.channels not in ("RGB", "BGR") or self.interpolation not in _FILTERS:
             raise ValueError(
                 f"channels={self.channels!r}, interpolation={self.interpolation!r}: supported are "
@@ -103,6 +110,12 @@ class Preprocess(msgspec.Struct, frozen=True):
             left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
             picture = picture.crop((left, top, left + self.crop, top + self.crop))
         return picture
+
+
+def _are_three_numbers(values: object) -> bool:
+    if not isinstance(values, tuple | list) or len(values) != 3:
+        return False
+    return all(isinstance(v, Real) and math.isfinite(v) for v in values)
 
 
 def decode(image: ImageLike) -> Image.Image:

@@ -19,7 +19,7 @@ from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import ImageLike, Preprocess, batches
 from fastres.engine_info import EngineInfo, describe
 from fastres.engine_inputs import EngineInputs
-from fastres.errors import FastresError, InputError
+from fastres.errors import BackendUnavailable, FastresError, InputError
 from fastres.graph.ir import Graph, Normalize
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input, Options, PathLike, integer
@@ -130,8 +130,9 @@ class Engine:
 
         Raises:
             InputError: an input does not fit; says what was expected and what came.
+            BackendUnavailable: the engine was built for a GPU that is not here.
         """
-        lowered = self._open()
+        lowered = self._runnable()
         size = self._given.check(inputs)
         inputs = self.planar(inputs)
         if any(x.is_neg() for x in inputs):  # a minus sign is pending on a view
@@ -146,6 +147,14 @@ class Engine:
             for y, dtype in zip(outputs, lowered.dtypes, strict=True)
         ]
         return typed[0] if self._tree.is_leaf() else pytree.tree_unflatten(typed, self._tree)
+
+    def _runnable(self) -> Lowered:
+        if self.options.target is not None:
+            raise BackendUnavailable(
+                f"this engine was built for {self.options.target} and runs there only: save it, "
+                "and fastres.load it on a machine with such a GPU"
+            )
+        return self._open()
 
     def planar(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Inputs as the graph takes them: decoded pictures are seen as [N, 3, H, W]."""
@@ -175,7 +184,7 @@ class Engine:
         depth = integer("depth", depth)
         if not isinstance(batches, Iterable):
             raise InputError(f"batches is {type(batches).__name__}; give an iterable of batches")
-        self._open()
+        self._runnable()
         return self._map(iter(batches), depth)
 
     def _map(self, batches: Iterator[Batch], depth: int) -> Iterator[Any]:
@@ -205,6 +214,7 @@ class Engine:
                 normalises by; the images are unreadable, or the network does not return one
                 [N, classes] tensor.
         """
+        self._runnable()
         if self.preprocess is None:
             raise InputError(
                 "this engine has no preprocess: compile with preprocess=Preprocess(...)"
@@ -258,7 +268,7 @@ class Engine:
         """
         from fastres.profiling import make_profile, traced
 
-        lowered = self._open()
+        lowered = self._runnable()
         if self._given.check(inputs) == 0:
             raise InputError("the batch is empty: there is nothing to profile")
         inputs = tuple(x.resolve_neg() for x in self.planar(inputs))

@@ -96,11 +96,8 @@ def taking_pictures(source: Source, preprocess: Preprocess | None) -> Source:
     if not specs[0].torch_dtype.is_floating_point:
         raise InputError(f"the network takes {specs[0]} already: leave out io_dtype=torch.uint8")
     op = Normalize.of(preprocess)
-    sound = len(op.mean) == len(op.std) == 3 and all(map(is_number, (*op.mean, *op.std, op.scale)))
-    if not sound or not all(is_number(factor) for factors in op.factors for factor in factors):
-        raise InputError(
-            f"{op} does not normalise: mean and std must be three finite numbers each, scale one"
-        )
+    if not all(is_number(factor) for factors in op.factors for factor in factors):
+        raise InputError(f"{op} does not normalise: its factors {op.factors} overflow")
     (value,) = graph.inputs
     name = f"{value.name}.normalize"
     nodes = [rename_inputs(node, {value.name: name}) for node in graph.nodes]

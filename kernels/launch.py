@@ -4,7 +4,9 @@ Launchers build a `Launch` and run it; `fastres.kernels.aot` compiles the same o
 so what is checked at compile time is what runs.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.cost import Cost
 
+_INTERPRETER = threading.Lock()  # Triton's interpreter runs one kernel at a time
 _SIDES = ("BLOCK", "BOX", "CHUNK", "SPLIT")  # constants that a tile brings
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Argument: TypeAlias = Any  # torch.Tensor | TensorDescriptor (untyped) | int | float | None
@@ -86,7 +89,8 @@ class Launch:
                 "tensors; to run them on the CPU, for tests, set TRITON_INTERPRET=1 before "
                 "fastres.kernels is imported"
             )
-        with torch.cuda.device_of(first):
+        alone = _INTERPRETER if is_interpreted(self.kernel) else nullcontext()
+        with alone, torch.cuda.device_of(first):
             try:
                 self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
             except (CompilationError, OutOfResources, PTXASError) as error:

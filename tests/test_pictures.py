@@ -148,13 +148,9 @@ def test_what_does_not_fit_is_refused(bytes_engine: fastres.Engine, bad: object,
         ({"preprocess": None}, "say how, by preprocess="),
         ({"io_dtype": torch.float16}, "io_dtype is torch.float16; give torch.uint8"),
         ({"io_dtype": "uint8"}, "io_dtype is 'uint8'"),
-        ({"preprocess": Preprocess(mean=(0.0, float("nan"), 0.0))}, "three finite numbers"),
-        ({"preprocess": Preprocess(scale=float("inf"))}, "three finite numbers"),
-        ({"preprocess": Preprocess(std=(1e-310, 1.0, 1.0))}, "three finite numbers"),
-        ({"preprocess": Preprocess(mean=(0.0, 0.0))}, "three finite numbers"),  # type: ignore[arg-type]
-        ({"preprocess": Preprocess(mean=("a", 0.0, 0.0))}, "three finite numbers"),  # type: ignore[arg-type]
+        ({"preprocess": Preprocess(std=(1e-310, 1.0, 1.0))}, "does not normalise: .* overflow"),
     ],
-    ids=["no preprocess", "fp16", "text", "nan", "infinity", "overflow", "two", "words"],
+    ids=["no preprocess", "fp16", "text", "overflow"],
 )
 def test_compile_refuses(net: nn.Module, given: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):

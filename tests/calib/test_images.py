@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,3 +129,21 @@ def test_numbers_with_a_range_of_their_own_are_refused(dtype: type, tmp_path: Pa
     Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "odd.tiff")
     with pytest.raises(ValueError, match="scale them to 8 or 16 bits first"):
         decode(tmp_path / "odd.tiff")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mean": 0.5}, "mean is 0.5; give three finite numbers"),
+        ({"mean": None}, "mean is None"),
+        ({"std": (1.0, 1.0)}, r"std is \(1.0, 1.0\); give three"),
+        ({"mean": (0.0, float("nan"), 0.0)}, "mean is .*nan"),
+        ({"std": (1.0, 0.0, 1.0)}, "every entry must be above 0"),
+        ({"scale": 0}, "scale is 0; give a finite number other than 0"),
+        ({"scale": "1"}, "scale is '1'"),
+    ],
+    ids=str,
+)
+def test_numbers_that_do_not_normalise(fields: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preprocess(**fields)

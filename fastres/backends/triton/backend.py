@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastres.backends.triton.plan import Plan
 
 _OLDEST = 80
-_NEWEST = 130  # exclusive: nothing is known of what comes after sm_12x
+_BUILT_FOR = (80, 86, 87, 89, 90, 100, 103, 120, 121)  # the compiler aborts at numbers between
 
 
 def _interpreting() -> bool:
@@ -100,8 +100,9 @@ def _unbuildable(target: str) -> str | None:
     if _interpreting():
         return "TRITON_INTERPRET=1 turns Triton's compiler off; unset it"
     sm = int(target.removeprefix("sm_"))
-    if not _OLDEST <= sm < _NEWEST:
-        return f"the kernels need sm_{_OLDEST} to sm_{_NEWEST - 1}, such as sm_90 for H100 and H200"
+    if sm not in _BUILT_FOR:
+        known = ", ".join(f"sm_{number}" for number in _BUILT_FOR)
+        return f"kernels are built for {known}; sm_90 is H100 and H200"
     return None
 
 

@@ -158,8 +158,13 @@ def test_a_loaded_engine_uses_the_stored_choices(engine: fastres.Engine) -> None
     [
         ({"target": "hopper"}, InputError, "target is 'hopper'; give a GPU architecture"),
         ({"target": 90}, InputError, "target is 90"),
-        ({"target": "sm_75"}, BackendUnavailable, "cannot build for sm_75: the kernels need sm_80"),
-        ({"target": "sm_200"}, BackendUnavailable, "the kernels need sm_80 to sm_129"),
+        (
+            {"target": "sm_75"},
+            BackendUnavailable,
+            "cannot build for sm_75: kernels are built for sm_80",
+        ),
+        ({"target": "sm_200"}, BackendUnavailable, "kernels are built for sm_80, sm_86, .* sm_121"),
+        ({"target": "sm_91"}, BackendUnavailable, "triton cannot build for sm_91: kernels are"),
         ({"target": "sm_90", "backend": "cpu"}, BackendUnavailable, "for this machine only"),
         ({"target": "sm_90", "backend": "reference"}, BackendUnavailable, "this machine only"),
         ({"target": "sm_90", "verify": True}, InputError, "verify needs a sm_90 GPU"),
@@ -216,6 +221,22 @@ def test_a_tile_that_spills_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatc
     engine = fastres.compile(net, SHAPE, target="sm_80", precision="fp16")
     convolutions = [k for k in engine.info.account.kernels if k.kernel == "conv2d"]
     assert convolutions and all(" w8 " in kernel.tile for kernel in convolutions)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda engine, x: engine(x),
+        lambda engine, x: engine.map([x]),
+        lambda engine, x: engine.profile(x),
+        lambda engine, x: engine.predict([]),
+        lambda engine, x: fastres.verify(engine.graph, engine, x),
+    ],
+    ids=["call", "map", "profile", "predict", "verify"],
+)
+def test_used_here_it_says_where_it_runs(engine: fastres.Engine, use: Any) -> None:
+    with pytest.raises(BackendUnavailable, match="built for sm_90 and runs there only: save it"):
+        use(engine, torch.zeros(1, 3, 32, 32))
 
 
 def test_new_weights_compile_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -103,6 +104,14 @@ class TestInterpreted:
             context.arena.fill_(0xFF)
         part = runner.run([x[:2]])[0]
         assert part.shape[0] == 2 and torch.equal(part, whole[:2])
+
+    def test_several_threads_at_once(self) -> None:
+        """Triton's interpreter runs one kernel at a time, which launches see to."""
+        runner, x = runner_of(2), torch.randn(2, 3, 8, 8)
+        expected = runner.run([x])[0]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: runner.run([x])[0], range(8)))
+        assert all(torch.equal(y, expected) for y in found)
 
     def test_images_beyond_a_smaller_batch_are_not_garbage(self, garbage_in_memory: None) -> None:
         with runner_of(3).context() as context:
