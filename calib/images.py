@@ -12,10 +12,12 @@ from typing import Literal
 import msgspec
 import numpy as np
 import torch
+from msgspec.structs import force_setattr
 from PIL import Image, UnidentifiedImageError
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+_LARGEST = 2**16  # pixels of a side; Pillow takes no picture that is larger
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -46,16 +48,23 @@ class Preprocess(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         for name in ("resize", "crop"):
             size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1, or None")
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            if size is not None and not (whole and 1 <= size <= _LARGEST):
+                raise ValueError(
+                    f"{name} is {size!r}; it must be an integer of 1 to {_LARGEST}, or None"
+                )
         for name in ("mean", "std"):
-            if not _are_three_numbers(getattr(self, name)):
+            found = _numbers(getattr(self, name))
+            if len(found) != 3:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give three finite numbers")
+            force_setattr(self, name, found)
         if any(s <= 0 for s in self.std):
             raise ValueError(f"std is {self.std}; every entry must be above 0")
-        if not _are_three_numbers((self.scale,) * 3) or self.scale == 0:
+        (scale,) = _numbers((self.scale,)) or (0.0,)
+        if scale == 0:
             raise ValueError(f"scale is {self.scale!r}; give a finite number other than 0")
-        if self.channels not in ("RGB", "BGR") or self.interpolation not in _FILTERS:
+        force_setattr(self, "scale", scale)
+        if self.channels not in ("RGB", "BGR") or self.interpolation not in tuple(_FILTERS):
             raise ValueError(
                 f"channels={self.channels!r}, interpolation={self.interpolation!r}: supported are "
                 "RGB, BGR and bilinear, bicubic"
@@ -112,10 +121,16 @@ class Preprocess(msgspec.Struct, frozen=True):
         return picture
 
 
-def _are_three_numbers(values: object) -> bool:
-    if not isinstance(values, tuple | list) or len(values) != 3:
-        return False
-    return all(isinstance(v, Real) and math.isfinite(v) for v in values)
+def _numbers(values: object) -> tuple[float, ...]:
+    """Python's finite floats, as JSON knows them; empty where something is no such number."""
+    if not isinstance(values, tuple | list):
+        return ()
+    try:
+        found = [float(v) for v in values if not isinstance(v, bool) and isinstance(v, Real)]
+    except OverflowError:
+        return ()
+    sound = len(found) == len(values) and all(map(math.isfinite, found))
+    return tuple(found) if sound else ()
 
 
 def decode(image: ImageLike) -> Image.Image:

@@ -40,7 +40,7 @@ from fastres.container import (
     seal,
 )
 from fastres.container import write as write_container
-from fastres.errors import GraphError, InputError
+from fastres.errors import BackendUnavailable, GraphError, InputError
 from fastres.graph import serial
 from fastres.graph.ir import DTYPE_NAMES, DTYPES, Graph
 from fastres.options import (
@@ -188,14 +188,23 @@ def load(
         raise InputError(f"trust_engine is {trust_engine!r}; give True or False")
     wanted = as_device(device)
     contents = read(path)
-    return assemble(
-        contents.graph,
-        Origin(contents.source, contents.ignored_weights),
-        replace(contents.options, device=wanted, target=target),
-        contents.inputs,
-        contents.preprocess,
-        CompiledParts(contents.compiled, trust_engine),
-    )
+    try:
+        return assemble(
+            contents.graph,
+            Origin(contents.source, contents.ignored_weights),
+            replace(contents.options, device=wanted, target=target),
+            contents.inputs,
+            contents.preprocess,
+            CompiledParts(contents.compiled, trust_engine),
+        )
+    except BackendUnavailable as error:
+        built_for = contents.options.target
+        if built_for is None or target is not None:
+            raise
+        raise BackendUnavailable(
+            f"this engine was built for {built_for}: load it on a machine with such a GPU; "
+            f"target={built_for!r} (--target {built_for}) opens it here to be looked at\n{error}"
+        ) from error
 
 
 def write(contents: Contents, path: PathLike) -> None:

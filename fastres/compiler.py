@@ -73,7 +73,8 @@ def compile(
         preprocess: how images become inputs; kept with the engine, used by `engine.predict`.
         io_dtype: torch.uint8 for an engine that is called with decoded pictures, uint8
             [N, H, W, 3] in RGB, and normalises them as `preprocess` says; resizing and cropping
-            remain the caller's. None keeps the model's input.
+            remain the caller's, and `inputs` is still what the model takes, [N, 3, H, W] of its
+            dtype. None keeps the model's input.
         on_unsupported: "error" refuses a model with nodes that the backend does not take and lists
             them; "fallback" runs those in PyTorch and says so in `engine.info`.
         verify: cross-check against the model on random input before returning.

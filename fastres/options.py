@@ -222,9 +222,12 @@ def integer(name: str, value: Any, *, least: int = 1, most: int = LARGEST) -> in
 
 def _folder(path: object) -> str:
     try:
-        return os.fsdecode(os.fspath(path))  # type: ignore[call-overload]
+        folder: str = os.fsdecode(os.fspath(path))  # type: ignore[call-overload]
     except TypeError:
-        raise InputError(f"cache_dir is {path!r}; give a folder, or None") from None
+        folder = ""
+    if not folder or "\0" in folder:
+        raise InputError(f"cache_dir is {path!r}; give a folder, or None")
+    return folder
 
 
 def is_number(value: object) -> bool:

@@ -15,7 +15,7 @@ from fastres.graph.capture import capture
 from fastres.graph.export import inputs_of_program
 from fastres.graph.ir import Graph, Node, Normalize, Sym, TensorSpec, Value
 from fastres.graph.passes.merging import rename_inputs
-from fastres.options import ANY_BATCH, Input, Sizes, is_number, usual_sizes
+from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
 from fastres.weights import oddity
 
 Model = torch.nn.Module | ExportedProgram | Graph
@@ -96,8 +96,9 @@ def taking_pictures(source: Source, preprocess: Preprocess | None) -> Source:
     if not specs[0].torch_dtype.is_floating_point:
         raise InputError(f"the network takes {specs[0]} already: leave out io_dtype=torch.uint8")
     op = Normalize.of(preprocess)
-    if not all(is_number(factor) for factors in op.factors for factor in factors):
-        raise InputError(f"{op} does not normalise: its factors {op.factors} overflow")
+    numbers = torch.tensor([*op.mean, *op.std, op.scale, *op.factors[0], *op.factors[1]])
+    if not bool(numbers.isfinite().all()) or min(op.std) < torch.finfo(torch.float32).tiny:
+        raise InputError(f"{op} does not normalise: its factors {op.factors} overflow in fp32")
     (value,) = graph.inputs
     name = f"{value.name}.normalize"
     nodes = [rename_inputs(node, {value.name: name}) for node in graph.nodes]

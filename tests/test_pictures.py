@@ -149,8 +149,11 @@ def test_what_does_not_fit_is_refused(bytes_engine: fastres.Engine, bad: object,
         ({"io_dtype": torch.float16}, "io_dtype is torch.float16; give torch.uint8"),
         ({"io_dtype": "uint8"}, "io_dtype is 'uint8'"),
         ({"preprocess": Preprocess(std=(1e-310, 1.0, 1.0))}, "does not normalise: .* overflow"),
+        ({"preprocess": Preprocess(std=(1e-42, 1.0, 1.0))}, "does not normalise: .* overflow"),
+        ({"preprocess": Preprocess(std=(1e-39, 1.0, 1.0))}, "does not normalise: .* overflow"),
+        ({"preprocess": Preprocess(mean=(1e39, 1.0, 1.0))}, "does not normalise: .* overflow"),
     ],
-    ids=["no preprocess", "fp16", "text", "overflow"],
+    ids=["no preprocess", "fp16", "text", "overflow", "subnormal", "tiny", "large"],
 )
 def test_compile_refuses(net: nn.Module, given: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -141,9 +142,22 @@ def test_numbers_with_a_range_of_their_own_are_refused(dtype: type, tmp_path: Pa
         ({"std": (1.0, 0.0, 1.0)}, "every entry must be above 0"),
         ({"scale": 0}, "scale is 0; give a finite number other than 0"),
         ({"scale": "1"}, "scale is '1'"),
+        ({"mean": (True, False, False)}, "mean is .*True"),
+        ({"mean": (10**400, 0, 0)}, "mean is "),
+        ({"resize": "a"}, "resize is 'a'; it must be an integer of 1 to 65536, or None"),
+        ({"resize": 32.5}, "resize is 32.5"),
+        ({"crop": True}, "crop is True"),
+        ({"crop": 2**40}, "crop is "),
+        ({"interpolation": []}, "supported are"),
     ],
     ids=str,
 )
 def test_numbers_that_do_not_normalise(fields: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocess(**fields)
+
+
+def test_numbers_become_those_of_json() -> None:
+    made = Preprocess(mean=np.float32([0.5, 0.25, 0]).tolist(), std=(1, 2, np.float32(4)), scale=1)  # type: ignore[arg-type]
+    assert made.std == (1.0, 2.0, 4.0) and made.mean == (0.5, 0.25, 0.0)
+    assert msgspec.json.decode(msgspec.json.encode(made), type=Preprocess) == made

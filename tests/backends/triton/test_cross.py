@@ -164,6 +164,8 @@ def test_a_loaded_engine_uses_the_stored_choices(engine: fastres.Engine) -> None
             "cannot build for sm_75: kernels are built for sm_80",
         ),
         ({"target": "sm_200"}, BackendUnavailable, "kernels are built for sm_80, sm_86, .* sm_121"),
+        ({"cache_dir": ""}, InputError, "cache_dir is ''; give a folder, or None"),
+        ({"cache_dir": "a\0b"}, InputError, "cache_dir is 'a"),
         ({"target": "sm_91"}, BackendUnavailable, "triton cannot build for sm_91: kernels are"),
         ({"target": "sm_90", "backend": "cpu"}, BackendUnavailable, "for this machine only"),
         ({"target": "sm_90", "backend": "reference"}, BackendUnavailable, "this machine only"),
@@ -221,6 +223,18 @@ def test_a_tile_that_spills_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatc
     engine = fastres.compile(net, SHAPE, target="sm_80", precision="fp16")
     convolutions = [k for k in engine.info.account.kernels if k.kernel == "conv2d"]
     assert convolutions and all(" w8 " in kernel.tile for kernel in convolutions)
+
+
+def test_loaded_where_there_is_no_gpu_it_says_what_it_is(
+    engine: fastres.Engine, tmp_path: Path
+) -> None:
+    engine.save(tmp_path / "a.fastres")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(
+        BackendUnavailable, match=r"(?s)was built for sm_90: .*--target sm_90.*no NV"
+    ):
+        fastres.load(tmp_path / "a.fastres")
 
 
 @pytest.mark.parametrize(
