@@ -110,7 +110,7 @@ def traced(path: PathLike | None) -> Iterator[None]:
         file = Path(path)
         file.open("ab").close()
     except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"trace={path!r} cannot be written: {error}") from error
+        raise InputError(f"trace={str(path)!r} cannot be written: {error}") from error
     kinds = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(ProfilerActivity.CUDA)
