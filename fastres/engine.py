@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 import torch.utils._pytree as pytree
 
-from fastres.backends.base import Backend, CompiledParts, Executable, Refusal
+from fastres.backends.base import Backend, CompiledParts, Executable, Refusal, elsewhere
 from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import ImageLike, Preprocess, batches
 from fastres.engine_info import EngineInfo, describe
 from fastres.engine_inputs import EngineInputs
-from fastres.errors import BackendUnavailable, FastresError, InputError
+from fastres.errors import FastresError, InputError
 from fastres.graph.ir import Graph, Normalize
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input, Options, PathLike, integer
@@ -150,10 +150,7 @@ class Engine:
 
     def _runnable(self) -> Lowered:
         if self.options.target is not None:
-            raise BackendUnavailable(
-                f"this engine was built for {self.options.target} and runs there only: save it, "
-                "and fastres.load it on a machine with such a GPU"
-            )
+            raise elsewhere(self.options.target)
         return self._open()
 
     def planar(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -9,10 +9,19 @@ from typing import Literal, Protocol
 import msgspec
 import torch
 
+from fastres.errors import BackendUnavailable
 from fastres.graph.ir import Graph
 from fastres.options import Options, Precision, Sizes
 
 HERE_ONLY = "it builds for this machine only; target= is for the triton backend"
+
+
+def elsewhere(target: str) -> BackendUnavailable:
+    """What there is to say of using an engine that was built for another machine."""
+    return BackendUnavailable(
+        f"this engine was built for {target} and runs there only: save it, and fastres.load it on "
+        "a machine with such a GPU"
+    )
 
 
 class KernelInfo(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from fastres.backends.base import Account, CompiledParts, KernelInfo, NodeTime
+from fastres.backends.base import Account, CompiledParts, KernelInfo, NodeTime, elsewhere
 from fastres.backends.shape_cache import Shapes
 from fastres.backends.triton.choosing import ban
 from fastres.backends.triton.link_build import digest_of, link, numbered
@@ -17,7 +17,6 @@ from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.stored import read_plans, recorded, write_plans
 from fastres.backends.triton.stored_code import code_files, write_code
 from fastres.backends.triton.table import Tiles, shipped_for
-from fastres.errors import BackendUnavailable
 from fastres.graph.ir import Graph
 from fastres.kernels.aot import MATRIX, KernelFacts, fits, key_of
 from fastres.kernels.binary_build import Built, build_launch
@@ -207,10 +206,10 @@ class CrossExecutable:
         self._precisions = dict(nodes)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        raise self._elsewhere()
+        raise elsewhere(self._target)
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
-        raise self._elsewhere()
+        raise elsewhere(self._target)
 
     def precisions(self) -> dict[str, str]:
         return dict(self._precisions)
@@ -220,12 +219,6 @@ class CrossExecutable:
 
     def compiled(self) -> CompiledParts:
         return CompiledParts(write_plans(self._target, [self.plan], self._kernels) | self._code)
-
-    def _elsewhere(self) -> BackendUnavailable:
-        return BackendUnavailable(
-            f"this engine was built for {self._target} and runs there only: save it, and "
-            f"fastres.load it on a machine with such a GPU"
-        )
 
 
 def build(
