@@ -1,7 +1,7 @@
 """The meaning of every operation, in PyTorch alone: what each kernel is compared with.
 
 Logical NCHW; everything is computed in the dtype of the arguments, so callers pass float64 for an
-oracle. Activations keep NaN, as PyTorch's do.
+oracle. Activations keep NaN, as PyTorch's do. What is quantised is int8, symmetric, zero point 0.
 """
 
 from __future__ import annotations
@@ -163,6 +163,111 @@ def slice_(
 def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
     """y = exp(x) / sum(exp(x)) along `dim`."""
     return x.softmax(dim)
+
+
+def quantise(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """q = round(x / scale), half to even, saturated to -128 to 127; int8, zero point 0."""
+    return requantise(x / scale)
+
+
+def dequantise(
+    q: torch.Tensor, scale: float | torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """x = q * scale; a tensor of scales [K] goes along dimension 0."""
+    if isinstance(scale, torch.Tensor):
+        scale = scale.to(dtype).view(-1, *[1] * (q.ndim - 1))
+    return q.to(dtype) * scale
+
+
+def requantise(v: torch.Tensor) -> torch.Tensor:
+    """Rounds half to even and saturates: int8 in units of the scale that v is in."""
+    return v.round().clamp(-128, 127).to(torch.int8)
+
+
+def conv2d_int8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    activation: ActivationKind | None = None,
+    out_scale: float = 1.0,
+    dtype: torch.dtype = torch.int8,
+) -> torch.Tensor:
+    """A convolution of integers, exact, and then `finish_int8` on its int32 accumulator.
+
+    Args:
+        x: [N, C, H, W] int8.
+        weight: [K, C/groups, R, S] int8.
+        scale, bias, residual, residual_scale, activation, out_scale, dtype: see `finish_int8`.
+    """
+    wide = x.to(torch.float64), weight.to(torch.float64)  # exact: sums stay below 2**53
+    acc = F.conv2d(*wide, None, stride, padding, dilation, groups).to(torch.int32)
+    shape = (1, -1, 1, 1)
+    return finish_int8(
+        acc,
+        scale.view(shape),
+        None if bias is None else bias.view(shape),
+        residual,
+        residual_scale,
+        activation,
+        out_scale,
+        dtype,
+    )
+
+
+def linear_int8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: ActivationKind | None = None,
+    out_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """As `conv2d_int8`, for x [M, C] and weight [K, C]."""
+    acc = (x.to(torch.float64) @ weight.to(torch.float64).T).to(torch.int32)
+    return finish_int8(acc, scale, bias, None, 1.0, activation, out_scale, dtype)
+
+
+def finish_int8(
+    acc: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    residual_scale: float,
+    activation: ActivationKind | None,
+    out_scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y = act(acc * scale + bias + residual * residual_scale) * out_scale.
+
+    Every step is one fp32 operation, rounded by itself (no fused multiply-add), in this order; what
+    is None is left out, and so is a multiplication by an out_scale of 1.
+
+    Args:
+        acc: int32.
+        scale: fp32, broadcast over acc: s_x * s_w per output channel.
+        bias: fp32, broadcast over acc.
+        residual: int8 (or a float) of acc's shape, in units of residual_scale.
+        out_scale: 1 / s_y for an int8 result, 1 for a float.
+        dtype: of y. int8: rounded half to even and saturated; else cast.
+    """
+    v = acc.to(torch.float32) * scale.to(torch.float32)
+    if bias is not None:
+        v = v + bias.to(torch.float32)
+    if residual is not None:
+        v = v + residual.to(torch.float32) * torch.tensor(residual_scale, dtype=torch.float32)
+    v = _finish(v, activation)
+    if out_scale != 1.0:
+        v = v * torch.tensor(out_scale, dtype=torch.float32)
+    return requantise(v) if dtype == torch.int8 else v.to(dtype)
 
 
 _ACTIVATIONS: dict[ActivationKind, Callable[[torch.Tensor], torch.Tensor]] = {
