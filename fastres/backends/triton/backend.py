@@ -11,8 +11,11 @@ import torch
 from fastres.backends.base import Account, CompiledParts, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.backends.triton.stored_code import brings_code
+from fastres.calib.table import CalibrationTable
 from fastres.errors import BackendUnavailable, missing
-from fastres.graph.ir import Graph, Sym
+from fastres.graph.ir import Graph
+from fastres.graph.passes.quantise import quantise
+from fastres.graph.specs import Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
 if TYPE_CHECKING:
@@ -55,7 +58,11 @@ class TritonBackend:
         return None
 
     def precision(self, wanted: Precision) -> str | None:
-        return None if wanted in DTYPE_OF else f"triton runs {', '.join(DTYPE_OF)}, not {wanted}"
+        known = [name for name in DTYPE_OF if name != "int8"]
+        return None if wanted in known else f"triton runs {', '.join(known)}, not {wanted}"
+
+    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
+        return quantise(graph, table, "skip")
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         from fastres.backends.triton.refusals import refusals

@@ -42,7 +42,6 @@ from fastres.backends.triton.regions import (
 from fastres.backends.triton.table import Tiles
 from fastres.errors import ArtifactError
 from fastres.graph.ir import (
-    DTYPE_NAMES,
     Activation,
     Add,
     AvgPool,
@@ -57,6 +56,7 @@ from fastres.graph.ir import (
     Normalize,
 )
 from fastres.graph.shapes import infer_shapes
+from fastres.graph.specs import DTYPE_NAMES
 from fastres.kernels.boxes import BoxTile, workspace_bytes
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.folding import packed_shape
