@@ -14,6 +14,7 @@ import torch
 from fastres.calib.thresholds import Histogram
 
 BINS = 4096  # of which at least half are used, as the range is less than twice the largest value
+_LARGEST = 1e30  # sums of as many as there are do not overflow fp32
 
 
 class Observer:
@@ -34,7 +35,7 @@ class Observer:
             x: floating point, [N, C] or [N, C, H, W], not empty.
 
         Raises:
-            ValueError: it holds NaN or infinities.
+            ValueError: it holds NaN or infinities, or values beyond 1e30.
         """
         rest = [d for d in range(x.ndim) if d != 1]
         # as it lies in memory, so that nothing is copied
@@ -42,10 +43,12 @@ class Observer:
         low, high = (float(v) for v in flat.aminmax())
         if not math.isfinite(low) or not math.isfinite(high):
             raise ValueError("it holds NaN or infinite values")
+        largest = max(-low, high)
+        if largest > _LARGEST:
+            raise ValueError(f"it holds values of {largest:.1e}, far out of any sensible range")
         sums = x.sum(rest, dtype=torch.float32).double()
         self._sums = sums if self._sums is None else self._sums + sums
         self.values += x.numel()
-        largest = max(-low, high)
         if largest == 0:
             self.zeros += x.numel()
             return

@@ -68,8 +68,9 @@ def percentile(histogram: Histogram, share: float = 0.9999) -> float:
 def entropy(histogram: Histogram) -> float:
     """The threshold of least Kullback-Leibler divergence between values and quantised values.
 
-    For every candidate the histogram up to there, with what lies beyond added to its last bin, is
-    compared with the same histogram in 128 levels, each spread evenly over its occupied bins.
+    For every candidate the histogram up to there, with what lies beyond added to its last occupied
+    bin, is compared with the same histogram in 128 levels, each spread evenly over its occupied
+    bins.
     Zeros are left out, as a ReLU's make up half of the values and are exact at any threshold: the
     first bin takes the second's count.
     """
@@ -82,8 +83,10 @@ def entropy(histogram: Histogram) -> float:
     beyond = np.concatenate([np.cumsum(counts[::-1])[::-1], [0.0]])
     for end in (*range(LEVELS, used, _STEP), used):
         inside = counts[:end]
+        if not inside.any():
+            continue
         wanted = inside.copy()
-        wanted[-1] += beyond[end]
+        wanted[np.flatnonzero(inside)[-1]] += beyond[end]
         level = np.arange(end) * LEVELS // end
         sums = np.bincount(level, inside, LEVELS)
         occupied = inside > 0

@@ -229,6 +229,8 @@ class _Plan:
         found: dict[str, str] = {}
         for op in self._compiled.get_runtime_model().get_ops():
             info = op.rt_info
+            if _text(info, "layerType") in ("Input", "Const", "Output"):
+                continue
             # a picture's bytes become fp32
             names = {"f32": "fp32", "f16": "fp16", "u8": "fp32", "i8": "int8"}
             name = names.get(_text(info, "runtimePrecision"))
