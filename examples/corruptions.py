@@ -54,37 +54,39 @@ def _shift(images: np.ndarray, draw: _Draw) -> np.ndarray:
 
 
 def _rotate(images: np.ndarray, draw: _Draw) -> np.ndarray:
-    angle = np.deg2rad(_either_sign(draw, 12, 32, len(images)))
+    angle = np.deg2rad(_either_sign(draw, 10, 20, len(images)))
     rows = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
     return _affine(images, np.array(rows).transpose(2, 0, 1))
 
 
 def _scale(images: np.ndarray, draw: _Draw) -> np.ndarray:
-    factor = np.exp(_either_sign(draw, 0.2, 0.5, (len(images), 1, 1)))
+    factor = np.exp(_either_sign(draw, 0.15, 0.3, (len(images), 1, 1)))
     return _affine(images, np.eye(2) * factor)
 
 
 def _shear(images: np.ndarray, draw: _Draw) -> np.ndarray:
     matrix = np.tile(np.eye(2), (len(images), 1, 1))
-    matrix[:, 0, 1] = _either_sign(draw, 0.2, 0.6, len(images))
+    matrix[:, 0, 1] = _either_sign(draw, 0.15, 0.35, len(images))
     return _affine(images, matrix)
 
 
 def _gaussian_noise(images: np.ndarray, draw: _Draw) -> np.ndarray:
-    return images + draw.normal(0, 60, (*images.shape[:3], 1))
+    found: np.ndarray = images + draw.normal(0, 30, (*images.shape[:3], 1))
+    return found
 
 
 def _speckle(images: np.ndarray, draw: _Draw) -> np.ndarray:
-    return images * draw.normal(1, 0.7, (*images.shape[:3], 1))
+    found: np.ndarray = images * draw.normal(1, 0.25, (*images.shape[:3], 1))
+    return found
 
 
 def _salt_and_pepper(images: np.ndarray, draw: _Draw) -> np.ndarray:
     chance = draw.random((*images.shape[:3], 1))
-    return np.where(chance < 0.05, 0, np.where(chance > 0.95, 255, images)).astype(np.uint8)
+    return np.where(chance < 0.02, 0, np.where(chance > 0.98, 255, images)).astype(np.uint8)
 
 
 def _blur(images: np.ndarray, draw: _Draw) -> np.ndarray:
-    radii = draw.uniform(0.07, 0.11, len(images)) * images.shape[1]
+    radii = draw.uniform(0.05, 0.08, len(images)) * images.shape[1]
     return _each(images, lambda i, p: p.filter(ImageFilter.GaussianBlur(float(radii[i]))))
 
 
@@ -104,11 +106,11 @@ def _motion_blur(images: np.ndarray, draw: _Draw) -> np.ndarray:
 
 def _contrast(images: np.ndarray, draw: _Draw) -> np.ndarray:
     mean = images.mean(axis=(1, 2, 3), keepdims=True)
-    return mean + (images - mean) * draw.uniform(0.12, 0.3, (len(images), 1, 1, 1))
+    return mean + (images - mean) * draw.uniform(0.75, 0.88, (len(images), 1, 1, 1))
 
 
 def _brightness(images: np.ndarray, draw: _Draw) -> np.ndarray:
-    return images + _either_sign(draw, 60, 110, (len(images), 1, 1, 1))
+    return images + _either_sign(draw, 25, 50, (len(images), 1, 1, 1))
 
 
 def _pixelate(images: np.ndarray, draw: _Draw) -> np.ndarray:
@@ -153,7 +155,8 @@ KINDS: dict[str, _Kind] = {
 
 def _either_sign(draw: _Draw, low: float, high: float, shape: int | tuple[int, ...]) -> np.ndarray:
     """Uniform in [low, high] or in [-high, -low]: never so little that nothing happens."""
-    return draw.uniform(low, high, shape) * draw.choice([-1, 1], shape)
+    found: np.ndarray = draw.uniform(low, high, shape) * draw.choice([-1, 1], shape)
+    return found
 
 
 def _each(images: np.ndarray, change: Callable[[int, Image.Image], Image.Image]) -> np.ndarray:
