@@ -106,11 +106,13 @@ def _motion_blur(images: np.ndarray, draw: _Draw) -> np.ndarray:
 
 def _contrast(images: np.ndarray, draw: _Draw) -> np.ndarray:
     mean = images.mean(axis=(1, 2, 3), keepdims=True)
-    return mean + (images - mean) * draw.uniform(0.75, 0.88, (len(images), 1, 1, 1))
+    found: np.ndarray = mean + (images - mean) * draw.uniform(0.75, 0.88, (len(images), 1, 1, 1))
+    return found
 
 
 def _brightness(images: np.ndarray, draw: _Draw) -> np.ndarray:
-    return images + _either_sign(draw, 25, 50, (len(images), 1, 1, 1))
+    found: np.ndarray = images + _either_sign(draw, 25, 50, (len(images), 1, 1, 1))
+    return found
 
 
 def _pixelate(images: np.ndarray, draw: _Draw) -> np.ndarray:

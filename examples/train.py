@@ -30,7 +30,7 @@ from datasets import Data, Pictures, folds, load, split
 from networks import Part, facts_of, freeze, network, preprocess_of, save, take_over
 from recipes import RECIPES, Recipe
 from torch import nn
-from training import evaluate, statistics, train
+from training import batch_size, evaluate, statistics, train
 
 from fastres.calib.images import Preprocess
 from fastres.errors import FastresError, InputError
@@ -87,21 +87,20 @@ def results(
 
 
 def main() -> int:
+    """Trains as the flags say, writes the weights, prints what came of it as one line of JSON."""
     args = _arguments()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     source = facts_of(args.source) if args.source else {}
-    recipe = RECIPES[args.recipe]
-    if args.optimizer == "adam":
-        recipe = replace(recipe, optimizer="adam", lr=1e-3, lr_batch=None)
-    if args.lr is not None:
-        recipe = replace(recipe, lr=args.lr, lr_batch=None)
-    data = load(args.data, args.size)
+    data, recipe = load(args.data, args.size), _recipe(args)
     parts = parted(data, recipe, args)
+    recipe = replace(recipe, batch=args.batch_size or batch_size(recipe, len(parts.training)))
     name = args.model or source.get("model", "resnet20")
     model = network(name, len(data.train.classes), args.seed)
     if args.source and take_over(model, args.source, new_head=args.part == "head"):
         _note(f"the head is new, for {len(data.train.classes)} classes")
+    if source.get("data") == data.name and source.get("parts") != parts.how:
+        _note(f"{args.source} learnt from other parts of this data: {source.get('parts')}")
     # Taken-over weights expect what they were trained with, BatchNorm's statistics above all.
     preprocess = preprocess_of(source) or statistics(parts.training)
     out = args.out or Path(f"{data.name}_{name.rpartition(':')[2]}.safetensors")
@@ -112,8 +111,7 @@ def main() -> int:
         recipe,
         preprocess,
         validation=parts.validation,
-        epochs=args.epochs,
-        batch=args.batch_size,
+        batch=recipe.batch,
         mirror=args.flip,
         seed=args.seed,
         frozen=freeze(model, args.part),
@@ -134,9 +132,19 @@ def main() -> int:
     if kept:
         save(model, out, preprocess, facts)
         written = str(out)
-    shown = {**facts, "recipe": recipe.name, "seconds": round(seconds, 1), "weights": written}
+    shown = {**facts, "seconds": round(seconds, 1), "weights": written}
     print(json.dumps(shown))
     return 0
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    recipe = RECIPES[args.recipe]
+    if args.optimizer == "adam":
+        recipe = replace(recipe, optimizer="adam", lr=1e-3, lr_batch=None)
+    if args.lr is not None:
+        recipe = replace(recipe, lr=args.lr, lr_batch=None)
+    given = {"epochs": args.epochs, "mixup": args.mixup}
+    return replace(recipe, **{name: v for name, v in given.items() if v is not None})
 
 
 def _arguments() -> argparse.Namespace:
@@ -152,6 +160,7 @@ def _arguments() -> argparse.Namespace:
     add("--batch-size", type=int, help="default: the recipe's, or less for few pictures")
     add("--optimizer", choices=["sgd", "adam"], default="sgd", help="adam: at a rate of 0.001")
     add("--lr", type=float, help="learning rate, as it is for any batch size")
+    add("--mixup", type=float, metavar="ALPHA", help="0 mixes nothing: better in short trainings")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half; not digits by default")
     add("--validation", type=float, default=0.2, metavar="RATIO", help="share of the pictures")
     add("--folds", type=int, metavar="K", help="test on one of K parts instead of the data's own")
@@ -167,9 +176,10 @@ def _arguments() -> argparse.Namespace:
         parser.error("--fold needs --folds K")
     if args.part != "all" and args.source is None:
         parser.error(f"--train {args.part} needs --from: an untrained layer must not be frozen")
-    for name, least in (("epochs", 0), ("seed", 0), ("threads", 1), ("size", 8)):
+    bounds = {"epochs": 0, "batch_size": 2, "seed": 0, "mixup": 0, "threads": 1, "size": 8}
+    for name, least in bounds.items():
         if (given := getattr(args, name)) is not None and given < least:
-            parser.error(f"--{name} must be at least {least}, got {given}")
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {given}")
     return args
 
 

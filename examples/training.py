@@ -112,12 +112,12 @@ def train(
             loss.backward()
             steps.step()
             losses.append(loss.item())
-        if not np.isfinite(losses).all():
+        held = (np.nan, np.nan) if validation is None else evaluate(model, validation, preprocess)
+        if not np.isfinite(losses).all() or (validation is not None and np.isnan(held[1])):
             raise InputError(
                 f"the loss is not finite in epoch {epoch + 1} at a learning rate of {rate:g}; "
-                "give a lower --lr"
+                "give a lower one"
             )
-        held = (np.nan, np.nan) if validation is None else evaluate(model, validation, preprocess)
         if report is not None:
             report(Epoch(epoch + 1, rate, float(np.mean(losses)), held[1], held[0]))
         if stopping is not None and stopping.update(epoch, held[1], model):
