@@ -110,7 +110,7 @@ def linear_cases() -> Iterator[CompileCase]:
     yield CompileCase("avgpool-b256-fp16", global_avg_pool_launch(x, y))
 
 
-_CHAINS = {
+CHAINS = {
     "layer1.0": ChainShape(0, 56, 56, 64, 256, 64, projected=64),
     "layer1.1": ChainShape(0, 56, 56, 64, 256, 64),
     "layer1.2": ChainShape(0, 56, 56, 64, 256, 128),
@@ -127,36 +127,38 @@ def chain_cases(sm: int) -> Iterator[CompileCase]:
     """The boundaries of ResNet-50's first two stages and of Wide ResNet's; none below sm_90."""
     if sm < 90:
         return
-    for name, shape in _CHAINS.items():
-        yield _chain_case(name, replace(shape, n=256), torch.float16, sm)
+    for name, shape in CHAINS.items():
+        yield chain_case(name, replace(shape, n=256), torch.float16, sm)
     for name in ("layer1.1", "layer2.1"):
-        yield _chain_case(name, replace(_CHAINS[name], n=256), torch.bfloat16, sm)
+        yield chain_case(name, replace(CHAINS[name], n=256), torch.bfloat16, sm)
     for name in ("layer1.1", "layer2.0", "layer2.1"):
-        yield _chain_case(name, replace(_CHAINS[name], n=1), torch.float16, sm)
+        yield chain_case(name, replace(CHAINS[name], n=1), torch.float16, sm)
 
 
 @dataclass(frozen=True)
-class _Boxes:
+class Boxes:
+    """A convolution through the copy engine, and what stands in its epilogue."""
+
     shape: ConvShape  # of batch 0
     projection: Projection | None = None
     residual: bool = False
 
 
-def _boxes_of_stage(stage: int, mid: int, size: int, c: int, stride: int) -> dict[str, _Boxes]:
+def _boxes_of_stage(stage: int, mid: int, size: int, c: int, stride: int) -> dict[str, Boxes]:
     """The convolutions of one stage of ResNet-50 v1.5, without those that differ in depth only."""
     after, step = size // stride, (stride, stride)
     same, last = ((1, 1), (1, 1)), ConvShape(0, after, after, mid, 4 * mid, 1, 1)
     head = ConvShape(0, size, size, mid, mid, 3, 3, step, (1, 1))
-    boxes = {f"layer{stage}.0.conv2": _Boxes(head)} if stride > 1 else {}
+    boxes = {f"layer{stage}.0.conv2": Boxes(head)} if stride > 1 else {}
     return boxes | {
-        f"layer{stage}.0.conv3+downsample": _Boxes(last, Projection(c, step)),
-        f"layer{stage}.1.conv1": _Boxes(ConvShape(0, after, after, 4 * mid, mid, 1, 1)),
-        f"layer{stage}.1.conv2": _Boxes(ConvShape(0, after, after, mid, mid, 3, 3, *same)),
-        f"layer{stage}.1.conv3": _Boxes(last, residual=True),
+        f"layer{stage}.0.conv3+downsample": Boxes(last, Projection(c, step)),
+        f"layer{stage}.1.conv1": Boxes(ConvShape(0, after, after, 4 * mid, mid, 1, 1)),
+        f"layer{stage}.1.conv2": Boxes(ConvShape(0, after, after, mid, mid, 3, 3, *same)),
+        f"layer{stage}.1.conv3": Boxes(last, residual=True),
     }
 
 
-_BOXES = {
+BOXES = {
     **_boxes_of_stage(1, 64, 56, 64, 1),
     **_boxes_of_stage(2, 128, 56, 256, 2),
     **_boxes_of_stage(3, 256, 28, 512, 2),
@@ -169,11 +171,11 @@ def conv2d_tma_cases(sm: int) -> Iterator[CompileCase]:
     if sm < 90:
         return
     for n in (256, 1):
-        for name, boxes in _BOXES.items():
-            yield from _conv2d_tma_cases(name, boxes, n, torch.float16, sm)
+        for name, boxes in BOXES.items():
+            yield from boxes_cases(name, boxes, n, torch.float16, sm)
     for name in ("layer2.0.conv2", "layer2.1.conv3"):
         for dtype in (torch.bfloat16, torch.float32):
-            yield from _conv2d_tma_cases(name, _BOXES[name], 256, dtype, sm)
+            yield from boxes_cases(name, BOXES[name], 256, dtype, sm)
 
 
 def layout_cases() -> Iterator[CompileCase]:
@@ -283,7 +285,7 @@ def conv2d_case(
     return CompileCase(f"{layer.name}-b{batch}-{kind}", launch)
 
 
-def _chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> CompileCase:
+def chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> CompileCase:
     n, p, q, step = shape.n, shape.p, shape.q, shape.shortcut_stride
     launch = chain_launch(
         meta(n, shape.h, shape.w, shape.mid, dtype=dtype),
@@ -302,8 +304,8 @@ def _chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> Co
     return CompileCase(f"{name}.chain-b{n}-{TYPES[dtype]}", launch)
 
 
-def _conv2d_tma_cases(
-    name: str, boxes: _Boxes, n: int, dtype: torch.dtype, sm: int
+def boxes_cases(
+    name: str, boxes: Boxes, n: int, dtype: torch.dtype, sm: int
 ) -> Iterator[CompileCase]:
     """One case, and one for the sum of the parts where the depth is split."""
     shape, projection, target = replace(boxes.shape, n=n), boxes.projection, Target.typical(sm)
@@ -312,6 +314,12 @@ def _conv2d_tma_cases(
         step, depth = projection.stride[0], depth + projection.channels
         x2 = meta(n, step * shape.p, step * shape.q, projection.channels, dtype=dtype)
     tile = choose_box_tile(shape, dtype.itemsize, target, projection)
+    scales: dict[str, Any] = {"scale": meta(shape.k, dtype=torch.float32), "out_scale": 9.5}
+    if boxes.residual:
+        scales["residual_scale"] = 0.125
+    if projection is not None:
+        scales["scale2"] = meta(shape.k, dtype=torch.float32)
+    sums = torch.int32 if dtype == torch.int8 else torch.float32
     launches = conv2d_tma_launches(
         meta(n, shape.h, shape.w, shape.c, dtype=dtype),
         meta(shape.k, depth, dtype=dtype),
@@ -324,8 +332,9 @@ def _conv2d_tma_cases(
         stride2=(1, 1) if projection is None else projection.stride,
         activation="relu",
         tile=tile,
-        workspace=meta(workspace_bytes(shape, tile) // 4, dtype=torch.float32),
+        workspace=meta(workspace_bytes(shape, tile) // 4, dtype=sums),
         allow_tf32=dtype == torch.float32,
+        **(scales if is_bytes(dtype) else {}),
     )
     kind = "tf32" if dtype == torch.float32 else TYPES[dtype]
     for launch, part in zip(launches, ("", ".sum"), strict=False):

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 import torch
 
 from fastres.kernels.aot_table import (
+    BOXES,
     CLASSIFIER,
     CONV_1X1,
     CONV_3X3,
     LAYERS,
     STEM,
     CompileCase,
+    boxes_cases,
     conv2d_case,
     print_table,
 )
@@ -26,6 +28,7 @@ INT8, FP8, HALF = torch.int8, torch.float8_e4m3fn, torch.float16
 def byte_cases(sm: int) -> Iterator[CompileCase]:
     """Every family's cases for one target: int8, and fp8 where the target has it."""
     yield from conv2d_cases(sm)
+    yield from conv2d_tma_cases(sm)
 
 
 def conv2d_cases(sm: int) -> Iterator[CompileCase]:
@@ -40,6 +43,16 @@ def conv2d_cases(sm: int) -> Iterator[CompileCase]:
             yield conv2d_case(layer, 256, FP8, target)
     for batch in (256, 1):
         yield conv2d_case(CLASSIFIER, batch, INT8, target, out_dtype=HALF)
+
+
+def conv2d_tma_cases(sm: int) -> Iterator[CompileCase]:
+    """ResNet-50's convolutions after the stem at batch 256 and 1; none below sm_90."""
+    if sm < 90:
+        return
+    for name, boxes in BOXES.items():
+        for n in (256, 1):
+            yield from boxes_cases(name, boxes, n, INT8, sm)
+        yield from boxes_cases(name, boxes, 256, FP8, sm)
 
 
 def main() -> None:

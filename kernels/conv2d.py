@@ -288,7 +288,7 @@ def conv2d_launch(
         tile = choose_conv_tile(shape.gemm, x.element_size(), target, tensor_cores=tensor_cores)
     elif tile.block_k < least_depth(x.element_size()):
         raise ValueError(f"tile {tile} has a depth of {tile.block_k}, expected 32 for {x.dtype}")
-    epilogue = epilogue_arguments(x, shape.k, scale, residual, residual_scale, out_scale)
+    epilogue = epilogue_arguments(x.dtype, x, shape.k, scale, residual, residual_scale, out_scale)
     return Launch(
         kernel=_conv2d_kernel,
         programs=tile.programs(shape.gemm),

@@ -46,8 +46,8 @@ class _Architecture:
 # card of the kind (sm_90: what large matrix products and copies are reported to reach, not the
 # peak; of 8-bit products the same share of the 1,979e12 on the data sheet), divided by its SMs
 # (A100, A10, L40S, H200, B200, RTX 5090 in this order); the L2 rates are guesses, 1.6 to 5 times
-# the device memory. On sm_100 the 8-bit rate is fp8's: int8 takes an older instruction there whose
-# rate is not published. They rank tiles and predict no times.
+# the device memory. On sm_100 the 8-bit rate is fp8's: for int8, Triton 3.6 takes an older
+# instruction there. They rank tiles and predict no times.
 _ARCHITECTURES = {
     80: _Architecture(166_912, 312e12 / 108, 624e12 / 108, 2.0e12 / 108, 5.0e12 / 108),
     86: _Architecture(101_376, 125e12 / 72, 250e12 / 72, 0.6e12 / 72, 2.0e12 / 72),

@@ -70,6 +70,7 @@ def factor(name: str, value: float) -> float | None:
 
 
 def epilogue_arguments(
+    dtype: torch.dtype,
     x: torch.Tensor,
     k: int,
     scale: torch.Tensor | None,
@@ -80,23 +81,24 @@ def epilogue_arguments(
     """The arguments `scale_ptr`, `residual_scale` and `out_scale` of a kernel, None where absent.
 
     Args:
-        x: the operand whose dtype says whether there are scales.
+        dtype: of the products' operands, which says whether there are scales.
+        x: the tensor whose device they share.
         k: output channels.
         scale: [K] fp32, contiguous; goes with 8-bit operands.
 
     Raises:
         ValueError: scales that are missing, not wanted, or not positive.
     """
-    if not is_bytes(x.dtype):
+    if not is_bytes(dtype):
         given = scale is not None or residual_scale != 1.0 or out_scale != 1.0
         if given:
             raise ValueError(
-                f"scale, residual_scale or out_scale is given for {x.dtype}; they are for 8-bit "
+                f"scale, residual_scale or out_scale is given for {dtype}; they are for 8-bit "
                 f"operands, one of {BYTE_DTYPES}"
             )
         return {"scale_ptr": None, "residual_scale": None, "out_scale": None}
     if scale is None:
-        raise ValueError(f"scale is missing, expected [{k}] fp32 for operands of {x.dtype}")
+        raise ValueError(f"scale is missing, expected [{k}] fp32 for operands of {dtype}")
     check_like("scale", scale, (k,), x, [torch.float32])
     if residual is None and residual_scale != 1.0:
         raise ValueError(f"residual_scale is {residual_scale} with no residual")

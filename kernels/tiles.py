@@ -100,8 +100,8 @@ def is_valid(tile: ConvTile, itemsize: int, tensor_cores: bool, target: Target) 
     if 90 <= target.sm < 120 and (tile.block_m < 64 or tile.num_warps < 4):
         return False  # four warps take 64 rows together; less falls back to sm_80's HMMA
     # older matrix instructions take their operands from registers: with four warps, 64 results a
-    # thread and a residual spilled on sm_86
-    operands_in_shared_memory = 90 <= target.sm < (120 if itemsize > 1 else 100)  # int8 on sm_100
+    # thread and a residual spilled on sm_86; Triton may take them for int8 on sm_100 as well
+    operands_in_shared_memory = 90 <= target.sm < (120 if itemsize > 1 else 100)
     wide = operands_in_shared_memory or tile.num_warps >= 8
     return tile.accumulators() <= (64 if wide else 32)
 
