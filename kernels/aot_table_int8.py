@@ -5,9 +5,11 @@
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from fastres.kernels.aot import TYPES
 from fastres.kernels.aot_table import (
     BOXES,
     CLASSIFIER,
@@ -18,9 +20,15 @@ from fastres.kernels.aot_table import (
     CompileCase,
     boxes_cases,
     conv2d_case,
+    meta,
     print_table,
 )
 from fastres.kernels.cost import Target
+from fastres.kernels.folding import packed_shape
+from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
+from fastres.kernels.space_to_depth import space_to_depth_launch
+from fastres.kernels.stem import stem_launch
+from fastres.kernels.stem_pool import stem_pool_launch
 
 INT8, FP8, HALF = torch.int8, torch.float8_e4m3fn, torch.float16
 
@@ -29,6 +37,8 @@ def byte_cases(sm: int) -> Iterator[CompileCase]:
     """Every family's cases for one target: int8, and fp8 where the target has it."""
     yield from conv2d_cases(sm)
     yield from conv2d_tma_cases(sm)
+    yield from layout_cases()
+    yield from stem_cases(sm)
 
 
 def conv2d_cases(sm: int) -> Iterator[CompileCase]:
@@ -53,6 +63,36 @@ def conv2d_tma_cases(sm: int) -> Iterator[CompileCase]:
         for n in (256, 1):
             yield from boxes_cases(name, boxes, n, INT8, sm)
         yield from boxes_cases(name, boxes, 256, FP8, sm)
+
+
+def layout_cases() -> Iterator[CompileCase]:
+    """Pictures of bytes on their way in, and int8 maps both ways."""
+    rgb = meta(256, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    normalise = meta(2, 3, dtype=torch.float32)
+    packed = meta(*packed_shape(256, 224, 224), dtype=INT8)
+    launch = space_to_depth_launch(rgb, packed, normalise=normalise, out_scale=48.5)
+    yield CompileCase("conv1.fold-bytes-b256-i8", launch)
+    floats = meta(256, 64, 56, 56, dtype=torch.float32)
+    nhwc = meta(256, 56, 56, 64, dtype=INT8)
+    yield CompileCase("map.to_nhwc-b256-i8", to_nhwc_launch(floats, nhwc, out_scale=48.5))
+    yield CompileCase("map.to_nchw-b256-i8", to_nchw_launch(nhwc, floats, scale=0.02))
+
+
+def stem_cases(sm: int) -> Iterator[CompileCase]:
+    """The folded stem, with its pool and without, at batch 256 and 1."""
+    target = Target.typical(sm)
+    scales: dict[str, Any] = {"scale": meta(64, dtype=torch.float32), "out_scale": 48.5}
+    for dtype, n in ((INT8, 256), (INT8, 1), (FP8, 256)):
+        if dtype == FP8 and sm < 89:
+            continue
+        packed = meta(*packed_shape(n, 224, 224), dtype=dtype)
+        weight, bias = meta(64, 256, dtype=dtype), meta(64, dtype=torch.float32)
+        out = meta(n, 112, 112, 64, dtype=dtype)
+        launch = stem_launch(packed, weight, bias, out, target=target, **scales)
+        yield CompileCase(f"conv1.folded-b{n}-{TYPES[dtype]}", launch)
+        pooled = meta(n, 56, 56, 64, dtype=dtype)
+        launch = stem_pool_launch(packed, weight, bias, pooled, **scales)
+        yield CompileCase(f"conv1.folded+maxpool-b{n}-{TYPES[dtype]}", launch)
 
 
 def main() -> None:

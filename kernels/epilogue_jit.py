@@ -53,11 +53,24 @@ def apply_epilogue(
 
 
 @triton.jit
-def round_to(v, DTYPE: tl.constexpr):
-    """An fp32 tile in the type it is stored in; 8-bit ones saturate, int8 rounds half to even."""
+def saturate(v, DTYPE: tl.constexpr):
+    """An fp32 tile within the range of an 8-bit DTYPE, for int8 rounded half to even."""
     if DTYPE == tl.int8:
         v = tl.minimum(tl.maximum(v, -128.0), 127.0)
         v = (v + 12582912.0) - 12582912.0  # 1.5 * 2**23, whose neighbours are 1 apart
     elif DTYPE == tl.float8e4nv:
         v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))  # NaN stays
-    return v.to(DTYPE)
+    return v
+
+
+@triton.jit
+def round_to(v, DTYPE: tl.constexpr):
+    """An fp32 tile in the type it is stored in; 8-bit ones saturate, int8 rounds half to even."""
+    return saturate(v, DTYPE).to(DTYPE)
+
+
+@triton.jit
+def lowest(DTYPE: tl.constexpr):
+    """What loses against every value of the type: the padding of a max pool."""
+    BYTES: tl.constexpr = -128.0 if DTYPE == tl.int8 else -448.0
+    return BYTES if DTYPE.primitive_bitwidth == 8 else float("-inf")
