@@ -24,8 +24,12 @@ from fastres.kernels.aot_table import (
     print_table,
 )
 from fastres.kernels.cost import Target
+from fastres.kernels.elementwise import elementwise_launch
 from fastres.kernels.folding import packed_shape
+from fastres.kernels.geometry import PoolShape
 from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
+from fastres.kernels.linear import global_avg_pool_launch
+from fastres.kernels.pool import max_pool_launch
 from fastres.kernels.space_to_depth import space_to_depth_launch
 from fastres.kernels.stem import stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
@@ -39,6 +43,7 @@ def byte_cases(sm: int) -> Iterator[CompileCase]:
     yield from conv2d_tma_cases(sm)
     yield from layout_cases()
     yield from stem_cases(sm)
+    yield from head_cases()
 
 
 def conv2d_cases(sm: int) -> Iterator[CompileCase]:
@@ -93,6 +98,21 @@ def stem_cases(sm: int) -> Iterator[CompileCase]:
         pooled = meta(n, 56, 56, 64, dtype=dtype)
         launch = stem_pool_launch(packed, weight, bias, pooled, **scales)
         yield CompileCase(f"conv1.folded+maxpool-b{n}-{TYPES[dtype]}", launch)
+
+
+def head_cases() -> Iterator[CompileCase]:
+    """Pools, and a sum of int8 maps each with a scale of its own."""
+    shape = PoolShape(256, 112, 112, 64, (3, 3), (2, 2), (1, 1))
+    x, y = meta(256, 112, 112, 64, dtype=INT8), meta(256, 56, 56, 64, dtype=INT8)
+    yield CompileCase("maxpool-b256-i8", max_pool_launch(x, y, shape=shape))
+    x = meta(256, 7, 7, 2048, dtype=INT8)
+    for dtype in (INT8, torch.float32):
+        launch = global_avg_pool_launch(x, meta(256, 2048, dtype=dtype), scale=0.02)
+        yield CompileCase(f"avgpool-b256-i8-to-{TYPES[dtype]}", launch)
+    x, r, y = (meta(256, 56, 56, 256, dtype=INT8) for _ in range(3))
+    factors: dict[str, Any] = {"x_scale": 0.02, "residual_scale": 0.03, "out_scale": 48.5}
+    launch = elementwise_launch(x, y, residual=r, activation="relu", **factors)
+    yield CompileCase("add_relu-b256-i8", launch)
 
 
 def main() -> None:
