@@ -28,6 +28,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.int32: "i32",
     torch.float8_e4m3fn: "fp8e4nv",
 }
 _REGISTERS = re.compile(r"\bREG:(\d+)")

@@ -4,8 +4,9 @@
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from fastres.kernels.launch import Launch
 from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import avg_pool_launch, max_pool_launch
+from fastres.kernels.quantised import is_bytes
 from fastres.kernels.space_to_depth import space_to_depth_launch
 from fastres.kernels.stem import stem_box_tile, stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
@@ -43,7 +45,9 @@ class CompileCase:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
+    """A layer of a network, and what stands in its epilogue."""
+
     name: str
     size: int  # input height and width
     c: int
@@ -55,58 +59,58 @@ class _Layer:
     activation: ActivationKind | None = "relu"
 
 
-_STEM = _Layer("conv1", 224, 3, 64, taps=7, stride=2)
-_CONV_3X3 = _Layer("layer1.0.conv2", 56, 64, 64, taps=3)
-_CONV_1X1 = _Layer("layer4.1.conv3", 7, 512, 2048, residual=True)
-_CLASSIFIER = _Layer("fc", 1, 2048, 1000, activation=None)
-_LAYERS = (
-    _STEM,
-    _CONV_3X3,
-    _Layer("layer1.0.conv3", 56, 64, 256, residual=True),
-    _Layer("layer2.0.conv2", 56, 128, 128, taps=3, stride=2),
-    _Layer("layer2.0.downsample.0", 56, 256, 512, stride=2, activation=None),
-    _Layer("layer3.1.conv1", 14, 1024, 256),
-    _Layer("layer4.1.conv2", 7, 512, 512, taps=3),
-    _CONV_1X1,
-    _Layer("resnext.layer1.0.conv2", 56, 128, 128, taps=3, groups=32),
-    _CLASSIFIER,
+STEM = Layer("conv1", 224, 3, 64, taps=7, stride=2)
+CONV_3X3 = Layer("layer1.0.conv2", 56, 64, 64, taps=3)
+CONV_1X1 = Layer("layer4.1.conv3", 7, 512, 2048, residual=True)
+CLASSIFIER = Layer("fc", 1, 2048, 1000, activation=None)
+LAYERS = (
+    STEM,
+    CONV_3X3,
+    Layer("layer1.0.conv3", 56, 64, 256, residual=True),
+    Layer("layer2.0.conv2", 56, 128, 128, taps=3, stride=2),
+    Layer("layer2.0.downsample.0", 56, 256, 512, stride=2, activation=None),
+    Layer("layer3.1.conv1", 14, 1024, 256),
+    Layer("layer4.1.conv2", 7, 512, 512, taps=3),
+    CONV_1X1,
+    Layer("resnext.layer1.0.conv2", 56, 128, 128, taps=3, groups=32),
+    CLASSIFIER,
 )
 
 
 def conv2d_cases(sm: int) -> Iterator[CompileCase]:
     """ResNet-50's kinds of convolution, ResNeXt's and the classifier, at batch 256 and 1."""
     target = Target.typical(sm)
-    for layer in _LAYERS:
-        yield _conv2d_case(layer, 256, torch.float16, target)
-    for layer in (_CONV_3X3, _CONV_1X1):
-        yield _conv2d_case(layer, 256, torch.bfloat16, target)
-    for layer in (_CONV_3X3, _CONV_1X1, _CLASSIFIER):
-        yield _conv2d_case(layer, 1, torch.float16, target)
+    for layer in LAYERS:
+        yield conv2d_case(layer, 256, torch.float16, target)
+    for layer in (CONV_3X3, CONV_1X1):
+        yield conv2d_case(layer, 256, torch.bfloat16, target)
+    for layer in (CONV_3X3, CONV_1X1, CLASSIFIER):
+        yield conv2d_case(layer, 1, torch.float16, target)
     for allow_tf32 in (False, True):
-        yield _conv2d_case(_CONV_3X3, 256, torch.float32, target, allow_tf32)
+        yield conv2d_case(CONV_3X3, 256, torch.float32, target, allow_tf32)
 
 
 def pool_cases() -> Iterator[CompileCase]:
     """ResNet's only max pool, and the average pool of a ResNet-D shortcut."""
     shape = PoolShape(256, 112, 112, 64, (3, 3), (2, 2), (1, 1))
     for dtype in (torch.float16, torch.bfloat16):
-        x, y = _meta(256, 112, 112, 64, dtype=dtype), _meta(256, 56, 56, 64, dtype=dtype)
+        x, y = meta(256, 112, 112, 64, dtype=dtype), meta(256, 56, 56, 64, dtype=dtype)
         yield CompileCase(f"maxpool-b256-{TYPES[dtype]}", max_pool_launch(x, y, shape=shape))
     shape = PoolShape(256, 56, 56, 256, (2, 2), (2, 2))
     x, y = (
-        _meta(256, 56, 56, 256, dtype=torch.float16),
-        _meta(256, 28, 28, 256, dtype=torch.float16),
+        meta(256, 56, 56, 256, dtype=torch.float16),
+        meta(256, 28, 28, 256, dtype=torch.float16),
     )
     yield CompileCase("resnet-d.avgpool-b256-fp16", avg_pool_launch(x, y, shape=shape))
 
 
 def linear_cases() -> Iterator[CompileCase]:
     """ResNet-50's global average pool; its classifier is among `conv2d_cases`."""
-    x, y = _meta(256, 7, 7, 2048, dtype=torch.float16), _meta(256, 2048, dtype=torch.float16)
+    x, y = meta(256, 7, 7, 2048, dtype=torch.float16), meta(256, 2048, dtype=torch.float16)
     yield CompileCase("avgpool-b256-fp16", global_avg_pool_launch(x, y))
 
 
-_CHAINS = {
+CHAINS = {
     "layer1.0": ChainShape(0, 56, 56, 64, 256, 64, projected=64),
     "layer1.1": ChainShape(0, 56, 56, 64, 256, 64),
     "layer1.2": ChainShape(0, 56, 56, 64, 256, 128),
@@ -123,36 +127,38 @@ def chain_cases(sm: int) -> Iterator[CompileCase]:
     """The boundaries of ResNet-50's first two stages and of Wide ResNet's; none below sm_90."""
     if sm < 90:
         return
-    for name, shape in _CHAINS.items():
-        yield _chain_case(name, replace(shape, n=256), torch.float16, sm)
+    for name, shape in CHAINS.items():
+        yield chain_case(name, replace(shape, n=256), torch.float16, sm)
     for name in ("layer1.1", "layer2.1"):
-        yield _chain_case(name, replace(_CHAINS[name], n=256), torch.bfloat16, sm)
+        yield chain_case(name, replace(CHAINS[name], n=256), torch.bfloat16, sm)
     for name in ("layer1.1", "layer2.0", "layer2.1"):
-        yield _chain_case(name, replace(_CHAINS[name], n=1), torch.float16, sm)
+        yield chain_case(name, replace(CHAINS[name], n=1), torch.float16, sm)
 
 
 @dataclass(frozen=True)
-class _Boxes:
+class Boxes:
+    """A convolution through the copy engine, and what stands in its epilogue."""
+
     shape: ConvShape  # of batch 0
     projection: Projection | None = None
     residual: bool = False
 
 
-def _boxes_of_stage(stage: int, mid: int, size: int, c: int, stride: int) -> dict[str, _Boxes]:
+def _boxes_of_stage(stage: int, mid: int, size: int, c: int, stride: int) -> dict[str, Boxes]:
     """The convolutions of one stage of ResNet-50 v1.5, without those that differ in depth only."""
     after, step = size // stride, (stride, stride)
     same, last = ((1, 1), (1, 1)), ConvShape(0, after, after, mid, 4 * mid, 1, 1)
     head = ConvShape(0, size, size, mid, mid, 3, 3, step, (1, 1))
-    boxes = {f"layer{stage}.0.conv2": _Boxes(head)} if stride > 1 else {}
+    boxes = {f"layer{stage}.0.conv2": Boxes(head)} if stride > 1 else {}
     return boxes | {
-        f"layer{stage}.0.conv3+downsample": _Boxes(last, Projection(c, step)),
-        f"layer{stage}.1.conv1": _Boxes(ConvShape(0, after, after, 4 * mid, mid, 1, 1)),
-        f"layer{stage}.1.conv2": _Boxes(ConvShape(0, after, after, mid, mid, 3, 3, *same)),
-        f"layer{stage}.1.conv3": _Boxes(last, residual=True),
+        f"layer{stage}.0.conv3+downsample": Boxes(last, Projection(c, step)),
+        f"layer{stage}.1.conv1": Boxes(ConvShape(0, after, after, 4 * mid, mid, 1, 1)),
+        f"layer{stage}.1.conv2": Boxes(ConvShape(0, after, after, mid, mid, 3, 3, *same)),
+        f"layer{stage}.1.conv3": Boxes(last, residual=True),
     }
 
 
-_BOXES = {
+BOXES = {
     **_boxes_of_stage(1, 64, 56, 64, 1),
     **_boxes_of_stage(2, 128, 56, 256, 2),
     **_boxes_of_stage(3, 256, 28, 512, 2),
@@ -165,23 +171,23 @@ def conv2d_tma_cases(sm: int) -> Iterator[CompileCase]:
     if sm < 90:
         return
     for n in (256, 1):
-        for name, boxes in _BOXES.items():
-            yield from _conv2d_tma_cases(name, boxes, n, torch.float16, sm)
+        for name, boxes in BOXES.items():
+            yield from boxes_cases(name, boxes, n, torch.float16, sm)
     for name in ("layer2.0.conv2", "layer2.1.conv3"):
         for dtype in (torch.bfloat16, torch.float32):
-            yield from _conv2d_tma_cases(name, _BOXES[name], 256, dtype, sm)
+            yield from boxes_cases(name, BOXES[name], 256, dtype, sm)
 
 
 def layout_cases() -> Iterator[CompileCase]:
     """Pictures on their way in, and maps both ways."""
     half = torch.float16
-    picture, y = _meta(256, 3, 224, 224, dtype=torch.float32), _meta(256, 224, 224, 3, dtype=half)
+    picture, y = meta(256, 3, 224, 224, dtype=torch.float32), meta(256, 224, 224, 3, dtype=half)
     yield CompileCase("picture.to_nhwc-b256-fp16", to_nhwc_launch(picture, y))
-    rgb = _meta(256, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    normalise = _meta(2, 3, dtype=torch.float32)
+    rgb = meta(256, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    normalise = meta(2, 3, dtype=torch.float32)
     launch = to_nhwc_launch(rgb, y, normalise=normalise)
     yield CompileCase("bytes.to_nhwc-b256-fp16", launch)
-    nchw, nhwc = _meta(256, 64, 56, 56, dtype=half), _meta(256, 56, 56, 64, dtype=half)
+    nchw, nhwc = meta(256, 64, 56, 56, dtype=half), meta(256, 56, 56, 64, dtype=half)
     yield CompileCase("map.to_nhwc-b256-fp16", to_nhwc_launch(nchw, nhwc))
     yield CompileCase("map.to_nchw-b256-fp16", to_nchw_launch(nhwc, nchw))
 
@@ -190,18 +196,18 @@ def stem_cases(sm: int) -> Iterator[CompileCase]:
     """The ImageNet stem over folded pixels, with its pool and without, at batch 256 and 1."""
     half, target = torch.float16, Target.typical(sm)
     for n in (256, 1):
-        packed = _meta(*packed_shape(n, 224, 224), dtype=half)
-        launch = space_to_depth_launch(_meta(n, 3, 224, 224, dtype=torch.float32), packed)
+        packed = meta(*packed_shape(n, 224, 224), dtype=half)
+        launch = space_to_depth_launch(meta(n, 3, 224, 224, dtype=torch.float32), packed)
         yield CompileCase(f"conv1.fold-b{n}-fp16", launch)
-        rgb = _meta(n, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        normalise = _meta(2, 3, dtype=torch.float32)
+        rgb = meta(n, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        normalise = meta(2, 3, dtype=torch.float32)
         launch = space_to_depth_launch(rgb, packed, normalise=normalise)
         yield CompileCase(f"conv1.fold-bytes-b{n}-fp16", launch)
-        weight, bias = _meta(64, 256, dtype=half), _meta(64, dtype=torch.float32)
-        out = _meta(n, 112, 112, 64, dtype=half)
+        weight, bias = meta(64, 256, dtype=half), meta(64, dtype=torch.float32)
+        out = meta(n, 112, 112, 64, dtype=half)
         launch = stem_launch(packed, weight, bias, out, target=target)
         yield CompileCase(f"conv1.folded-b{n}-fp16", launch)
-        launch = stem_pool_launch(packed, weight, bias, _meta(n, 56, 56, 64, dtype=half))
+        launch = stem_pool_launch(packed, weight, bias, meta(n, 56, 56, 64, dtype=half))
         yield CompileCase(f"conv1.folded+maxpool-b{n}-fp16", launch)
         if sm >= 90:
             box = stem_box_tile(n, 112, 112, 64, half.itemsize, target)
@@ -212,14 +218,14 @@ def stem_cases(sm: int) -> Iterator[CompileCase]:
 def elementwise_cases() -> Iterator[CompileCase]:
     """What a plan may not be able to fold: a sum, a BatchNorm, and squeeze-and-excitation."""
     half = torch.float16
-    x, r, y = (_meta(256, 56, 56, 256, dtype=half) for _ in range(3))
+    x, r, y = (meta(256, 56, 56, 256, dtype=half) for _ in range(3))
     launch = elementwise_launch(x, y, residual=r, activation="relu")
     yield CompileCase("add_relu-b256-fp16", launch)
-    scale, shift = _meta(256, dtype=torch.float32), _meta(256, dtype=torch.float32)
+    scale, shift = meta(256, dtype=torch.float32), meta(256, dtype=torch.float32)
     launch = elementwise_launch(x, y, scale=scale, shift=shift, activation="relu")
     yield CompileCase("batch_norm-b256-fp16", launch)
     launch = elementwise_launch(
-        x, y, scale=_meta(256, 256, dtype=half), residual=r, activation="relu"
+        x, y, scale=meta(256, 256, dtype=half), residual=r, activation="relu"
     )
     yield CompileCase("squeeze_excite-b256-fp16", launch)
 
@@ -236,9 +242,18 @@ def all_cases(sm: int) -> Iterator[CompileCase]:
     yield from conv2d_tma_cases(sm)
 
 
-def _conv2d_case(
-    layer: _Layer, batch: int, dtype: torch.dtype, target: Target, allow_tf32: bool = False
+def conv2d_case(
+    layer: Layer,
+    batch: int,
+    dtype: torch.dtype,
+    target: Target,
+    allow_tf32: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> CompileCase:
+    """A layer over pointers; `out_dtype` is dtype when None."""
+    scales: dict[str, Any] = {"scale": meta(layer.k, dtype=torch.float32), "out_scale": 9.5}
+    if layer.residual:
+        scales["residual_scale"] = 0.125
     stride, padding = (layer.stride, layer.stride), (layer.taps // 2, layer.taps // 2)
     shape = ConvShape(
         n=batch,
@@ -254,70 +269,80 @@ def _conv2d_case(
     )
     y_sizes = (batch, shape.p, shape.q, layer.k)
     launch = conv2d_launch(
-        _meta(batch, layer.size, layer.size, layer.c, dtype=dtype),
-        _meta(layer.k, layer.taps, layer.taps, layer.c // layer.groups, dtype=dtype),
-        _meta(layer.k, dtype=torch.float32),
-        _meta(*y_sizes, dtype=dtype) if layer.residual else None,
-        _meta(*y_sizes, dtype=dtype),
+        meta(batch, layer.size, layer.size, layer.c, dtype=dtype),
+        meta(layer.k, layer.taps, layer.taps, layer.c // layer.groups, dtype=dtype),
+        meta(layer.k, dtype=torch.float32),
+        meta(*y_sizes, dtype=dtype) if layer.residual else None,
+        meta(*y_sizes, dtype=out_dtype or dtype),
         shape=shape,
         activation=layer.activation,
         allow_tf32=allow_tf32,
         target=target,
+        **(scales if is_bytes(dtype) else {}),
     )
     kind = "tf32" if allow_tf32 else TYPES[dtype]
+    kind += "" if out_dtype is None else f"-to-{TYPES[out_dtype]}"
     return CompileCase(f"{layer.name}-b{batch}-{kind}", launch)
 
 
-def _chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> CompileCase:
+def chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> CompileCase:
     n, p, q, step = shape.n, shape.p, shape.q, shape.shortcut_stride
     launch = chain_launch(
-        _meta(n, shape.h, shape.w, shape.mid, dtype=dtype),
-        _meta(shape.mid, 3, 3, shape.mid, dtype=dtype),
-        _meta(shape.ko, 1, 1, shape.mid + shape.projected, dtype=dtype),
-        _meta(n, step * p, step * q, shape.projected or shape.ko, dtype=dtype),
-        _meta(shape.next_mid, 1, 1, shape.ko, dtype=dtype) if shape.next_mid else None,
-        _meta(shape.mid, dtype=torch.float32),
-        _meta(shape.ko, dtype=torch.float32),
-        _meta(shape.next_mid, dtype=torch.float32) if shape.next_mid else None,
-        _meta(n, p, q, shape.ko, dtype=dtype),
-        _meta(n, p, q, shape.next_mid, dtype=dtype) if shape.next_mid else None,
+        meta(n, shape.h, shape.w, shape.mid, dtype=dtype),
+        meta(shape.mid, 3, 3, shape.mid, dtype=dtype),
+        meta(shape.ko, 1, 1, shape.mid + shape.projected, dtype=dtype),
+        meta(n, step * p, step * q, shape.projected or shape.ko, dtype=dtype),
+        meta(shape.next_mid, 1, 1, shape.ko, dtype=dtype) if shape.next_mid else None,
+        meta(shape.mid, dtype=torch.float32),
+        meta(shape.ko, dtype=torch.float32),
+        meta(shape.next_mid, dtype=torch.float32) if shape.next_mid else None,
+        meta(n, p, q, shape.ko, dtype=dtype),
+        meta(n, p, q, shape.next_mid, dtype=dtype) if shape.next_mid else None,
         shape=shape,
         target=Target.typical(sm),
     )
     return CompileCase(f"{name}.chain-b{n}-{TYPES[dtype]}", launch)
 
 
-def _conv2d_tma_cases(
-    name: str, boxes: _Boxes, n: int, dtype: torch.dtype, sm: int
+def boxes_cases(
+    name: str, boxes: Boxes, n: int, dtype: torch.dtype, sm: int
 ) -> Iterator[CompileCase]:
     """One case, and one for the sum of the parts where the depth is split."""
     shape, projection, target = replace(boxes.shape, n=n), boxes.projection, Target.typical(sm)
     y_sizes, depth, x2 = (n, shape.p, shape.q, shape.k), shape.r * shape.s * shape.c, None
     if projection is not None:
         step, depth = projection.stride[0], depth + projection.channels
-        x2 = _meta(n, step * shape.p, step * shape.q, projection.channels, dtype=dtype)
+        x2 = meta(n, step * shape.p, step * shape.q, projection.channels, dtype=dtype)
     tile = choose_box_tile(shape, dtype.itemsize, target, projection)
+    scales: dict[str, Any] = {"scale": meta(shape.k, dtype=torch.float32), "out_scale": 9.5}
+    if boxes.residual:
+        scales["residual_scale"] = 0.125
+    if projection is not None:
+        scales["scale2"] = meta(shape.k, dtype=torch.float32)
+    sums = torch.int32 if dtype == torch.int8 else torch.float32
     launches = conv2d_tma_launches(
-        _meta(n, shape.h, shape.w, shape.c, dtype=dtype),
-        _meta(shape.k, depth, dtype=dtype),
-        _meta(shape.k, dtype=torch.float32),
-        _meta(*y_sizes, dtype=dtype) if boxes.residual else None,
-        _meta(*y_sizes, dtype=dtype),
+        meta(n, shape.h, shape.w, shape.c, dtype=dtype),
+        meta(shape.k, depth, dtype=dtype),
+        meta(shape.k, dtype=torch.float32),
+        meta(*y_sizes, dtype=dtype) if boxes.residual else None,
+        meta(*y_sizes, dtype=dtype),
         shape=shape,
         target=target,
         x2=x2,
         stride2=(1, 1) if projection is None else projection.stride,
         activation="relu",
         tile=tile,
-        workspace=_meta(workspace_bytes(shape, tile) // 4, dtype=torch.float32),
+        workspace=meta(workspace_bytes(shape, tile) // 4, dtype=sums),
         allow_tf32=dtype == torch.float32,
+        **(scales if is_bytes(dtype) else {}),
     )
     kind = "tf32" if dtype == torch.float32 else TYPES[dtype]
     for launch, part in zip(launches, ("", ".sum"), strict=False):
         yield CompileCase(f"{name}.boxes{part}-b{n}-{kind}", launch)
 
 
-def _meta(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+def meta(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without memory."""
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 
@@ -328,8 +353,13 @@ def main() -> None:
     )
     parser.add_argument("--sm", type=int, default=90, help="compute capability times ten")
     sm = parser.parse_args().sm
-    print(f"{'case':34} {'tile':16} regs spill  shared fits matrix instructions")
-    for case in all_cases(sm):
+    print_table(all_cases(sm), sm)
+
+
+def print_table(cases: Iterable[CompileCase], sm: int) -> None:
+    """One line for each case: what its machine code uses."""
+    print(f"{'case':38} {'tile':16} regs spill  shared fits matrix instructions")
+    for case in cases:
         facts = compile_launch(case.launch, sm)
         blocks = [
             str(n) for name, n in case.launch.constants.items() if name.startswith(("BLOCK", "BOX"))
@@ -337,7 +367,7 @@ def main() -> None:
         tile = f"{'x'.join(blocks)} w{case.launch.num_warps} s{case.launch.num_stages}"
         matrix = {name: n for name, n in facts.instructions.items() if MATRIX.match(name)}
         print(
-            f"{case.name:34} {tile:16} {facts.registers:4} {facts.spill_stores:5} "
+            f"{case.name:38} {tile:16} {facts.registers:4} {facts.spill_stores:5} "
             f"{facts.shared_bytes:7} {'yes' if fits(facts, sm) else 'NO':4} {matrix}"
         )
 

@@ -15,7 +15,9 @@ import torch
 
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, Pair
+from fastres.kernels.tiles import least_depth
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn)
 _LATENCY = 0.8e-6  # seconds from asking for a box to having it; a guess, as the two below
 _TILE_OVERHEAD = 1.35e-6  # seconds to fill the pipeline of one tile and to start its epilogue
 _SECOND_KERNEL = 2.0e-6  # seconds that the kernel which sums the parts of a split adds by itself
@@ -97,18 +99,24 @@ class BoxTile:
         return (self.pixels + self.block_n) * self.block_k * itemsize
 
     def result_bytes(self, itemsize: int) -> int:
-        """Bytes a tile stores: elements of the output, or fp32 of a part of it."""
+        """Bytes a tile stores: elements of the output, or 32 bits each of a part of it."""
         return self.pixels * self.block_n * (4 if self.split_k > 1 else itemsize)
 
-    def shared_bytes(self, itemsize: int) -> int:
-        """Upper bound of the shared memory: operands of every stage, the result on its way out."""
-        operands, result = self.num_stages * self.stage_bytes(itemsize), self.result_bytes(itemsize)
+    def shared_bytes(self, itemsize: int, result_itemsize: int | None = None) -> int:
+        """Upper bound of the shared memory: operands of every stage, the result on its way out.
+
+        Args:
+            result_itemsize: the larger of the output's and the residual's; as operands when None.
+        """
+        operands = self.num_stages * self.stage_bytes(itemsize)
+        result = self.result_bytes(result_itemsize or itemsize)
         # the result leaves while the next tile is under way; a residual takes the operands' place
         return max(operands, result) + result + _BARRIERS
 
-    def accumulators(self) -> int:
-        """fp32 registers a thread holds for the result."""
-        return self.pixels * self.block_n // (32 * self.num_warps)
+    def accumulators(self, itemsize: int = 2, projection: Projection | None = None) -> int:
+        """Registers a thread holds for the result; of 8 bits, a projection has a second sum."""
+        sums = 2 if itemsize == 1 and projection is not None else 1
+        return sums * self.pixels * self.block_n // (32 * self.num_warps)
 
     def boxes(self, walk: ConvShape) -> tuple[int, int, int]:
         """Boxes along images, rows and columns of the output, with `walk` from `walk_shape`."""
@@ -154,15 +162,18 @@ def refusal(
         return f"sm_{target.sm} has no copy engine for boxes, expected sm_90 or newer"
     if dtype == torch.float32 and not allow_tf32:
         return "fp32 in full precision does not run on tensor cores, expected allow_tf32"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype is {dtype}, expected fp16, bf16 or fp32"
+    if dtype not in _DTYPES:
+        return f"dtype is {dtype}, expected fp16, bf16, fp32, int8 or fp8 e4m3"
     if shape.groups != 1:
         return f"groups is {shape.groups}, expected 1"
-    if shape.c % 16 or (projection is not None and projection.channels % 16):
+    depth = least_depth(dtype.itemsize)
+    if any(channels % depth for channels in _channels(shape, projection)):
         channels = shape.c if projection is None else (shape.c, projection.channels)
-        return f"input channels are {channels}, expected multiples of 16, a step of the K-loop"
-    if shape.k % 8:
-        return f"output channels are {shape.k}, expected a multiple of 8 for aligned strides"
+        return f"input channels are {channels}, expected multiples of {depth}, a step of the K-loop"
+    if shape.k % (aligned := 16 if dtype.itemsize == 1 else 8):
+        return (
+            f"output channels are {shape.k}, expected a multiple of {aligned} for aligned strides"
+        )
     walk = walk_shape(shape, projection)
     if walk.stride not in ((1, 1), (2, 2)):
         return f"stride is {shape.stride}, expected (1, 1) or (2, 2)"
@@ -177,21 +188,29 @@ def tile_refusal(
     itemsize: int,
     target: Target,
     projection: Projection | None = None,
+    result_itemsize: int | None = None,
 ) -> str | None:
-    """Why the tile cannot run this convolution as it is meant to; None when it can."""
+    """Why the tile cannot run this convolution as it is meant to; None when it can.
+
+    Args:
+        result_itemsize: see `BoxTile.shared_bytes`.
+    """
     for channels in _channels(shape, projection):
         if channels % tile.block_k:
             return f"a step of {tile.block_k} channels does not divide {channels}"
     for steps in _steps(tile, shape, projection):
         if steps % tile.split_k:
             return f"split_k {tile.split_k} does not divide {steps} steps of the K-loop"
-    if tile.shared_bytes(itemsize) > target.shared_bytes:
+    if (shared := tile.shared_bytes(itemsize, result_itemsize)) > target.shared_bytes:
+        return f"it needs {shared} bytes of shared memory, sm_{target.sm} has {target.shared_bytes}"
+    if tile.split_k > 1 and itemsize == 1 and projection is not None:
         return (
-            f"it needs {tile.shared_bytes(itemsize)} bytes of shared memory, sm_{target.sm} has "
-            f"{target.shared_bytes}"
+            f"split_k is {tile.split_k}: a projection of 8 bits has a scale, and a sum, of its own"
         )
-    if tile.accumulators() > 128:
-        return f"{tile.accumulators()} accumulators a thread, more than 128 leave no registers"
+    if tile.block_k < least_depth(itemsize):
+        return f"block_k is {tile.block_k}, expected at least {least_depth(itemsize)} of 8 bits"
+    if (accumulators := tile.accumulators(itemsize, projection)) > 128:
+        return f"{accumulators} accumulators a thread, more than 128 leave no registers"
     if 90 <= target.sm < 120 and tile.block_n < 64:
         return f"block_n is {tile.block_n}: below 64 rows the matrix instruction is an older one"
     return None
@@ -219,9 +238,16 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 
 
 def box_candidates(
-    shape: ConvShape, itemsize: int, target: Target, projection: Projection | None = None
+    shape: ConvShape,
+    itemsize: int,
+    target: Target,
+    projection: Projection | None = None,
+    result_itemsize: int | None = None,
 ) -> list[BoxTile]:
     """The valid tiles, for each number of pixels the box of least waste.
+
+    Args:
+        result_itemsize: see `BoxTile.shared_bytes`.
 
     Raises:
         ValueError: channels which no step of the K-loop divides.
@@ -235,23 +261,30 @@ def box_candidates(
         for split_k in _SPLITS
     )
     return [
-        replace(tile, programs_per_sm=_resident(tile, itemsize, target))
+        replace(tile, programs_per_sm=_resident(tile, itemsize, target, projection))
         for tile in tiles
-        if tile_refusal(tile, shape, itemsize, target, projection) is None
+        if tile_refusal(tile, shape, itemsize, target, projection, result_itemsize) is None
         and min(2, longest := max(_parts(tile, shape, projection))) <= tile.num_stages <= longest
     ]
 
 
 def choose_box_tile(
-    shape: ConvShape, itemsize: int, target: Target, projection: Projection | None = None
+    shape: ConvShape,
+    itemsize: int,
+    target: Target,
+    projection: Projection | None = None,
+    result_itemsize: int | None = None,
 ) -> BoxTile:
     """The candidate of least `box_seconds`; ties go to the earlier one.
+
+    Args:
+        result_itemsize: see `BoxTile.shared_bytes`.
 
     Raises:
         ValueError: channels which no step of the K-loop divides.
     """
     return min(
-        box_candidates(shape, itemsize, target, projection),
+        box_candidates(shape, itemsize, target, projection, result_itemsize),
         key=lambda tile: box_seconds(tile, shape, itemsize, target, projection),
     )
 
@@ -281,7 +314,7 @@ def box_seconds(
 
     # a matrix instruction of fewer than 64 pixels takes as long as one of 64
     products = 2 * max(64, tile.pixels) * tile.block_n * tile.block_k * part
-    arithmetic = products / (target.fp16_flops * 2 / itemsize)
+    arithmetic = products / target.product_flops(itemsize)
     loads = part * tile.stage_bytes(itemsize) / target.l2_bytes
     ahead = max(1, min(tile.num_stages - 1, part))  # one stage is being multiplied
     latency = part * _LATENCY / (ahead * resident)
@@ -319,10 +352,12 @@ def _parts(tile: BoxTile, shape: ConvShape, projection: Projection | None) -> li
 
 def _depth(channels: list[int], itemsize: int) -> int:
     """The depth block: the most of 128 bytes, the copy engine's widest row, that divides all."""
-    for block in (64, 32, 16):
-        if block * itemsize <= 128 and all(c % block == 0 for c in channels):
+    least = least_depth(itemsize)
+    for block in (128, 64, 32, 16):
+        whole = all(c % block == 0 for c in channels)
+        if block * itemsize <= 128 and block >= least and whole:
             return block
-    raise ValueError(f"{channels} input channels, expected multiples of 16")
+    raise ValueError(f"{channels} input channels, expected multiples of {least}")
 
 
 @cache
@@ -339,15 +374,16 @@ def _best_box(pixels: int, walk: ConvShape) -> tuple[int, int, int]:
     return min(boxes, key=waste)
 
 
-def _resident(tile: BoxTile, itemsize: int, target: Target) -> int:
+def _resident(tile: BoxTile, itemsize: int, target: Target, projection: Projection | None) -> int:
     """Programs an SM can hold at once, by shared memory and registers; at most four."""
     shared = target.shared_bytes // (tile.shared_bytes(itemsize) + _RESERVED)
-    registers = _REGISTERS // (32 * tile.num_warps * (tile.accumulators() + 56))
+    accumulators = tile.accumulators(itemsize, projection)
+    registers = _REGISTERS // (32 * tile.num_warps * (accumulators + 56))
     return max(1, min(4, shared, registers))
 
 
 def workspace_bytes(shape: ConvShape, tile: BoxTile) -> int:
-    """Bytes of workspace `conv2d_tma` needs: the fp32 parts of a split depth, or nothing."""
+    """Bytes of workspace `conv2d_tma` needs: 32 bits for each part of a split depth, or nothing."""
     parts = tile.split_k if tile.split_k > 1 else 0
     return 4 * parts * shape.n * shape.p * shape.q * shape.k
 

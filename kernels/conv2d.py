@@ -1,4 +1,4 @@
-"""conv2d: y = act(conv(x, w) + b + r), NHWC activations, KRSC weights, fp32 accumulate.
+"""conv2d: y = act(conv(x, w) + b + r), NHWC activations, KRSC weights, fp32 accumulate; int8, fp8.
 
 Implicit GEMM over pointers: M = N*P*Q output pixels, N = output channels of a group, K = R*S*C.
 Source: the mapping is CUTLASS's implicit GEMM (docs/implicit_gemm_convolution.md).
@@ -11,7 +11,7 @@ import triton.language as tl
 from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.epilogue_jit import apply_epilogue
+from fastres.kernels.epilogue_jit import apply_epilogue, round_to
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import (
     Launch,
@@ -20,16 +20,27 @@ from fastres.kernels.launch import (
     check_nhwc,
     is_interpreted,
 )
-from fastres.kernels.tiles import ConvTile, choose_conv_tile
+from fastres.kernels.quantised import (
+    ANY_DTYPES,
+    bias_dtypes,
+    check_product,
+    epilogue_arguments,
+    is_bytes,
+    result_dtypes,
+)
+from fastres.kernels.tiles import ConvTile, choose_conv_tile, least_depth
 
 
 @triton.jit
 def _conv2d_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
+    residual_scale,
+    out_scale,
     M,
     H,
     W,
@@ -82,7 +93,8 @@ def _conv2d_kernel(
     x_rows += w0.to(tl.int64) * stride_xw
     weight_cols = weight_ptr + (group * K + cols).to(tl.int64) * (R * S * C)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    ACC: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for step in range((R * S * C + BLOCK_K - 1) // BLOCK_K):
         k = step * BLOCK_K + depth
         if C % BLOCK_K == 0:  # the whole step lies in one tap: its loads are contiguous
@@ -113,10 +125,13 @@ def _conv2d_kernel(
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
 
     channels = group * K + cols
     y_ok = row_ok[:, None] & col_ok[None, :]
+    scale = None
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + channels, mask=col_ok, other=0.0)
     bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channels, mask=col_ok, other=0.0)
@@ -129,23 +144,27 @@ def _conv2d_kernel(
         if RESIDUAL_CHANNELS != GROUPS * K:  # shortcut A: the other channels get nothing added
             r_ok &= ((r_channels >= 0) & (r_channels < RESIDUAL_CHANNELS))[None, :]
         residual = tl.load(r_rows[:, None] + r_channels[None, :], mask=r_ok, other=0.0)
-    y = apply_epilogue(acc, bias, residual, ACTIVATION)
+    y = apply_epilogue(acc, bias, residual, ACTIVATION, scale, residual_scale, out_scale)
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * (GROUPS * K) + channels[None, :]
-    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=y_ok)
+    tl.store(y_tile, round_to(y, y_ptr.dtype.element_ty), mask=y_ok)
 
 
-def conv2d_cost(shape: ConvShape, itemsize: int, residual_channels: int = 0) -> Cost:
+def conv2d_cost(
+    shape: ConvShape, itemsize: int, residual_channels: int = 0, out_itemsize: int | None = None
+) -> Cost:
     """FLOPs and compulsory bytes of one call.
 
     Args:
-        itemsize: bytes of an element of x, weight, residual and y; the bias is left out.
+        itemsize: bytes of an element of x, weight and residual; bias and scales are left out.
         residual_channels: channels of the residual, 0 without one.
+        out_itemsize: of y; as x when None.
     """
     gemm = shape.gemm
     x = shape.n * shape.h * shape.w * shape.c
     weight = shape.k * gemm.k
-    y = gemm.m * (shape.k + residual_channels)
-    return Cost(2 * gemm.m * shape.k * gemm.k, itemsize * (x + weight + y))
+    read = itemsize * (x + weight + gemm.m * residual_channels)
+    y = gemm.m * shape.k * (out_itemsize or itemsize)
+    return Cost(2 * gemm.m * shape.k * gemm.k, read + y)
 
 
 def conv2d(
@@ -160,6 +179,9 @@ def conv2d(
     residual: torch.Tensor | None = None,
     residual_channel_offset: int = 0,
     activation: ActivationKind | None = None,
+    scale: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    out_scale: float = 1.0,
     out: torch.Tensor | None = None,
     tile: ConvTile | None = None,
     allow_tf32: bool = False,
@@ -170,26 +192,30 @@ def conv2d(
                         + bias[k] + residual[n, p, q, k - residual_channel_offset])
 
     with (u, v) the stride, (d, e) the dilation, (h0, w0) the padding, zero outside x, and a
-    residual that is zero outside its own channels.
+    residual that is zero outside its own channels. Of int8 and fp8 the sum is scaled by scale[k],
+    the residual by residual_scale and what the activation gives by out_scale: see `quantised`.
 
     Args:
-        x: [N, H, W, C] fp16, bf16 or fp32; channels packed, other strides free.
+        x: [N, H, W, C] fp16, bf16, fp32, int8 or fp8 e4m3; channels packed, other strides free.
         weight: [K, R, S, C/groups] of x's dtype, contiguous.
-        bias: [K] fp32 or of x's dtype, contiguous.
-        residual: [N, P, Q, Cr] of x's dtype with Cr <= K; channels packed, other strides free.
+        bias: [K] fp32 or of x's dtype, contiguous; fp32 for 8 bits.
+        residual: [N, P, Q, Cr] of x's dtype, or a float for 8 bits, with Cr <= K; channels packed,
+            other strides free.
         residual_channel_offset: output channel that the residual's first channel meets.
-        out: [N, P, Q, K] of x's dtype, contiguous; allocated when None.
+        scale: [K] fp32, contiguous, for 8 bits.
+        residual_scale, out_scale: for 8 bits; 1 / the output's scale where it is 8 bits as well.
+        out: [N, P, Q, K] of x's dtype, or a float for 8 bits, contiguous; allocated when None.
         tile: how to cut the work; chosen from shape and device when None.
         allow_tf32: for fp32 inputs, tensor cores at reduced precision.
 
     Returns:
-        [N, P, Q, K] of x's dtype.
+        [N, P, Q, K], of x's dtype unless out is given.
 
     Raises:
         ValueError: operands that do not fit together.
         RuntimeError: CPU tensors while Triton's interpreter is off.
     """
-    check_nhwc("x", x)
+    check_nhwc("x", x, ANY_DTYPES)
     shape = _shape(x, weight, stride, padding, dilation, groups)
     y_shape = (shape.n, shape.p, shape.q, shape.k)
     if out is None:
@@ -203,6 +229,9 @@ def conv2d(
         shape=shape,
         residual_channel_offset=residual_channel_offset,
         activation=activation,
+        scale=scale,
+        residual_scale=residual_scale,
+        out_scale=out_scale,
         tile=tile,
         allow_tf32=allow_tf32,
         target=target_of(x.device),
@@ -223,6 +252,9 @@ def conv2d_launch(
     target: Target,
     residual_channel_offset: int = 0,
     activation: ActivationKind | None = None,
+    scale: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    out_scale: float = 1.0,
     tile: ConvTile | None = None,
     allow_tf32: bool = False,
 ) -> Launch:
@@ -238,12 +270,13 @@ def conv2d_launch(
     x_shape = (shape.n, shape.h, shape.w, shape.c)
     weight_shape = (shape.k, shape.r, shape.s, shape.c // shape.groups)
     y_shape = (shape.n, shape.p, shape.q, shape.k)
-    check_nhwc("x", x)
+    check_nhwc("x", x, ANY_DTYPES)
+    check_product(x.dtype, shape.gemm.k, target)
     check_like("x", x, x_shape, x, [x.dtype], contiguous=False)
     check_like("weight", weight, weight_shape, x, [x.dtype])
-    check_like("out", out, y_shape, x, [x.dtype])
+    check_like("out", out, y_shape, x, result_dtypes(x.dtype))
     if bias is not None:
-        check_like("bias", bias, (shape.k,), x, [torch.float32, x.dtype])
+        check_like("bias", bias, (shape.k,), x, bias_dtypes(x.dtype))
     residual_channels = 0
     if residual is not None:
         residual_channels = _residual_channels(residual, residual_channel_offset, y_shape, x)
@@ -253,6 +286,9 @@ def conv2d_launch(
     if tile is None:
         tensor_cores = tf32 or x.dtype != torch.float32
         tile = choose_conv_tile(shape.gemm, x.element_size(), target, tensor_cores=tensor_cores)
+    elif tile.block_k < least_depth(x.element_size()):
+        raise ValueError(f"tile {tile} has a depth of {tile.block_k}, expected 32 for {x.dtype}")
+    epilogue = epilogue_arguments(x.dtype, x, shape.k, scale, residual, residual_scale, out_scale)
     return Launch(
         kernel=_conv2d_kernel,
         programs=tile.programs(shape.gemm),
@@ -273,6 +309,7 @@ def conv2d_launch(
             "stride_rn": 0 if residual is None else residual.stride(0),
             "stride_rh": 0 if residual is None else residual.stride(1),
             "stride_rw": 0 if residual is None else residual.stride(2),
+            **epilogue,
         },
         constants={
             "C": shape.c // shape.groups,
@@ -298,7 +335,8 @@ def conv2d_launch(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        cost=conv2d_cost(shape, x.element_size(), residual_channels),
+        fp_fusion=not is_bytes(x.dtype),
+        cost=conv2d_cost(shape, x.element_size(), residual_channels, out.element_size()),
     )
 
 
@@ -321,7 +359,8 @@ def _residual_channels(
     residual: torch.Tensor, offset: int, y_shape: tuple[int, int, int, int], x: torch.Tensor
 ) -> int:
     channels = residual.shape[-1]
-    check_like("residual", residual, (*y_shape[:3], channels), x, [x.dtype], contiguous=False)
+    sizes = (*y_shape[:3], channels)
+    check_like("residual", residual, sizes, x, result_dtypes(x.dtype), contiguous=False)
     check_inner_stride("residual", residual)
     if offset < 0 or offset + channels > y_shape[3]:
         raise ValueError(

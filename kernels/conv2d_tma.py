@@ -2,7 +2,7 @@
 
 Implicit GEMM over boxes of pixels, as the transposed product acc[K, pixels] = w[K, depth] . a.T:
 a box brought to shared memory feeds the tensor cores from there as the second operand; as the first
-it would pass through registers. Padding is the copy engine's zero fill.
+it would pass through registers. Padding is the copy engine's zero fill. Floats, int8 and fp8.
 Source: the mapping is CUTLASS's implicit GEMM (docs/implicit_gemm_convolution.md), with tiled
 tensor maps where CUTLASS has im2col ones.
 """
@@ -27,6 +27,14 @@ from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted
+from fastres.kernels.quantised import (
+    ANY_DTYPES,
+    bias_dtypes,
+    check_product,
+    epilogue_arguments,
+    is_bytes,
+    result_dtypes,
+)
 from fastres.kernels.split_k import sum_parts_launch
 
 
@@ -78,6 +86,10 @@ def conv2d_tma(
     stride2: Pair = (1, 1),
     residual: torch.Tensor | None = None,
     activation: ActivationKind | None = None,
+    scale: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    out_scale: float = 1.0,
     out: torch.Tensor | None = None,
     tile: BoxTile | None = None,
     allow_tf32: bool = False,
@@ -89,30 +101,34 @@ def conv2d_tma(
                         + bias[k] + residual[n, p, q, k])
 
     with (u, v) the stride, (u2, v2) stride2, (d, e) the dilation, (h0, w0) the padding, and zero
-    outside x. Every tensor starts at a multiple of 16 bytes.
+    outside x. Every tensor starts at a multiple of 16 bytes. Of int8 and fp8 the first sum is
+    scaled by scale[k], and gets the bias before the second, scaled by scale2[k], is added; the
+    residual is scaled by residual_scale and what the activation gives by out_scale.
 
     Args:
-        x: [N, H, W, C] fp16, bf16 or, with allow_tf32, fp32, contiguous; C a multiple of 16. For a
-            filter of several taps at stride 1 only channels must be packed: the other strides are
-            free multiples of 16 bytes.
-        weight: [K, R, S, C] of x's dtype; K a multiple of 8.
-        bias: [K] fp32 or of x's dtype, contiguous.
+        x: [N, H, W, C] int8, fp8 e4m3, fp16, bf16 or, with allow_tf32, fp32, contiguous; C a
+            multiple of 16, of 8 bits 32. For a filter of several taps at stride 1 only channels
+            must be packed: the other strides are free multiples of 16 bytes.
+        weight: [K, R, S, C] of x's dtype; K a multiple of 8, of 8 bits 16.
+        bias: [K] fp32 or of x's dtype, contiguous; fp32 for 8 bits.
         stride: (1, 1), or (2, 2) where H and W are even; any for a 1x1 without padding.
         x2: [N, H2, W2, C2] of x's dtype, contiguous, with P = ceil(H2/u2) and Q = ceil(W2/v2).
         weight2: [K, C2] of x's dtype, contiguous; goes with x2.
-        residual: [N, P, Q, K] of x's dtype, contiguous.
-        out: [N, P, Q, K] of x's dtype, contiguous; allocated when None.
+        residual: [N, P, Q, K] of x's dtype, or a float for 8 bits, contiguous.
+        scale, scale2: [K] fp32, contiguous, for 8 bits; scale2 goes with x2.
+        residual_scale, out_scale: for 8 bits; 1 / the output's scale where it is 8 bits as well.
+        out: [N, P, Q, K] of x's dtype, or a float for 8 bits, contiguous; allocated when None.
         tile: how to cut the work; chosen from shape and device when None.
         allow_tf32: tensor cores at reduced precision for fp32 inputs.
 
     Returns:
-        [N, P, Q, K] of x's dtype.
+        [N, P, Q, K], of x's dtype unless out is given.
 
     Raises:
         ValueError: operands that do not fit together, or that `boxes.refusal` refuses.
         RuntimeError: CPU tensors while Triton's interpreter is off.
     """
-    check_nhwc("x", x)
+    check_nhwc("x", x, ANY_DTYPES)
     if (x2 is None) != (weight2 is None):
         raise ValueError("x2 and weight2 go together, found one of them alone")
     matrix = pack_weight(weight, weight2)
@@ -124,7 +140,8 @@ def conv2d_tma(
     if out is None:
         out = torch.empty((n, shape.p, shape.q, k), dtype=x.dtype, device=x.device)
     if tile is None:
-        tile = choose_box_tile(shape, x.element_size(), target, projection)
+        size = _result_itemsize(out, residual)
+        tile = choose_box_tile(shape, x.element_size(), target, projection, size)
     parts = workspace_bytes(shape, tile) // 4
     for launch in conv2d_tma_launches(
         x,
@@ -137,8 +154,12 @@ def conv2d_tma(
         x2=x2,
         stride2=stride2,
         activation=activation,
+        scale=scale,
+        scale2=scale2,
+        residual_scale=residual_scale,
+        out_scale=out_scale,
         tile=tile,
-        workspace=torch.empty(parts, dtype=torch.float32, device=x.device),
+        workspace=torch.empty(parts, dtype=_sum_dtype(x.dtype), device=x.device),
         allow_tf32=allow_tf32,
     ):
         launch.run()
@@ -157,6 +178,10 @@ def conv2d_tma_launches(
     x2: torch.Tensor | None = None,
     stride2: Pair = (1, 1),
     activation: ActivationKind | None = None,
+    scale: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    out_scale: float = 1.0,
     tile: BoxTile | None = None,
     workspace: torch.Tensor | None = None,
     allow_tf32: bool = False,
@@ -167,7 +192,8 @@ def conv2d_tma_launches(
         weight: [K, R*S*C + C2], as `pack_weight` gives it.
         shape: sizes of the convolution, as x and weight have them.
         target: the GPU it is meant for.
-        workspace: fp32, contiguous, of at least `workspace_bytes(shape, tile)` bytes.
+        workspace: fp32, for int8 int32, contiguous, of at least `workspace_bytes(shape, tile)`
+            bytes.
 
     Returns:
         One launch; two where the tile splits the depth; none for an empty batch.
@@ -175,7 +201,7 @@ def conv2d_tma_launches(
     Raises:
         ValueError: operands that do not fit together, or that `boxes.refusal` refuses.
     """
-    check_nhwc("x", x)
+    check_nhwc("x", x, ANY_DTYPES)
     strided = shape.stride == (1, 1) and walk_shape(shape) == shape  # x is seen as it is
     sizes = (shape.n, shape.h, shape.w, shape.c)
     check_like("x", x, sizes, x, [x.dtype], contiguous=not strided)
@@ -189,16 +215,24 @@ def conv2d_tma_launches(
         raise ValueError(f"the descriptor kernel cannot take this convolution: {reason}")
     channels2 = 0 if projection is None else projection.channels
     depth = shape.r * shape.s * shape.c + channels2
+    check_product(x.dtype, depth, target)
     y_shape = (shape.n, shape.p, shape.q, shape.k)
     check_like("weight", weight, (shape.k, depth), x, [x.dtype])
-    check_like("out", out, y_shape, x, [x.dtype])
+    check_like("out", out, y_shape, x, result_dtypes(x.dtype))
     if bias is not None:
-        check_like("bias", bias, (shape.k,), x, [torch.float32, x.dtype])
+        check_like("bias", bias, (shape.k,), x, bias_dtypes(x.dtype))
     if residual is not None:
-        check_like("residual", residual, y_shape, x, [x.dtype])
+        check_like("residual", residual, y_shape, x, result_dtypes(x.dtype))
+    if (scale2 is not None) != (is_bytes(x.dtype) and x2 is not None):
+        raise ValueError("scale2 goes with an x2 of 8 bits, found one of them alone")
+    if scale2 is not None:
+        check_like("scale2", scale2, (shape.k,), x, [torch.float32])
+    scales = (scale, residual, residual_scale, out_scale)
+    epilogue = epilogue_arguments(x.dtype, x, shape.k, *scales)
+    size = _result_itemsize(out, residual)
     if tile is None:
-        tile = choose_box_tile(shape, x.element_size(), target, projection)
-    reason = tile_refusal(tile, shape, x.element_size(), target, projection)
+        tile = choose_box_tile(shape, x.element_size(), target, projection, size)
+    reason = tile_refusal(tile, shape, x.element_size(), target, projection, size)
     if reason is not None:
         raise ValueError(f"tile {tile} cannot run this convolution: {reason}")
     if shape.n == 0:
@@ -215,9 +249,19 @@ def conv2d_tma_launches(
         y = _descriptor("workspace", view, (1, *box, tile.block_n))
         flat = None if residual is None else residual.view(-1, shape.k)
         second = (
-            sum_parts_launch(parts, bias, flat, out.view(-1, shape.k), activation=activation),
+            sum_parts_launch(
+                parts,
+                bias,
+                flat,
+                out.view(-1, shape.k),
+                activation=activation,
+                scale=scale,
+                residual_scale=residual_scale,
+                out_scale=out_scale,
+            ),
         )
         bias = residual = activation = None  # they are the second kernel's
+        epilogue = dict.fromkeys(epilogue)
     boxes = tile.boxes(walk)
     product = Launch(
         kernel=conv2d_tma_kernel,
@@ -226,6 +270,7 @@ def conv2d_tma_launches(
             "x": _source(x, shape, walk, tile),
             "x2": None if x2 is None else _pixels("x2", x2, stride2, walk, tile),
             "weight": _descriptor("weight", weight, (tile.block_n, tile.block_k)),
+            "scale2_ptr": scale2,
             "bias_ptr": bias,
             "residual": None
             if residual is None
@@ -235,6 +280,7 @@ def conv2d_tma_launches(
             "BOXES_N": boxes[0],
             "BOXES_P": boxes[1],
             "BOXES_Q": boxes[2],
+            **epilogue,
         },
         constants={
             "C": shape.c,
@@ -260,6 +306,7 @@ def conv2d_tma_launches(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        fp_fusion=not is_bytes(x.dtype),
         cost=conv2d_tma_cost(shape, x.element_size(), projection, residual=residual is not None),
     )
     return (product, *second)
@@ -297,7 +344,7 @@ def _pixels(
 
 
 def _projection(x2: torch.Tensor, stride: Pair, x: torch.Tensor, shape: ConvShape) -> Projection:
-    check_nhwc("x2", x2)
+    check_nhwc("x2", x2, [x.dtype])
     check_like("x2", x2, (shape.n, *x2.shape[1:]), x, [x.dtype])
     if min(stride) < 1:
         raise ValueError(f"stride2 is {stride}, expected at least 1")
@@ -310,6 +357,14 @@ def _projection(x2: torch.Tensor, stride: Pair, x: torch.Tensor, shape: ConvShap
     return Projection(x2.shape[3], stride)
 
 
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype == torch.int8 else torch.float32
+
+
+def _result_itemsize(out: torch.Tensor, residual: torch.Tensor | None) -> int:
+    return max(v.element_size() for v in (out, residual) if v is not None)
+
+
 def _parts(
     workspace: torch.Tensor | None, shape: ConvShape, tile: BoxTile, x: torch.Tensor
 ) -> torch.Tensor:
@@ -317,6 +372,7 @@ def _parts(
     size = workspace_bytes(shape, tile) // 4
     if workspace is None or workspace.numel() < size:
         found = "missing" if workspace is None else f"of {workspace.numel()} elements"
-        raise ValueError(f"workspace is {found}, expected {size} fp32 for tile {tile}")
-    check_like("workspace", workspace, workspace.shape, x, [torch.float32])
+        kind = "int32" if x.dtype == torch.int8 else "fp32"
+        raise ValueError(f"workspace is {found}, expected {size} {kind} for tile {tile}")
+    check_like("workspace", workspace, workspace.shape, x, [_sum_dtype(x.dtype)])
     return workspace.view(-1)[:size].view(tile.split_k, -1, shape.k)

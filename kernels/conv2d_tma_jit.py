@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.dependent import await_predecessor
-from fastres.kernels.epilogue_jit import apply_epilogue
+from fastres.kernels.epilogue_jit import apply_epilogue, round_to
 
 
 @triton.jit
@@ -13,7 +13,16 @@ def _add_product(acc, weight, pixels, INPUT_PRECISION: tl.constexpr, WIDEN: tl.c
     if WIDEN:
         weight = weight.to(tl.float32)
         pixels = pixels.to(tl.float32)
-    return tl.dot(weight, pixels.T, acc, input_precision=INPUT_PRECISION)
+    return tl.dot(weight, pixels.T, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _scaled(acc, scale_ptr, bias_ptr, k, K: tl.constexpr):
+    """acc * scale + bias in fp32 for acc [BLOCK_N, BLOCK_M]; bias_ptr may be None."""
+    v = acc.to(tl.float32) * tl.load(scale_ptr + k, mask=k < K, other=0.0)[:, None]
+    if bias_ptr is not None:
+        v += tl.load(bias_ptr + k, mask=k < K, other=0.0)[:, None]
+    return v
 
 
 @triton.jit
@@ -21,9 +30,13 @@ def conv2d_tma_kernel(
     x,  # descriptors: [N, H, W, C], or [N, H/2, 2, W/2, 2C] for a stride of 2
     x2,  # [N, P, Q, C2]
     weight,  # [K, R*S*C + C2]
+    scale_ptr,
+    scale2_ptr,
     bias_ptr,
     residual,  # [N, P, Q, K]
-    y,  # [N, P, Q, K], or [SPLIT_K, N, P, Q, K] of fp32
+    y,  # [N, P, Q, K], or [SPLIT_K, N, P, Q, K] of 32 bits
+    residual_scale,
+    out_scale,
     TILES,
     BOXES_N,
     BOXES_P,
@@ -52,6 +65,7 @@ def conv2d_tma_kernel(
     await_predecessor(DEPENDENT)
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    ACC: tl.constexpr = tl.int32 if x.dtype == tl.int8 else tl.float32
     STEPS: tl.constexpr = R * S * C // BLOCK_K // SPLIT_K
     STEPS2: tl.constexpr = C2 // BLOCK_K // SPLIT_K
 
@@ -68,7 +82,7 @@ def conv2d_tma_kernel(
         n0 = image % BOXES_N * BOX_N
         part = image // BOXES_N
 
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
         for i in range(STEPS):
             step = part * STEPS + i
             tap = step // (C // BLOCK_K)
@@ -84,6 +98,10 @@ def conv2d_tma_kernel(
                 a = x.load([n0, ph, (h + PAD_H) % 2, qw, (w + PAD_W) % 2 * C + c])
             b = weight.load([k0, step * BLOCK_K])
             acc = _add_product(acc, b, a.reshape(BLOCK_M, BLOCK_K), INPUT_PRECISION, WIDEN)
+        k = k0 + tl.arange(0, BLOCK_N)
+        if scale2_ptr is not None:  # a projection of 8 bits has scales, and so a sum, of its own
+            first = _scaled(acc, scale_ptr, bias_ptr, k, K)
+            acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
         if x2 is not None:
             for i in range(STEPS2):
                 c = (part * STEPS2 + i) * BLOCK_K
@@ -94,13 +112,20 @@ def conv2d_tma_kernel(
         if SPLIT_K > 1:  # the epilogue is the second kernel's
             y.store([part, n0, p0, q0, k0], acc.T.reshape(1, BOX_N, BOX_P, BOX_Q, BLOCK_N))
         else:
+            total = acc
+            scale = None
             bias = None
-            if bias_ptr is not None:
-                k = k0 + tl.arange(0, BLOCK_N)
-                bias = tl.load(bias_ptr + k, mask=k < K, other=0.0)
+            if scale2_ptr is not None:
+                total = first + _scaled(acc, scale2_ptr, None, k, K)
+            else:
+                if scale_ptr is not None:
+                    scale = tl.load(scale_ptr + k, mask=k < K, other=0.0)
+                if bias_ptr is not None:
+                    bias = tl.load(bias_ptr + k, mask=k < K, other=0.0)
             r = None
             if residual is not None:
                 r = residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N)
-            v = apply_epilogue(acc.T, bias, r, ACTIVATION).to(y.dtype)
+            v = apply_epilogue(total.T, bias, r, ACTIVATION, scale, residual_scale, out_scale)
+            v = round_to(v, y.dtype)
             y.store([n0, p0, q0, k0], v.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
         tile += tl.num_programs(0)

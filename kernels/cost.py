@@ -30,27 +30,31 @@ class _Architecture:
     Args:
         shared_bytes: largest shared memory one block may ask for.
         fp16_flops: dense fp16 tensor-core rate with fp32 accumulation, per second.
+        byte_flops: likewise of 8-bit operands: int8, and fp8 from sm_89 on.
         dram_bytes: this SM's part of the device memory's rate, per second.
         l2_bytes: this SM's part of the L2 cache's rate, per second.
     """
 
     shared_bytes: int
     fp16_flops: float
+    byte_flops: float
     dram_bytes: float
     l2_bytes: float
 
 
 # Shared memory: CUDA programming guide, compute capabilities. Rates: what is published for one
 # card of the kind (sm_90: what large matrix products and copies are reported to reach, not the
-# peak), divided by its SMs (A100, A10, L40S, H200, B200, RTX 5090 in this order); the
-# L2 rates are guesses, 1.6 to 5 times the device memory. They rank tiles and predict no times.
+# peak; of 8-bit products the same share of the 1,979e12 on the data sheet), divided by its SMs
+# (A100, A10, L40S, H200, B200, RTX 5090 in this order); the L2 rates are guesses, 1.6 to 5 times
+# the device memory. On sm_100 the 8-bit rate is fp8's: for int8, Triton 3.6 takes an older
+# instruction there. They rank tiles and predict no times.
 _ARCHITECTURES = {
-    80: _Architecture(166_912, 312e12 / 108, 2.0e12 / 108, 5.0e12 / 108),
-    86: _Architecture(101_376, 125e12 / 72, 0.6e12 / 72, 2.0e12 / 72),
-    89: _Architecture(101_376, 362e12 / 142, 0.86e12 / 142, 4.0e12 / 142),
-    90: _Architecture(232_448, 800e12 / 132, 4.3e12 / 132, 7.0e12 / 132),
-    100: _Architecture(232_448, 2250e12 / 148, 8.0e12 / 148, 15e12 / 148),
-    120: _Architecture(101_376, 210e12 / 170, 1.8e12 / 170, 6.0e12 / 170),
+    80: _Architecture(166_912, 312e12 / 108, 624e12 / 108, 2.0e12 / 108, 5.0e12 / 108),
+    86: _Architecture(101_376, 125e12 / 72, 250e12 / 72, 0.6e12 / 72, 2.0e12 / 72),
+    89: _Architecture(101_376, 362e12 / 142, 733e12 / 142, 0.86e12 / 142, 4.0e12 / 142),
+    90: _Architecture(232_448, 800e12 / 132, 1600e12 / 132, 4.3e12 / 132, 7.0e12 / 132),
+    100: _Architecture(232_448, 2250e12 / 148, 4500e12 / 148, 8.0e12 / 148, 15e12 / 148),
+    120: _Architecture(101_376, 210e12 / 170, 419e12 / 170, 1.8e12 / 170, 6.0e12 / 170),
 }
 _SM_COUNTS = {80: 108, 86: 72, 89: 142, 90: 132, 100: 148, 120: 170}
 
@@ -91,6 +95,16 @@ class Target:
         """Dense fp16 tensor-core rate of one SM, per second."""
         return _ARCHITECTURES[_known(self.sm)].fp16_flops
 
+    def product_flops(self, itemsize: int, tensor_cores: bool = True) -> float:
+        """Rate of one SM for products of elements of `itemsize` bytes, per second.
+
+        Args:
+            tensor_cores: whether they run on them (fp32 in full precision does not).
+        """
+        if itemsize == 1:
+            return _ARCHITECTURES[_known(self.sm)].byte_flops
+        return self.fp16_flops * (2 / itemsize if tensor_cores else 1 / 16)
+
     @property
     def dram_bytes(self) -> float:
         """Device memory rate of the whole card, bytes per second."""
@@ -109,8 +123,7 @@ def least_seconds(cost: Cost, target: Target, itemsize: int, tensor_cores: bool)
         itemsize: bytes of an operand's element.
         tensor_cores: whether products run on them (fp32 in full precision does not).
     """
-    share = 2 / itemsize if tensor_cores else 1 / 16
-    arithmetic = cost.flops / (target.fp16_flops * target.sm_count * share)
+    arithmetic = cost.flops / (target.product_flops(itemsize, tensor_cores) * target.sm_count)
     return max(arithmetic, cost.bytes / target.dram_bytes)
 
 

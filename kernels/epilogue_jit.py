@@ -1,4 +1,4 @@
-"""The jit form of `fastres.kernels.epilogue.Epilogue`: what happens to an fp32 accumulator."""
+"""The jit form of `fastres.kernels.epilogue.Epilogue`: what happens to an accumulator."""
 
 import triton
 import triton.language as tl
@@ -24,16 +24,53 @@ def apply_activation(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def apply_epilogue(acc, bias, residual, ACTIVATION: tl.constexpr):
-    """act(acc + bias + residual) in fp32; bias and residual may be None.
+def apply_epilogue(
+    acc, bias, residual, ACTIVATION: tl.constexpr, scale=None, residual_scale=None, out_scale=None
+):
+    """act(acc * scale + bias + residual * residual_scale) * out_scale in fp32, each part optional.
 
     Args:
-        acc: [BLOCK_M, BLOCK_N] fp32.
+        acc: [BLOCK_M, BLOCK_N] fp32 or int32.
         bias: [BLOCK_N], one value a column.
         residual: [BLOCK_M, BLOCK_N].
+        scale: [BLOCK_N] fp32.
+        residual_scale, out_scale: one number.
     """
+    v = acc.to(tl.float32)
+    if scale is not None:
+        v *= scale[None, :]
     if bias is not None:
-        acc += bias.to(tl.float32)[None, :]
+        v += bias.to(tl.float32)[None, :]
     if residual is not None:
-        acc += residual.to(tl.float32)
-    return apply_activation(acc, ACTIVATION)
+        r = residual.to(tl.float32)
+        if residual_scale is not None:
+            r *= residual_scale
+        v += r
+    v = apply_activation(v, ACTIVATION)
+    if out_scale is not None:
+        v *= out_scale
+    return v
+
+
+@triton.jit
+def saturate(v, DTYPE: tl.constexpr):
+    """An fp32 tile within the range of an 8-bit DTYPE, for int8 rounded half to even."""
+    if DTYPE == tl.int8:
+        v = tl.minimum(tl.maximum(v, -128.0), 127.0)
+        v = (v + 12582912.0) - 12582912.0  # 1.5 * 2**23, whose neighbours are 1 apart
+    elif DTYPE == tl.float8e4nv:
+        v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))  # NaN stays
+    return v
+
+
+@triton.jit
+def round_to(v, DTYPE: tl.constexpr):
+    """An fp32 tile in the type it is stored in; 8-bit ones saturate, int8 rounds half to even."""
+    return saturate(v, DTYPE).to(DTYPE)
+
+
+@triton.jit
+def lowest(DTYPE: tl.constexpr):
+    """What loses against every value of the type: the padding of a max pool."""
+    BYTES: tl.constexpr = -128.0 if DTYPE == tl.int8 else -448.0
+    return BYTES if DTYPE.primitive_bitwidth == 8 else float("-inf")

@@ -21,6 +21,7 @@ from fastres.kernels.cost import Cost
 _INTERPRETER = threading.Lock()  # Triton's interpreter runs one kernel at a time
 _SIDES = ("BLOCK", "BOX", "CHUNK", "SPLIT")  # constants that a tile brings
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BYTE_DTYPES = (torch.int8, torch.float8_e4m3fn)  # what products of 8 bits are made of
 Argument: TypeAlias = Any  # torch.Tensor | TensorDescriptor (untyped) | int | float | None
 
 
@@ -40,6 +41,8 @@ class Launch:
         constants: `tl.constexpr` arguments by name.
         num_warps: warps of 32 threads in a block.
         num_stages: depth of the software pipeline.
+        fp_fusion: whether a product and a sum may become one fused multiply-add, which is rounded
+            once. Not in 8-bit epilogues: their bits are those of `reference.finish_int8`.
         dependent: whether it may start before the kernel in front of it has ended (programmatic
             dependent launch, sm_90 and newer). Only for kernels that wait for that themselves.
         cost: its work and compulsory traffic, where the family can tell.
@@ -51,6 +54,7 @@ class Launch:
     constants: Mapping[str, int | bool | str | None]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True
     dependent: bool = False
     cost: Cost | None = None
 
@@ -60,7 +64,7 @@ class Launch:
         options: dict[str, int | bool] = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": self.fp_fusion,
         }
         if self.dependent:
             options["launch_pdl"] = True
@@ -114,16 +118,19 @@ def is_interpreted(kernel: Any) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
-def check_nhwc(name: str, x: torch.Tensor) -> None:
+def check_nhwc(name: str, x: torch.Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
     """Refuses what no NHWC kernel reads: wrong rank, dtype, or strided channels.
+
+    Args:
+        dtypes: those accepted.
 
     Raises:
         ValueError: naming the tensor, what was found and what was expected.
     """
     if x.ndim != 4:
         raise ValueError(f"{name} has shape {list(x.shape)}, expected [N, H, W, C]")
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} has dtype {x.dtype}, expected one of {FLOAT_DTYPES}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {x.dtype}, expected one of {tuple(dtypes)}")
     check_inner_stride(name, x)
 
 

@@ -1,7 +1,8 @@
 """Copies between layouts and element types: y[n, pixel, c] = x[n, pixel, c], each side as it lies.
 
 One kernel serves both ways: its loads run along the packed dimension of x and its stores along that
-of y, and the compiler turns the tile between them in shared memory. It also normalises pictures.
+of y, and the compiler turns the tile between them in shared memory. It also normalises pictures,
+quantises to 8 bits and turns 8 bits back.
 """
 
 from collections.abc import Sequence
@@ -11,25 +12,30 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
-from fastres.kernels.launch import FLOAT_DTYPES, Launch, check_like
+from fastres.kernels.epilogue_jit import round_to
+from fastres.kernels.launch import Launch, check_like
+from fastres.kernels.quantised import ANY_DTYPES, factor, is_bytes
 from fastres.kernels.tiles import PoolTile
 
-PICTURE_DTYPES = (*FLOAT_DTYPES, torch.uint8)
+PICTURE_DTYPES = (*ANY_DTYPES, torch.uint8)
 
 
 @triton.jit
-def normalised(v, normalise_ptr, c, c_ok, C: tl.constexpr):
-    """v * scale[c] + shift[c] in fp32; v itself in fp32 where there is nothing to normalise by.
+def normalised(v, normalise_ptr, out_scale, c, c_ok, C: tl.constexpr):
+    """(v * scale[c] + shift[c]) * out_scale in fp32; what is None is left out.
 
     Args:
         v: [BLOCK_M, BLOCK_C] of any type.
         normalise_ptr: [2, C] fp32, scale and shift, or None.
+        out_scale: one number, or None.
     """
     v = v.to(tl.float32)
     if normalise_ptr is not None:
         scale = tl.load(normalise_ptr + c, mask=c_ok, other=0.0)
         shift = tl.load(normalise_ptr + C + c, mask=c_ok, other=0.0)
         v = v * scale[None, :] + shift[None, :]
+    if out_scale is not None:
+        v *= out_scale
     return v
 
 
@@ -38,6 +44,7 @@ def _layout_kernel(
     x_ptr,
     normalise_ptr,
     y_ptr,
+    out_scale,
     PIXELS,  # of one picture
     W,
     stride_xn,
@@ -67,12 +74,12 @@ def _layout_kernel(
     x_tile = x_ptr + n * stride_xn + x_pixels[:, None] + c.to(tl.int64)[None, :] * stride_xc
     pixel_ok = (pixel < PIXELS)[:, None]
     v = tl.load(x_tile, mask=pixel_ok & (c < C)[None, :], other=0)
-    v = normalised(v, normalise_ptr, c, c < C, C)
+    v = normalised(v, normalise_ptr, out_scale, c, c < C, C)
 
     y_pixels = pixel.to(tl.int64) * stride_yw
     y_tile = y_ptr + n * stride_yn + y_pixels[:, None] + c.to(tl.int64)[None, :] * stride_yc
     y_ok = pixel_ok & (c < Y_CHANNELS)[None, :]
-    tl.store(y_tile, v.to(y_ptr.dtype.element_ty), mask=y_ok)
+    tl.store(y_tile, round_to(v, y_ptr.dtype.element_ty), mask=y_ok)
 
 
 def normalisation(
@@ -109,17 +116,22 @@ def to_nhwc(
     dtype: torch.dtype | None = None,
     channels: int | None = None,
     normalise: torch.Tensor | None = None,
+    out_scale: float = 1.0,
     out: torch.Tensor | None = None,
     tile: PoolTile | None = None,
 ) -> torch.Tensor:
-    """y[n, h, w, c] = x[n, c, h, w] * scale[c] + shift[c], in fp32, rounded once.
+    """y[n, h, w, c] = (x[n, c, h, w] * scale[c] + shift[c]) * out_scale, in fp32, rounded once.
+
+    To int8 each of the three steps is one fp32 operation; the result is rounded half to even and
+    saturated.
 
     Args:
-        x: [N, C, H, W] fp16, bf16, fp32 or uint8, any strides: an NHWC picture is the view
-            `picture.permute(0, 3, 1, 2)`.
-        dtype: of y, fp16, bf16 or fp32; x's when None.
+        x: [N, C, H, W] fp16, bf16, fp32, uint8, int8 or fp8 e4m3, any strides: an NHWC picture is
+            the view `picture.permute(0, 3, 1, 2)`.
+        dtype: of y, fp16, bf16, fp32, int8 or fp8 e4m3; x's when None.
         channels: of y, at least C, zero from C on; C when None.
         normalise: [2, C] fp32, contiguous: scale and shift (see `normalisation`); 1 and 0 if None.
+        out_scale: 1 / the scale of an 8-bit y.
         out: [N', H, W, channels], contiguous, with N' >= N: pictures from N on are left alone;
             allocated when None.
         tile: how to cut the work; chosen from the shape when None.
@@ -141,7 +153,7 @@ def to_nhwc(
             f"out has shape {list(out.shape)} and dtype {out.dtype}, expected {channels} channels "
             f"and dtype {dtype}"
         )
-    launch = to_nhwc_launch(x, out, normalise=normalise, tile=tile)
+    launch = to_nhwc_launch(x, out, normalise=normalise, out_scale=out_scale, tile=tile)
     if x.numel() > 0:
         launch.run()
     return out
@@ -152,6 +164,7 @@ def to_nhwc_launch(
     out: torch.Tensor,
     *,
     normalise: torch.Tensor | None = None,
+    out_scale: float = 1.0,
     tile: PoolTile | None = None,
 ) -> Launch:
     """The call `to_nhwc` makes, not yet made; tensors may be on the meta device.
@@ -165,21 +178,23 @@ def to_nhwc_launch(
     if out.shape[3] < c:
         raise ValueError(f"out has {out.shape[3]} channels, expected at least x's {c}")
     check_normalise(normalise, x)
-    return _layout_launch(x.permute(0, 2, 3, 1), out, normalise, tile)
+    return _layout_launch(x.permute(0, 2, 3, 1), out, normalise, out_scale, tile)
 
 
 def to_nchw(
     x: torch.Tensor,
     *,
     dtype: torch.dtype | None = None,
+    scale: float = 1.0,
     out: torch.Tensor | None = None,
     tile: PoolTile | None = None,
 ) -> torch.Tensor:
-    """y[n, c, h, w] = x[n, h, w, c], cast to y's dtype.
+    """y[n, c, h, w] = x[n, h, w, c] * scale, cast to y's dtype.
 
     Args:
-        x: [N, H, W, C] fp16, bf16, fp32 or uint8, any strides.
-        dtype: of y, fp16, bf16 or fp32; x's when None.
+        x: [N, H, W, C] fp16, bf16, fp32, uint8, int8 or fp8 e4m3, any strides.
+        dtype: of y, fp16, bf16, fp32, int8 or fp8 e4m3; x's when None.
+        scale: of an 8-bit x; 1 / that of an 8-bit y.
         out: [N', C, H, W], contiguous, with N' >= N: pictures from N on are left alone; allocated
             when None.
         tile: how to cut the work; chosen from the shape when None.
@@ -197,13 +212,15 @@ def to_nchw(
         out = torch.empty((n, c, h, w), dtype=dtype or x.dtype, device=x.device)
     elif dtype not in (None, out.dtype):
         raise ValueError(f"out has dtype {out.dtype}, expected {dtype}")
-    launch = to_nchw_launch(x, out, tile=tile)
+    launch = to_nchw_launch(x, out, scale=scale, tile=tile)
     if x.numel() > 0:
         launch.run()
     return out
 
 
-def to_nchw_launch(x: torch.Tensor, out: torch.Tensor, *, tile: PoolTile | None = None) -> Launch:
+def to_nchw_launch(
+    x: torch.Tensor, out: torch.Tensor, *, scale: float = 1.0, tile: PoolTile | None = None
+) -> Launch:
     """The call `to_nchw` makes, not yet made; tensors may be on the meta device.
 
     Raises:
@@ -212,15 +229,18 @@ def to_nchw_launch(x: torch.Tensor, out: torch.Tensor, *, tile: PoolTile | None 
     check_picture("x", x, "[N, H, W, C]")
     n, h, w, c = x.shape
     check_first_images("out", out, (n, c, h, w), x)
-    return _layout_launch(x, out.permute(0, 2, 3, 1), None, tile)
+    return _layout_launch(x, out.permute(0, 2, 3, 1), None, scale, tile, "scale")
 
 
-def cast(x: torch.Tensor, *, dtype: torch.dtype, tile: PoolTile | None = None) -> torch.Tensor:
-    """A matrix in another element type.
+def cast(
+    x: torch.Tensor, *, dtype: torch.dtype, scale: float = 1.0, tile: PoolTile | None = None
+) -> torch.Tensor:
+    """A matrix in another element type: y = x * scale.
 
     Args:
-        x: [M, C] fp16, bf16, fp32 or uint8, any strides.
-        dtype: fp16, bf16 or fp32.
+        x: [M, C] fp16, bf16, fp32, uint8, int8 or fp8 e4m3, any strides.
+        dtype: fp16, bf16, fp32, int8 or fp8 e4m3.
+        scale: of an 8-bit x; 1 / that of an 8-bit y.
 
     Returns:
         [M, C], contiguous.
@@ -232,13 +252,15 @@ def cast(x: torch.Tensor, *, dtype: torch.dtype, tile: PoolTile | None = None) -
     if x.ndim != 2:
         raise ValueError(f"x has shape {list(x.shape)}, expected [M, C]")
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    launch = cast_launch(x, out, tile=tile)
+    launch = cast_launch(x, out, scale=scale, tile=tile)
     if x.numel() > 0:
         launch.run()
     return out
 
 
-def cast_launch(x: torch.Tensor, out: torch.Tensor, *, tile: PoolTile | None = None) -> Launch:
+def cast_launch(
+    x: torch.Tensor, out: torch.Tensor, *, scale: float = 1.0, tile: PoolTile | None = None
+) -> Launch:
     """The call `cast` makes, not yet made: rows are the pixels of one picture.
 
     Raises:
@@ -246,10 +268,10 @@ def cast_launch(x: torch.Tensor, out: torch.Tensor, *, tile: PoolTile | None = N
     """
     if x.ndim != 2:
         raise ValueError(f"x has shape {list(x.shape)}, expected [M, C]")
-    check_like("out", out, x.shape, x, FLOAT_DTYPES)
+    check_like("out", out, x.shape, x, ANY_DTYPES)
     picture = x[None, None]  # [1, 1, M, C]
     check_picture("x", picture)
-    return _layout_launch(picture, out[None, None], None, tile)
+    return _layout_launch(picture, out[None, None], None, scale, tile, "scale")
 
 
 def check_picture(name: str, x: torch.Tensor, layout: str = "[N, C, H, W]") -> None:
@@ -277,7 +299,7 @@ def check_first_images(
     fit = fit and all(b in (None, a) for a, b in zip(found[1:], sizes[1:], strict=True))
     if not fit:
         raise ValueError(f"{name} has shape {found}, expected [{', '.join(expected)}]")
-    check_like(name, out, found, x, FLOAT_DTYPES)
+    check_like(name, out, found, x, ANY_DTYPES)
 
 
 def check_normalise(normalise: torch.Tensor | None, x: torch.Tensor) -> None:
@@ -287,7 +309,12 @@ def check_normalise(normalise: torch.Tensor | None, x: torch.Tensor) -> None:
 
 
 def _layout_launch(
-    x: torch.Tensor, y: torch.Tensor, normalise: torch.Tensor | None, tile: PoolTile | None
+    x: torch.Tensor,
+    y: torch.Tensor,
+    normalise: torch.Tensor | None,
+    out_scale: float,
+    tile: PoolTile | None,
+    name: str = "out_scale",
 ) -> Launch:
     """x [N, H, W, C] into the first images of y [N', H, W, C'], both any views in NHWC order."""
     n, h, w, c = x.shape
@@ -306,6 +333,7 @@ def _layout_launch(
             "x_ptr": x,
             "normalise_ptr": normalise,
             "y_ptr": y,
+            "out_scale": factor(name, out_scale),
             "PIXELS": h * w,
             "W": w,
             "stride_xn": x.stride(0),
@@ -325,5 +353,6 @@ def _layout_launch(
         },
         num_warps=tile.num_warps,
         num_stages=1,
+        fp_fusion=not is_bytes(y.dtype),
         cost=layout_cost(x, n * h * w * channels, y.element_size(), normalise is not None),
     )

@@ -8,8 +8,10 @@ import triton.language as tl
 
 from fastres.kernels.cost import Cost
 from fastres.kernels.dependent import await_predecessor
+from fastres.kernels.epilogue_jit import lowest
 from fastres.kernels.geometry import Pair, PoolShape, max_pool_cost
 from fastres.kernels.launch import Launch, check_like, check_nhwc
+from fastres.kernels.quantised import ANY_DTYPES
 from fastres.kernels.tiles import PoolTile, choose_pool_tile
 
 
@@ -51,14 +53,15 @@ def _max_pool_kernel(
     w0 = q * STRIDE_W - PAD_W
     x_images = x_ptr + n.to(tl.int64) * stride_xn
 
-    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
+    padding = lowest(x_ptr.dtype.element_ty)
+    best = tl.full((BLOCK_M, BLOCK_C), padding, tl.float32)
     for r in tl.static_range(R):  # unrolled, so that a window's loads are in flight together
         for s in tl.static_range(S):
             h = h0 + r * DILATION_H
             w = w0 + s * DILATION_W
             inside = ok & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
             x_rows = x_images + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
-            v = tl.load(x_rows[:, None] + c[None, :], mask=inside, other=float("-inf"))
+            v = tl.load(x_rows[:, None] + c[None, :], mask=inside, other=padding)
             v = v.to(tl.float32)
             # v != v: a NaN wins, and then stays, since nothing compares greater than it
             best = tl.where((v > best) | (v != v), v, best)
@@ -84,7 +87,7 @@ def max_pool(
     with (u, v) the stride, (d, e) the dilation and (h0, w0) the padding; NaN wins, padding loses.
 
     Args:
-        x: [N, H, W, C] fp16, bf16 or fp32; channels packed, other strides free.
+        x: [N, H, W, C] fp16, bf16, fp32, int8 or fp8 e4m3; channels packed, other strides free.
         padding: at most half of the kernel, as in PyTorch.
         ceil_mode: whether a last window that overhangs the input counts.
         out: [N, P, Q, C] of x's dtype, contiguous; allocated when None.
@@ -97,7 +100,7 @@ def max_pool(
         ValueError: operands that do not fit together.
         RuntimeError: CPU tensors while Triton's interpreter is off.
     """
-    check_nhwc("x", x)
+    check_nhwc("x", x, ANY_DTYPES)
     n, h, w, c = x.shape
     shape = PoolShape(n, h, w, c, kernel, stride, padding, dilation, ceil_mode)
     if out is None:
@@ -116,7 +119,7 @@ def max_pool_launch(
     Raises:
         ValueError: operands that do not fit together.
     """
-    check_nhwc("x", x)
+    check_nhwc("x", x, ANY_DTYPES)
     check_like("x", x, (shape.n, shape.h, shape.w, shape.c), x, [x.dtype], contiguous=False)
     check_like("out", out, (shape.n, shape.p, shape.q, shape.c), x, [x.dtype])
     pixels = shape.n * shape.p * shape.q
@@ -286,6 +289,7 @@ def avg_pool_launch(
     Raises:
         ValueError: operands that do not fit together.
     """
+    check_nhwc("x", x)
     if shape.dilation != (1, 1):
         raise ValueError(f"dilation is {shape.dilation}, expected (1, 1): a mean has none")
     if divisor == 0:

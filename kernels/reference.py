@@ -241,6 +241,23 @@ def linear_int8(
     return finish_int8(acc, scale, bias, None, 1.0, activation, out_scale, dtype)
 
 
+def global_avg_pool_int8(
+    x: torch.Tensor,
+    scale: float,
+    out_scale: float = 1.0,
+    dtype: torch.dtype = torch.int8,
+    keepdim: bool = True,
+) -> torch.Tensor:
+    """The sum over H and W, exact, and then `finish_int8` with a scale of scale / (H W).
+
+    Args:
+        x: [N, C, H, W] int8, in units of scale.
+    """
+    acc = x.sum((2, 3), keepdim=keepdim, dtype=torch.int32)
+    mean = torch.tensor(scale / (x.shape[2] * x.shape[3]), dtype=torch.float32)
+    return finish_int8(acc, mean, None, None, 1.0, None, out_scale, dtype)
+
+
 def finish_int8(
     acc: torch.Tensor,
     scale: torch.Tensor,

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastres.kernels.epilogue_jit import round_to
 from fastres.kernels.folding import FOLDED, MARGIN, fold_refusal, packed_shape
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import (
@@ -17,6 +18,7 @@ from fastres.kernels.layout import (
     layout_cost,
     normalised,
 )
+from fastres.kernels.quantised import factor, is_bytes
 from fastres.kernels.tiles import PoolTile
 
 
@@ -25,6 +27,7 @@ def _space_to_depth_kernel(
     x_ptr,
     normalise_ptr,
     y_ptr,
+    out_scale,
     PH,  # folded rows, margin included
     PW,
     stride_xn,
@@ -55,10 +58,11 @@ def _space_to_depth_kernel(
     x_pixels = (2 * h).to(tl.int64) * stride_xh + (2 * w).to(tl.int64) * stride_xw
     x_parts = c.to(tl.int64) * stride_xc + dh.to(tl.int64) * stride_xh + dw.to(tl.int64) * stride_xw
     v = tl.load(x_ptr + n * stride_xn + x_pixels[:, None] + x_parts[None, :], mask=ok, other=0)
-    v = normalised(v, normalise_ptr, c, c < C, C)
+    v = normalised(v, normalise_ptr, out_scale, c, c < C, C)
     v = tl.where(ok, v, 0.0)  # the padding is of the normalised picture
     y_pixels = y_ptr + (n * PH * PW + pixel) * BLOCK_C
-    tl.store(y_pixels[:, None] + j[None, :], v.to(y_ptr.dtype.element_ty), mask=pixel_ok[:, None])
+    y = round_to(v, y_ptr.dtype.element_ty)
+    tl.store(y_pixels[:, None] + j[None, :], y, mask=pixel_ok[:, None])
 
 
 def space_to_depth(
@@ -66,20 +70,23 @@ def space_to_depth(
     *,
     dtype: torch.dtype = torch.float16,
     normalise: torch.Tensor | None = None,
+    out_scale: float = 1.0,
     out: torch.Tensor | None = None,
     tile: PoolTile | None = None,
 ) -> torch.Tensor:
     """Folds 2x2 pixels into one, in fp32 and rounded once, with a margin of zeros.
 
-    y[n, i + 2, j + 2, 4c + 2a + b] = x[n, c, 2i + a, 2j + b] * scale[c] + shift[c]
+    y[n, i + 2, j + 2, 4c + 2a + b] = (x[n, c, 2i + a, 2j + b] * scale[c] + shift[c]) * out_scale
 
-    and 0 elsewhere: in 2 rows and columns before, 1 after, and in channels from 4C on.
+    and 0 elsewhere: in 2 rows and columns before, 1 after, and in channels from 4C on. To int8 each
+    of the three steps is one fp32 operation; the result is rounded half to even and saturated.
 
     Args:
-        x: [N, C, H, W] fp16, bf16, fp32 or uint8, any strides, C up to 4, H and W even: an NHWC
-            picture is the view `picture.permute(0, 3, 1, 2)`.
-        dtype: of y when it is allocated: fp16, bf16 or fp32.
+        x: [N, C, H, W] fp16, bf16, fp32, uint8, int8 or fp8 e4m3, any strides, C up to 4, H and W
+            even: an NHWC picture is the view `picture.permute(0, 3, 1, 2)`.
+        dtype: of y when it is allocated: fp16, bf16, fp32, int8 or fp8 e4m3.
         normalise: [2, C] fp32, contiguous: scale and shift (see `layout.normalisation`).
+        out_scale: 1 / the scale of an 8-bit y.
         out: [N', H/2 + 3, W/2 + 3, 16], contiguous, with N' >= N: pictures from N on are left
             alone; allocated when None.
         tile: how to cut the work; 128 folded pixels of 16 channels a block when None.
@@ -95,7 +102,7 @@ def space_to_depth(
     if out is None:
         n, _, h, w = x.shape
         out = torch.empty(packed_shape(n, h, w), dtype=dtype, device=x.device)
-    launch = space_to_depth_launch(x, out, normalise=normalise, tile=tile)
+    launch = space_to_depth_launch(x, out, normalise=normalise, out_scale=out_scale, tile=tile)
     if x.numel() > 0:
         launch.run()
     return out
@@ -106,6 +113,7 @@ def space_to_depth_launch(
     out: torch.Tensor,
     *,
     normalise: torch.Tensor | None = None,
+    out_scale: float = 1.0,
     tile: PoolTile | None = None,
 ) -> Launch:
     """The call `space_to_depth` makes, not yet made; tensors may be on the meta device.
@@ -133,6 +141,7 @@ def space_to_depth_launch(
             "x_ptr": x,
             "normalise_ptr": normalise,
             "y_ptr": out,
+            "out_scale": factor("out_scale", out_scale),
             "PH": sizes[1],
             "PW": sizes[2],
             "stride_xn": x.stride(0),
@@ -149,5 +158,6 @@ def space_to_depth_launch(
         },
         num_warps=tile.num_warps,
         num_stages=1,
+        fp_fusion=not is_bytes(out.dtype),
         cost=layout_cost(x, elements, out.element_size(), normalise is not None),
     )

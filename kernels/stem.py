@@ -17,7 +17,8 @@ from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.folding import FOLDED, ROW, TAPS, stem_shape
-from fastres.kernels.launch import FLOAT_DTYPES, Launch, check_like
+from fastres.kernels.launch import Launch, check_like
+from fastres.kernels.quantised import ANY_DTYPES
 from fastres.kernels.tiles import ConvTile
 
 
@@ -34,6 +35,8 @@ def stem(
     bias: torch.Tensor | None = None,
     *,
     activation: ActivationKind | None = "relu",
+    scale: torch.Tensor | None = None,
+    out_scale: float = 1.0,
     out: torch.Tensor | None = None,
     tile: ConvTile | BoxTile | None = None,
     allow_tf32: bool = False,
@@ -46,16 +49,18 @@ def stem(
     a pixel that is either reaches one more row and column of outputs than through 7x7 taps.
 
     Args:
-        packed: [N, P + 3, Q + 3, 16] fp16, bf16 or fp32, contiguous, from `space_to_depth`.
+        packed: [N, P + 3, Q + 3, 16] fp16, bf16, fp32, int8 or fp8 e4m3, contiguous, from
+            `space_to_depth`.
         weight: [K, 256] of that dtype, contiguous, from `pack_stem_weight`.
-        bias: [K] fp32 or of that dtype, contiguous.
-        out: [N, P, Q, K] of that dtype, contiguous; allocated when None.
+        bias: [K] fp32 or of that dtype, contiguous; fp32 for 8 bits.
+        scale, out_scale: of 8 bits, as for `conv2d`.
+        out: [N, P, Q, K] of that dtype, or a float for 8 bits, contiguous; allocated when None.
         tile: how to cut the work, and which form to take, see `stem_launch`; a ConvTile chosen
             from shape and device when None.
         allow_tf32: for fp32, tensor cores at reduced precision.
 
     Returns:
-        [N, P, Q, K] of packed's dtype.
+        [N, P, Q, K], of packed's dtype unless out is given.
 
     Raises:
         ValueError: operands that do not fit together.
@@ -70,6 +75,8 @@ def stem(
         bias,
         out,
         activation=activation,
+        scale=scale,
+        out_scale=out_scale,
         tile=tile,
         allow_tf32=allow_tf32,
         target=target_of(packed.device),
@@ -87,6 +94,8 @@ def stem_launch(
     *,
     target: Target,
     activation: ActivationKind | None = "relu",
+    scale: torch.Tensor | None = None,
+    out_scale: float = 1.0,
     tile: ConvTile | BoxTile | None = None,
     allow_tf32: bool = False,
 ) -> Launch:
@@ -121,6 +130,8 @@ def stem_launch(
             shape=shape,
             target=target,
             activation=activation,
+            scale=scale,
+            out_scale=out_scale,
             tile=tile,
             allow_tf32=allow_tf32,
         )
@@ -134,6 +145,8 @@ def stem_launch(
             shape=shape,
             target=target,
             activation=activation,
+            scale=scale,
+            out_scale=out_scale,
             tile=None if isinstance(tile, BoxTile) else tile,
             allow_tf32=allow_tf32,
         )
@@ -159,6 +172,6 @@ def output_pixels(packed: torch.Tensor) -> tuple[int, int, int]:
         raise ValueError(
             f"packed has shape {list(packed.shape)}, expected [N, P + 3, Q + 3, {FOLDED}]"
         )
-    check_like("packed", packed, packed.shape, packed, FLOAT_DTYPES)
+    check_like("packed", packed, packed.shape, packed, ANY_DTYPES)
     n, h, w, _ = packed.shape
     return n, h - TAPS + 1, w - TAPS + 1

@@ -12,9 +12,10 @@ import triton.language as tl
 from fastres.kernels.cost import Cost
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.epilogue_jit import apply_epilogue
+from fastres.kernels.epilogue_jit import apply_epilogue, lowest, saturate
 from fastres.kernels.folding import FOLDED, ROW, TAPS
 from fastres.kernels.launch import Launch, check_like, is_interpreted
+from fastres.kernels.quantised import bias_dtypes, epilogue_arguments, is_bytes
 from fastres.kernels.stem import output_pixels, stem_cost
 from fastres.kernels.stem_pool_tiles import (
     StemPoolTile,
@@ -49,8 +50,10 @@ def _three(v, NEXT_OF: tl.constexpr, BLOCKS: tl.constexpr):
 def _stem_pool_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     y_ptr,
+    out_scale,
     P,  # of the stem
     Q,
     PP,  # of the pool
@@ -87,22 +90,34 @@ def _stem_pool_kernel(
     depth = tl.arange(0, ROW)  # a row of 4 folded pixels lies in one piece
     x_tile = x_rows[:, None] + depth[None, :]
     weight_tile = weight_ptr + k[None, :] * (TAPS * ROW) + depth[:, None]
-    acc = tl.zeros((4 * BLOCK_P * BLOCK_Q, BLOCK_K), tl.float32)
+    ACC: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((4 * BLOCK_P * BLOCK_Q, BLOCK_K), ACC)
     for tap in range(TAPS):
         a = tl.load(x_tile + tap * x_stride, mask=inside, other=0.0)
         b = tl.load(weight_tile + tap * ROW, mask=k_ok[None, :], other=0.0)
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc, out_dtype=ACC)
 
+    scale = None
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + k, mask=k_ok, other=0.0)
     bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + k, mask=k_ok, other=0.0)
-    v = apply_epilogue(acc, bias, None, ACTIVATION)
-    v = tl.where(inside, v, float("-inf"))  # the pool's padding
-    if not WIDEN:  # rounding keeps the order, so it may come first: half as much is moved
-        v = v.to(y_ptr.dtype.element_ty)
+    v = apply_epilogue(acc, bias, None, ACTIVATION, scale, None, out_scale)
+    # rounding keeps the order, so it may come first: half as much is moved
+    OUT: tl.constexpr = y_ptr.dtype.element_ty
+    BYTES: tl.constexpr = OUT.primitive_bitwidth == 8
+    if BYTES:  # all that 8 bits hold, fp16 holds too
+        v = saturate(v, OUT)
+        if OUT != tl.int8:
+            v = v.to(OUT)
+        v = v.to(tl.float16)
+    v = tl.where(inside, v, lowest(OUT))  # the pool's padding
+    if not WIDEN and not BYTES:
+        v = v.to(OUT)
     v = tl.reshape(v, (BLOCK_P, 2, 2 * BLOCK_Q, BLOCK_K))
     v = _three(tl.permute(v, (0, 2, 3, 1)), 0, BLOCK_P)
     v = tl.reshape(v, (BLOCK_P, BLOCK_Q, 2, BLOCK_K))
@@ -137,6 +152,8 @@ def stem_pool(
     bias: torch.Tensor | None = None,
     *,
     activation: ActivationKind | None = "relu",
+    scale: torch.Tensor | None = None,
+    out_scale: float = 1.0,
     out: torch.Tensor | None = None,
     tile: StemPoolTile | None = None,
 ) -> torch.Tensor:
@@ -148,14 +165,17 @@ def stem_pool(
     there.
 
     Args:
-        packed: [N, P + 3, Q + 3, 16] fp16 or bf16, contiguous, from `space_to_depth`.
+        packed: [N, P + 3, Q + 3, 16] fp16, bf16, int8 or fp8 e4m3, contiguous, from
+            `space_to_depth`.
         weight: [K, 256] of that dtype, contiguous, from `pack_stem_weight`.
-        bias: [K] fp32 or of that dtype, contiguous.
-        out: [N, (P+1)//2, (Q+1)//2, K] of that dtype, contiguous; allocated when None.
+        bias: [K] fp32 or of that dtype, contiguous; fp32 for 8 bits.
+        scale, out_scale: of 8 bits, as for `conv2d`.
+        out: [N, (P+1)//2, (Q+1)//2, K] of that dtype, or fp16 for 8 bits, contiguous; allocated
+            when None.
         tile: how to cut the work; `choose_stem_pool_tile`'s when None.
 
     Returns:
-        [N, (P+1)//2, (Q+1)//2, K] of packed's dtype.
+        [N, (P+1)//2, (Q+1)//2, K], of packed's dtype unless out is given.
 
     Raises:
         ValueError: operands that do not fit together, or that `stem_pool_refusal` refuses.
@@ -165,7 +185,16 @@ def stem_pool(
     if out is None:
         sizes = (n, pooled(p), pooled(q), len(weight))
         out = torch.empty(sizes, dtype=packed.dtype, device=packed.device)
-    launch = stem_pool_launch(packed, weight, bias, out, activation=activation, tile=tile)
+    launch = stem_pool_launch(
+        packed,
+        weight,
+        bias,
+        out,
+        activation=activation,
+        scale=scale,
+        out_scale=out_scale,
+        tile=tile,
+    )
     if out.numel() > 0:
         launch.run()
     return out
@@ -178,6 +207,8 @@ def stem_pool_launch(
     out: torch.Tensor,
     *,
     activation: ActivationKind | None = "relu",
+    scale: torch.Tensor | None = None,
+    out_scale: float = 1.0,
     tile: StemPoolTile | None = None,
 ) -> Launch:
     """The call `stem_pool` makes, not yet made; tensors may be on the meta device.
@@ -194,8 +225,11 @@ def stem_pool_launch(
     if k < 1:
         raise ValueError("weight has 0 output channels, expected at least 1")
     if bias is not None:
-        check_like("bias", bias, (k,), packed, [torch.float32, packed.dtype])
-    check_like("out", out, (n, pooled(p), pooled(q), k), packed, [packed.dtype])
+        check_like("bias", bias, (k,), packed, bias_dtypes(packed.dtype))
+    results = [packed.dtype, torch.float16] if is_bytes(packed.dtype) else [packed.dtype]
+    check_like("out", out, (n, pooled(p), pooled(q), k), packed, results)
+    epilogue = epilogue_arguments(packed.dtype, packed, k, scale, None, 1.0, out_scale)
+    del epilogue["residual_scale"]
     if tile is None:
         tile = choose_stem_pool_tile(k)
     return Launch(
@@ -210,6 +244,7 @@ def stem_pool_launch(
             "Q": q,
             "PP": pooled(p),
             "PQ": pooled(q),
+            **epilogue,
         },
         constants={
             "C": FOLDED,
@@ -224,5 +259,6 @@ def stem_pool_launch(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        fp_fusion=not is_bytes(packed.dtype),
         cost=stem_pool_cost(n, p, q, k, packed.element_size()),
     )

@@ -59,8 +59,8 @@ def stem_pool_refusal(p: int, q: int, itemsize: int) -> str | None:
 
     For where `stem_refusal` has nothing to say; a planner then takes `stem` and `max_pool`.
     """
-    if itemsize != 2:
-        return f"elements have {itemsize} bytes, expected 2: a block's map would not fit registers"
+    if itemsize > 2:
+        return f"elements have {itemsize} bytes, expected 1 or 2, for a map that fits registers"
     if (p + TAPS - 1) * (q + TAPS - 1) * FOLDED >= 2**31:
         return f"the stem has {p}x{q} pixels, expected under 2**31 elements in a folded picture"
     return None

@@ -92,16 +92,23 @@ def is_valid(tile: ConvTile, itemsize: int, tensor_cores: bool, target: Target) 
     """
     if tile.shared_bytes(itemsize) > target.shared_bytes:
         return False
+    if tile.block_k < least_depth(itemsize):
+        return False
     if not tensor_cores:  # plain multiply-adds hold the operands in registers as well
         # at 32x64 ptxas settles for 96 registers and spills a residual
         return tile.accumulators() <= 32 and (tile.block_m, tile.block_n) != (32, 64)
     if 90 <= target.sm < 120 and (tile.block_m < 64 or tile.num_warps < 4):
         return False  # four warps take 64 rows together; less falls back to sm_80's HMMA
     # older matrix instructions take their operands from registers: with four warps, 64 results a
-    # thread and a residual spilled on sm_86
-    operands_in_shared_memory = 90 <= target.sm < 120
+    # thread and a residual spilled on sm_86; Triton may take them for int8 on sm_100 as well
+    operands_in_shared_memory = 90 <= target.sm < (120 if itemsize > 1 else 100)
     wide = operands_in_shared_memory or tile.num_warps >= 8
     return tile.accumulators() <= (64 if wide else 32)
+
+
+def least_depth(itemsize: int) -> int:
+    """The least depth of one matrix instruction: 32 elements of 8 bits, 16 of others."""
+    return 32 if itemsize == 1 else 16
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,11 @@ def conv_candidates(
 
 def _depth(channels: int, itemsize: int) -> int:
     """The depth block: up to a cache line of a pixel's channels, within one tap if it can be."""
-    blocks = [block for block in (64, 32, 16) if block * itemsize <= 128]
+    blocks = [
+        block
+        for block in (128, 64, 32, 16)
+        if block * itemsize <= 128 and block >= least_depth(itemsize)
+    ]
     return next((block for block in blocks if channels % block == 0), 32)
 
 
@@ -195,7 +206,7 @@ def conv_seconds(
     It ranks tiles, and pointers against other forms; it predicts no times.
     """
     depth = _cdiv(shape.k, tile.block_k) * tile.block_k
-    rate = target.fp16_flops * (2 / itemsize if tensor_cores else 1 / 16)
+    rate = target.product_flops(itemsize, tensor_cores)
     arithmetic = 2 * tile.block_m * tile.block_n * depth / rate
     loads = (tile.block_m + tile.block_n) * depth * itemsize / target.l2_bytes
     resident = max(

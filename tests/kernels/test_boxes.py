@@ -125,7 +125,7 @@ POINT = ConvShape(1, 9, 9, 64, 64, 1, 1)
         (layer("layer2-head", 1), HALF, 90, None, None),
         (POINT, HALF, 89, None, "sm_89 has no copy engine"),
         (POINT, torch.float32, 90, None, "expected allow_tf32"),
-        (POINT, torch.int8, 90, None, "dtype is torch.int8"),
+        (POINT, torch.uint8, 90, None, "dtype is torch.uint8"),
         (ConvShape(1, 9, 9, 64, 64, 1, 1, groups=2), HALF, 90, None, "groups is 2"),
         (ConvShape(1, 9, 9, 24, 64, 1, 1), HALF, 90, None, "input channels are 24"),
         (POINT, HALF, 90, Projection(3), r"input channels are \(64, 3\)"),

@@ -36,7 +36,9 @@ def test_target_of_the_cpu_is_the_reference_gpu():
 
 
 @pytest.mark.parametrize(
-    ("itemsize", "tensor_cores", "slower"), [(2, True, 1), (4, True, 2), (4, False, 16)], ids=str
+    ("itemsize", "tensor_cores", "slower"),
+    [(1, True, 0.5), (2, True, 1), (4, True, 2), (4, False, 16)],
+    ids=str,
 )
 def test_the_roofline_is_the_longer_of_arithmetic_and_traffic(itemsize, tensor_cores, slower):
     target = Target(90, 132)

@@ -31,8 +31,9 @@ SHAPES = {
 
 @pytest.mark.parametrize("sm", SMS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("tensor_cores", [True, False])
+@pytest.mark.parametrize(
+    ("itemsize", "tensor_cores"), [(1, True), (2, True), (4, True), (2, False), (4, False)]
+)
 def test_choice_is_valid_and_repeatable(sm, shape, itemsize, tensor_cores):
     target = Target.typical(sm)
     tile = choose_conv_tile(shape, itemsize, target, tensor_cores=tensor_cores)
@@ -48,6 +49,15 @@ def test_large_layers_take_large_tiles_and_small_ones_fill_the_card():
     assert large.block_m * large.block_n >= 128 * 128
     single = SHAPES["layer4-3x3-batch-1"]
     assert choose_conv_tile(single, 2, target).programs(single) >= 32
+
+
+def test_eight_bits_take_steps_of_128_bytes_and_never_less_than_an_instruction():
+    target = Target.typical(90)
+    assert choose_conv_tile(SHAPES["layer4-1x1"], 1, target).block_k == 128
+    assert choose_conv_tile(SHAPES["layer1-3x3"], 1, target).block_k == 64
+    assert choose_conv_tile(SHAPES["depthwise"], 1, target).block_k == 32
+    assert not is_valid(ConvTile(64, 64, 16, 4, 3), 1, True, target)
+    assert is_valid(ConvTile(64, 64, 16, 4, 3), 2, True, target)
 
 
 def test_narrow_outputs_take_narrow_tiles():
