@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from fastres.backends.triton.eight_bits import OPERAND_OF
 from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.kernels.bottleneck_chain import chain_launch
 from fastres.kernels.boxes import BoxTile, workspace_bytes
@@ -19,7 +22,6 @@ from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem_pool import stem_pool_launch
 from fastres.kernels.stem_pool_tiles import StemPoolTile, pooled
 from fastres.kernels.tiles import ConvTile
-from fastres.options import DTYPE_OF
 from fastres.tolerances import errors
 
 _IMAGES = 2  # compared with the oracle, from each end of the batch
@@ -34,7 +36,9 @@ class Trial:
     def __init__(self, problem: Problem, device: torch.device) -> None:
         self.problem = problem
         self.device = device
-        self._dtype = DTYPE_OF[problem.precision]
+        self._dtype = OPERAND_OF[problem.precision]
+        self._scales: dict[str, Any] = {}  # further arguments of the kernels
+        self._residual: torch.Tensor | None = None
         self._generator = None
         if device.type != "meta":
             self._generator = torch.Generator(device).manual_seed(0)
@@ -60,8 +64,8 @@ class Trial:
         if isinstance(tile, BoxTile):
             return self._box_launches(shape, tile, target)
         if isinstance(tile, StemPoolTile):
-            out = self._outputs[0]
-            return (stem_pool_launch(self._folded, self._matrix, self._bias, out, tile=tile),)
+            operands = self._folded, self._matrix, self._bias, self._outputs[0]
+            return (stem_pool_launch(*operands, tile=tile, **self._scales),)
         assert isinstance(tile, ConvTile)
         launch = conv2d_launch(
             self._x,
@@ -74,6 +78,7 @@ class Trial:
             activation="relu",
             tile=tile,
             allow_tf32=self.problem.precision == "tf32",
+            **self._scales,
         )
         return (launch,)
 
@@ -85,9 +90,7 @@ class Trial:
         for i, out in enumerate(self._outputs):
             if bool(torch.isnan(out).any()):
                 return f"output {i} has elements that were not written, or NaN"
-        images = out.shape[0]
-        ends = sorted({*range(min(_IMAGES, images)), *range(max(0, images - _IMAGES), images)})
-        chosen = torch.tensor(ends, device=self.device)
+        chosen = self.chosen()
         with torch.backends.cudnn.flags(enabled=False):  # no TF32, no algorithm that rounds
             oracle, baseline = (
                 self._reference(chosen, dtype) for dtype in (torch.float64, self._dtype)
@@ -97,6 +100,12 @@ class Trial:
             if not found.within(errors(usual, exact), self._dtype):
                 return f"output {i} is wrong: {found}"
         return None
+
+    def chosen(self) -> torch.Tensor:
+        """The images that are compared: some from each end of the batch."""
+        images = len(self._outputs[0])
+        ends = sorted({*range(min(_IMAGES, images)), *range(max(0, images - _IMAGES), images)})
+        return torch.tensor(ends, device=self.device)
 
     def _make_convolution(self, shape: ConvShape) -> None:
         n, k, depth = shape.n, shape.k, shape.r * shape.s * shape.c // shape.groups
@@ -145,7 +154,8 @@ class Trial:
 
     def _box_launches(self, shape: ConvShape, tile: BoxTile, target: Target) -> tuple[Launch, ...]:
         size = workspace_bytes(shape, tile) // 4
-        workspace = torch.empty(size, dtype=torch.float32, device=self.device) if size else None
+        parts = torch.int32 if self._dtype == torch.int8 else torch.float32
+        workspace = torch.empty(size, dtype=parts, device=self.device) if size else None
         return conv2d_tma_launches(
             self._x,
             self._matrix,
@@ -160,6 +170,7 @@ class Trial:
             tile=tile,
             workspace=workspace,
             allow_tf32=self.problem.precision == "tf32",
+            **self._scales,
         )
 
     def _chain_launch(self, shape: ChainShape, tile: ChainTile, target: Target) -> Launch:

@@ -16,6 +16,7 @@ from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.backends.triton.table import Entry, Table
 from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.trial import Trial
+from fastres.backends.triton.trial_int8 import make_trial
 from fastres.kernels.cost import Target, target_of
 
 _TRIED = 16  # tiles a problem: the best by estimate
@@ -73,7 +74,7 @@ def precompile(problem: Problem, target: Target, tried: int = _TRIED) -> int:
     """
     from fastres.kernels.aot import compile_kernel
 
-    trial, compiled = Trial(problem, torch.device("meta")), 0
+    trial, compiled = make_trial(problem, torch.device("meta")), 0
     for tile in problem.candidates(target)[:tried]:
         try:
             for launch in trial.launches(tile, target):
@@ -88,7 +89,7 @@ def measure(
     problem: Problem, device: torch.device, target: Target, tried: int = _TRIED
 ) -> list[Attempt]:
     """Tries the best tiles by estimate, one after the other."""
-    trial = Trial(problem, device)
+    trial = make_trial(problem, device)
     return [_attempt(trial, tile, target) for tile in problem.candidates(target)[:tried]]
 
 

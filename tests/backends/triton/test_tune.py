@@ -25,6 +25,7 @@ from fastres.backends.triton.table import (
     write_table,
 )
 from fastres.backends.triton.trial import Trial
+from fastres.backends.triton.trial_int8 import make_trial
 from fastres.backends.triton.tune import tune
 from fastres.errors import ArtifactError
 from fastres.kernels.boxes import BoxTile, Projection
@@ -43,6 +44,12 @@ BOXES = Problem("boxes", POINTWISE, "fp16", residual=True)
 CHAIN = Problem("chain", ChainShape(2, 4, 4, 64, 256, 64), "fp16")
 POOLED = Problem("stem and pool", stem_shape(2, 12, 20, 32), "fp16")
 MERGED = Problem("boxes", POINTWISE, "fp16", Projection(64, (2, 2)))
+EIGHT_BITS = [
+    Problem("pointers", POINTWISE, "int8", residual=True),
+    Problem("boxes", POINTWISE, "int8"),
+    Problem("boxes", POINTWISE, "int8", residual=True, floating=True),
+    Problem("stem and pool", stem_shape(2, 12, 20, 32), "int8"),
+]
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
 )
@@ -217,11 +224,12 @@ class TestTrials:
             ),
             Problem("boxes", ConvShape(1, 8, 8, 32, 64, 3, 3, (2, 2), (1, 1)), "fp16"),
             Problem("chain", ChainShape(1, 8, 8, 64, 128, 0, 64, 2, 2), "fp16"),
+            *EIGHT_BITS,
         ],
         ids=lambda p: p.key,
     )
     def test_kernels_agree_with_pytorch(self, problem: Problem) -> None:
-        trial = Trial(problem, CPU)
+        trial = make_trial(problem, CPU)
         trial.poison()
         assert "not written" in str(trial.difference())
         tile = problem.candidates(Target(90, 1))[0]
@@ -235,6 +243,16 @@ class TestTrials:
             launch.run()
         trial._outputs[0][-1, -1, -1, 0] += 1
         assert "output 0 is wrong" in str(trial.difference())
+
+    @pytest.mark.parametrize("problem", EIGHT_BITS, ids=lambda p: p.key)
+    def test_one_wrong_bit_is_seen_in_int8(self, problem: Problem) -> None:
+        trial = make_trial(problem, CPU)
+        for launch in trial.launches(problem.candidates(Target(90, 1))[0], Target(90, 1)):
+            launch.run()
+        out = trial._outputs[0]
+        assert out[out > 0].float().std() > 10  # values all over the range of int8
+        out[-1, -1, -1, 0] += 1
+        assert "1 values of the output are not the reference's" in str(trial.difference())
 
 
 def test_tf32_is_measured_by_its_own_rounding() -> None:
