@@ -140,20 +140,20 @@ def _with_int8_weight(
 ) -> Node:
     """The node reading an int8 weight, its scale, and a corrected bias, which become constants."""
     name = node.params["weight"]
-    weight = constants[name].double()
-    largest = weight.flatten(1).abs().amax(1)
-    scale = (largest / steps).float()
+    weight = constants[name].float()
+    scale = weight.flatten(1).abs().amax(1) / steps
     scale[scale <= torch.finfo(torch.float32).tiny] = 1.0  # nothing but zeros
-    by_row = scale.double().view(-1, *[1] * (weight.ndim - 1))
-    whole = (weight / by_row).round().clamp(-steps, steps)
+    by_row = scale.view(-1, *[1] * (weight.ndim - 1))
+    whole = (weight / by_row).round_().clamp_(-steps, steps)
     params = {**node.params, "weight": f"{name}.int8", "scale": f"{name}.scale"}
     constants[params["weight"]] = whole.to(torch.int8)
     constants[params["scale"]] = scale
     if means:
-        moved = (whole * by_row - weight).reshape(*weight.shape[:2], -1).sum(2)
+        moved = whole.mul_(by_row).sub_(weight).reshape(*weight.shape[:2], -1).sum(2)
         groups = node.op.groups if isinstance(node.op, Conv2d) else 1
         mean = torch.tensor(means, dtype=torch.float64).view(groups, -1)
-        shift = torch.cat([m @ part for m, part in zip(moved.chunk(groups), mean, strict=True)])
+        parts = zip(moved.double().chunk(groups), mean, strict=True)
+        shift = torch.cat([rows @ m for rows, m in parts])
         params["bias"] = f"{name}.corrected_bias"
         bias = constants[node.params["bias"]] if "bias" in node.params else torch.zeros(len(weight))
         constants[params["bias"]] = (bias.double() - shift).to(constants[name].dtype)

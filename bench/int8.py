@@ -1,0 +1,300 @@
+"""Int8 on the CPU beside its peers: time to calibrate, memory, and speed, all on one network.
+
+python bench/int8.py [--model resnet50] [--images 128] [--batch-size 8] [-o FILE.json]
+
+Peers are OpenVINO with NNCF's post-training quantisation (per-channel weights, symmetric or not as
+NNCF chooses for the processor) and ONNX Runtime's static quantisation (QDQ, int8, per channel),
+both given the same images; and fastres in fp32 and bf16. Speeds are interleaved in one run. Each
+int8 engine's SQNR against fp32 stands beside its speed; the network is settled, not trained, so
+that says how the numbers are kept, not how accurate a trained network would be.
+
+Source of the peers' settings: their documentation of post-training quantisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+import fastres
+from fastres.benchmarking import Target, benchmark
+from fastres.calib.images import Preprocess, find_images
+from fastres.calibrating import collect
+from fastres.compiler import optimised
+from fastres.errors import CaptureError
+from fastres.graph.onnx import to_onnx
+from fastres.options import Input
+from fastres.peers import torch_threads
+from fastres.source import source_of
+from fastres.text import render
+from fastres.tolerances import Distance
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+SIZE = 224
+
+
+def photographs(count: int, seed: int = 0) -> Tensor:
+    """[N, 3, 224, 224] fp32: square cuts from the example photographs, normalised."""
+    draw = np.random.default_rng(seed)
+    preprocess = Preprocess(resize=SIZE, crop=SIZE)
+    from PIL import Image
+
+    pictures = [Image.open(path).convert("RGB") for path in find_images(PHOTOS)]
+    cuts = []
+    for i in range(count):
+        picture = pictures[i % len(pictures)]
+        side = int(min(picture.size) * draw.uniform(0.4, 1.0))
+        left, top = (int(draw.integers(0, length - side + 1)) for length in picture.size)
+        cuts.append(picture.crop((left, top, left + side, top + side)))
+    return preprocess.batch(cuts)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A quantised network that can be called, and the seconds that making it took."""
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    seconds: float
+
+
+def settled(name: str, images: Tensor) -> nn.Module:
+    model: nn.Module = getattr(fastres.models, name)(seed=0)
+    return fastres.models.settle(model, images[:8])
+
+
+def ours(model: nn.Module, images: Tensor, threads: int) -> Contender:
+    start = time.perf_counter()
+    table = fastres.quantize(model, images, algorithm="mse", num_samples=len(images))
+    engine = fastres.compile(model, images[:1], backend="cpu", calibration=table, threads=threads)
+    return Contender("fastres int8", engine, time.perf_counter() - start)
+
+
+def nncf(model: nn.Module, images: Tensor, threads: int) -> Contender:
+    """OpenVINO's model of the network, quantised by NNCF, in OpenVINO."""
+    import nncf as package
+    import openvino
+
+    package.set_log_level(40)
+    whole = openvino.Core().read_model(_onnx_bytes(model))
+    start = time.perf_counter()
+    with _quiet():
+        quantised = package.quantize(
+            whole,
+            package.Dataset([x[None].numpy() for x in images]),
+            subset_size=len(images),
+            target_device=package.TargetDevice.CPU,
+        )
+    compiled: dict[tuple[int, ...], Any] = {}
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    config["INFERENCE_PRECISION_HINT"] = "f32"
+
+    def run(x: Tensor) -> Tensor:
+        shape = tuple(x.shape)
+        if shape not in compiled:
+            quantised.reshape(list(shape))
+            network = openvino.Core().compile_model(quantised, "CPU", config)
+            compiled[shape] = network.create_infer_request()
+        request = compiled[shape]
+        request.infer([openvino.Tensor(x.numpy(), shared_memory=True)])
+        return torch.from_numpy(request.get_output_tensor(0).data)
+
+    run(images[:1])
+    return Contender("NNCF + OpenVINO int8", run, time.perf_counter() - start)
+
+
+def onnxruntime(model: nn.Module, images: Tensor, threads: int) -> Contender:
+    import onnxruntime as package
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left: Iterator[Tensor] = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            x = next(self.left, None)
+            return None if x is None else {name: x[None].numpy()}
+
+    proto = _onnx_bytes(model)
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = f"{folder}/float.onnx", f"{folder}/int8.onnx"
+        Path(before).write_bytes(proto)
+        name = (
+            package.InferenceSession(proto, providers=["CPUExecutionProvider"]).get_inputs()[0].name
+        )
+        start = time.perf_counter()
+        with _quiet():
+            quantize_static(
+                before,
+                after,
+                Reader(),
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={"ActivationSymmetric": True},
+            )
+        options = package.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = package.InferenceSession(after, options, providers=["CPUExecutionProvider"])
+    session.run(None, {name: images[:1].numpy()})
+    seconds = time.perf_counter() - start
+    return Contender(
+        "ONNX Runtime int8",
+        lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]),
+        seconds,
+    )
+
+
+def peak_of_calibration(name: str, images: int) -> float:
+    """MiB above what a process that has calibrated with 8 images holds, in one of its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_calibrate_alone, (name, images))
+
+
+def _calibrate_alone(name: str, images: int) -> float:
+    few = photographs(8)
+    model = settled(name, few)
+    source = source_of(model, Input((1, 3, SIZE, SIZE)))
+    graph = optimised(source.graph, CaptureError)
+    collect(graph, source.inputs, [(few,)], "mse")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    batches = ((few,) for _ in range(images // 8))
+    collect(graph, source.inputs, batches, "mse")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def _onnx_bytes(model: nn.Module) -> bytes:
+    source = source_of(model, Input((1, 3, SIZE, SIZE)))
+    return to_onnx(optimised(source.graph, CaptureError)).SerializeToString()
+
+
+class _quiet:
+    """Peers print progress to stdout, which here is for figures."""
+
+    def __enter__(self) -> None:
+        self._before = sys.stdout
+        sys.stdout = open(os.devnull, "w")
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.close()
+        sys.stdout = self._before
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    images = photographs(given.images)
+    model = settled(given.model, images)
+    examples = {n: photographs(n, seed=1) for n in map(int, given.batch_size.split(","))}
+    with torch_threads(given.threads):
+        makers = (ours, nncf, onnxruntime)
+        seconds: dict[str, list[float]] = {}
+        found: dict[str, Contender] = {}
+        for _ in range(given.rounds):  # in turn, so that what disturbs one disturbs all
+            for make in makers:
+                made = make(model, images, given.threads)
+                seconds.setdefault(made.name, []).append(made.seconds)
+                found[made.name] = made
+                gc.collect()
+        exact = model.double()(images.double()[:64]) if given.images else None
+        model.float()
+        floats = [
+            Target(
+                f"fastres {precision}",
+                fastres.compile(
+                    model, images[:1], backend="cpu", precision=precision, threads=given.threads
+                ),
+                precision,
+            )
+            for precision in ("fp32", "bf16")
+            if precision == "fp32" or _has_bf16()
+        ]
+        report = benchmark(
+            [*(Target(c.name, c.run, "int8") for c in found.values()), *floats],
+            examples,
+            duration_s=given.duration,
+            baseline="fastres int8",
+            seed=0,
+        )
+        quality = {c.name: _sqnr(c.run, images[:64], exact) for c in found.values()}
+    memory = {n: peak_of_calibration(given.model, n) for n in given.memory}
+    print(_calibration_table(given, seconds, quality))
+    print(report)
+    for n, peak in memory.items():
+        print(f"peak memory of calibrating with {n} images: {peak:.0f} MiB above that with 8")
+    if given.output is not None:
+        figures = {
+            "model": given.model,
+            "images": given.images,
+            "calibration_seconds": seconds,
+            "sqnr_db": quality,
+            "memory_mib": memory,
+            **report.to_dict(),
+        }
+        given.output.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _has_bf16() -> bool:
+    from fastres.backends.cpu import CpuBackend
+
+    return CpuBackend().precision("bf16") is None
+
+
+def _sqnr(run: Callable[[Tensor], Tensor], images: Tensor, exact: Tensor | None) -> float:
+    distance = Distance()
+    if exact is None:
+        return float("nan")
+    for x, y in zip(images.split(8), exact.split(8), strict=True):
+        distance.add(run(x).clone(), y.detach())
+    return distance.sqnr_db
+
+
+def _calibration_table(
+    given: argparse.Namespace, seconds: dict[str, list[float]], quality: dict[str, float]
+) -> str:
+    title = f"{given.model}, calibrated with {given.images} images on {given.threads} threads"
+    table = Table(title=title)
+    for column in ("", "calibrated and compiled, s (median)", "of ours", "SQNR dB"):
+        table.add_column(column, justify="left" if not column else "right")
+    own = statistics.median(seconds["fastres int8"])
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        table.add_row(name, f"{median:.1f}", f"{median / own:.2f}", f"{quality[name]:.1f}")
+    return render(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet50", help="of fastres.models")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--batch-size", default="8")
+    parser.add_argument("--duration", type=float, default=3.0, help="seconds for each target")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each calibrates")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--memory", type=lambda text: [int(n) for n in text.split(",")], default=[128, 1024]
+    )
+    parser.add_argument("-o", "--output", type=Path, help="also write everything as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
