@@ -25,6 +25,7 @@ import fastres
 from fastres import models
 from fastres.backends.triton.choosing import tiles_for
 from fastres.backends.triton.cross import launches_of
+from fastres.backends.triton.eight_bits import FLOAT_OF
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.problems import Problem
@@ -40,8 +41,11 @@ from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.tune import precompile, tune
 from fastres.bench_report import machine
 from fastres.benchmarking import Target, benchmark
+from fastres.calibrating import collect
 from fastres.graph.capture import capture
+from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
+from fastres.graph.passes.quantise import quantise
 from fastres.kernels.aot import KernelFacts, compile_launch, key_of
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.cost import target_of
@@ -50,15 +54,16 @@ from fastres.kernels.geometry import ConvShape
 from fastres.kernels.layout import to_nhwc
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem_box_tile, stem_launch
-from fastres.options import DTYPE_OF, Options, Precision
+from fastres.options import Options, Precision
 from fastres.tolerances import errors
 
 Row = dict[str, Any]
 Job = tuple[Any, ...]
 PARITY_BATCH = 4
 TRIED = 10  # tiles of a problem
+FAST: tuple[Precision, ...] = ("fp16", "int8")  # tuned and timed
 NETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "wide_resnet50")
-PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16", "tf32", "fp32")
+PRECISIONS: tuple[Precision, ...] = ("fp16", "int8", "bf16", "tf32", "fp32")
 BOTH_LAUNCHES = (1, 32)  # batches at which launches are compared, dependent and not
 POWER = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
@@ -145,7 +150,8 @@ def _plans(run: Run) -> Iterator[tuple[tuple[str, str, Precision], int]]:
                 yield (net, version, precision), PARITY_BATCH
     for version in ("v1.5", "v1"):
         for batch in run.batch_sizes:
-            yield ("resnet50", version, "fp16"), batch
+            for precision in FAST:
+                yield ("resnet50", version, precision), batch
 
 
 def _compile(job: Job) -> int:
@@ -157,13 +163,24 @@ def _compile(job: Job) -> int:
     _, net, version, precision, batch, target, size = job
     shape = (batch, 3, size, size)
     graph = optimise(capture(_make(net, version).eval(), [fastres.Input(shape)]).graph)
+    graph = _in_precision(graph, shape, precision)
     plan = make_plan(graph, (shape,), precision, Tiles(target))
-    constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
+    constants = Packed(graph, FLOAT_OF[precision], torch.device("meta"))
     known: dict[str, KernelFacts] = {}
     launches = launches_of(plan, constants, target)
     for key, launch in {key_of(launch): launch for _, launch in launches}.items():
         known[key] = compile_launch(launch, target.sm)
     return len(known)
+
+
+def _in_precision(graph: Graph, shape: tuple[int, ...], precision: Precision) -> Graph:
+    """For int8 the quantised graph, by the ranges of one random picture: which kernels there are
+    does not depend on them."""
+    if precision != "int8":
+        return graph
+    one = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
+    table = collect(graph, [fastres.Input(shape)], [(one,)], "minmax")
+    return quantise(graph, table, "skip")
 
 
 def tests(run: Run) -> Iterator[Row]:
@@ -200,7 +217,8 @@ def parity(run: Run) -> Iterator[Row]:
                 name = f"{net} {version} {precision}"
                 if (yield {"name": name, "asked": True}):
                     continue
-                with _engine(model, x, precision, run) as engine:
+                more = {"calibration": [x]} if precision == "int8" else {}
+                with _engine(model, x, precision, run, **more) as engine:
                     report = fastres.verify(model, engine, [x])
                     yield {"name": name, "right": report.passed, "report": str(report)}
 
@@ -238,7 +256,8 @@ def _problems(version: str, batch: int, run: Run) -> list[Problem]:
     shape = (batch, 3, run.image_size, run.image_size)
     graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
     tiles = Tiles(tiles_for(Options(), run.device).target)
-    make_plan(graph, (shape,), "fp16", tiles)
+    for precision in FAST:
+        make_plan(_in_precision(graph, shape, precision), (shape,), precision, tiles)
     return tiles.asked()
 
 
@@ -288,7 +307,7 @@ def _stem(form: str, x: Tensor, weight: Tensor, bias: Tensor, exact: Tensor, run
 
 
 def speed(run: Run) -> Iterator[Row]:
-    """Ours beside PyTorch's own ways, interleaved, in fp16."""
+    """Ours in fp16 and int8 beside PyTorch's own ways in fp16, interleaved."""
     for batch in run.batch_sizes:
         for version in ("v1.5", "v1"):
             x = photographs(batch, run.image_size).half().to(run.device)
@@ -300,6 +319,9 @@ def speed(run: Run) -> Iterator[Row]:
                 )
                 for asked in ((None, True, False) if batch in BOTH_LAUNCHES else (None,))
             }
+            ours["fastres int8"] = _engine(
+                model, x, "int8", run, cache_dir=str(run.out), calibration=[x[:8].cpu()]
+            )
             theirs = model.to(run.device).to(memory_format=torch.channels_last)
             targets = [Target(name, engine) for name, engine in ours.items()]
             targets.append(Target("eager channels_last", theirs))
@@ -327,9 +349,12 @@ def profile(run: Run) -> Iterator[Row]:
     for batch in run.batch_sizes:
         x = photographs(batch, run.image_size).half().to(run.device)
         model = settled("resnet50", "v1.5", run).half()
-        with _engine(model, x, "fp16", run, cache_dir=str(run.out)) as engine:
-            found = engine.profile(x)
-        yield {"name": f"batch {batch}", "table": str(found), **found.to_dict()}
+        for precision in FAST:
+            more = {"calibration": [x[:8].cpu()]} if precision == "int8" else {}
+            with _engine(model, x, precision, run, cache_dir=str(run.out), **more) as engine:
+                found = engine.profile(x)
+            name = f"batch {batch} in {precision}"
+            yield {"name": name, "table": str(found), **found.to_dict()}
 
 
 def _engine(

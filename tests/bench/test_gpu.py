@@ -28,12 +28,14 @@ def rows(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.interpret
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 def test_sections_are_kept_and_not_run_twice(tmp_path: Path) -> None:
-    flags = (*SMALL, "--only=facts,parity,stem", "--precisions=fp16", "--budget=200")
+    flags = (*SMALL, "--only=facts,parity,stem", "--precisions=fp16,int8", "--budget=200")
     first = run(tmp_path, *flags)
     assert first.returncode == 0, first.stdout + first.stderr
     found = rows(tmp_path)
-    assert [row["section"] for row in found] == ["facts", "parity", "stem", "stem", "stem"]
+    wanted = ["facts", "parity", "parity", "stem", "stem", "stem"]
+    assert [row["section"] for row in found] == wanted
     assert found[0]["versions"]["triton"] and "PASSED" in found[1]["report"]
+    assert found[2]["name"].endswith("int8") and "PyTorch in int8" in found[2]["report"]
     assert all(row["right"] for row in found[1:])
     again = run(tmp_path, *flags, "--only=facts,parity")
     assert again.returncode == 0 and rows(tmp_path) == found
