@@ -5,6 +5,7 @@
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from fastres.kernels.aot import TYPES
 from fastres.kernels.aot_table import (
     BOXES,
+    CHAINS,
     CLASSIFIER,
     CONV_1X1,
     CONV_3X3,
@@ -19,6 +21,7 @@ from fastres.kernels.aot_table import (
     STEM,
     CompileCase,
     boxes_cases,
+    chain_case,
     conv2d_case,
     meta,
     print_table,
@@ -41,6 +44,7 @@ def byte_cases(sm: int) -> Iterator[CompileCase]:
     """Every family's cases for one target: int8, and fp8 where the target has it."""
     yield from conv2d_cases(sm)
     yield from conv2d_tma_cases(sm)
+    yield from chain_cases(sm)
     yield from layout_cases()
     yield from stem_cases(sm)
     yield from head_cases()
@@ -68,6 +72,17 @@ def conv2d_tma_cases(sm: int) -> Iterator[CompileCase]:
         for n in (256, 1):
             yield from boxes_cases(name, boxes, n, INT8, sm)
         yield from boxes_cases(name, boxes, 256, FP8, sm)
+
+
+def chain_cases(sm: int) -> Iterator[CompileCase]:
+    """The boundaries of ResNet-50's first two stages; none below sm_90."""
+    if sm < 90:
+        return
+    for name, shape in CHAINS.items():
+        yield chain_case(name, replace(shape, n=256), INT8, sm)
+    for name in ("layer1.0", "layer1.1", "layer2.1"):
+        yield chain_case(name, replace(CHAINS[name], n=256), FP8, sm)
+        yield chain_case(name, replace(CHAINS[name], n=1), INT8, sm)
 
 
 def layout_cases() -> Iterator[CompileCase]:
