@@ -234,7 +234,7 @@ _STAGES = ((3, 2), (4, 2), (2, 2), (3, 1))
 def is_valid(tile: ChainTile, shape: ChainShape, itemsize: int, target: Target) -> bool:
     """Whether the tile fits the target's shared memory and leaves registers for its results."""
     fits = tile.shared_bytes(shape, itemsize) <= target.shared_bytes
-    # where operands come from registers as well, two sums of int8 spilled at 128
+    # where operands come from registers as well, two sums of int8 spilled hundreds of bytes at 128
     most = 96 if itemsize == 1 and target.sm >= 120 else 128
     few = tile.accumulators(shape, itemsize) <= most
     return fits and few and shape.ko % tile.chunk == 0
