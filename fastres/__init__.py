@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastres.artifact import load as load
     from fastres.benchmarking import benchmark as benchmark
     from fastres.calib.images import Preprocess as Preprocess
+    from fastres.calib.table import CalibrationTable as CalibrationTable
     from fastres.compiler import build as build
     from fastres.compiler import compile as compile
     from fastres.engine import Engine as Engine
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fastres.graph.builder import ResNetSpec as ResNetSpec
     from fastres.options import Input as Input
     from fastres.parity import verify as verify
+    from fastres.quantizing import quantize as quantize
     from fastres.summaries import summary as summary
 
 _HOMES = {
@@ -33,12 +35,14 @@ _HOMES = {
     "build": "fastres.compiler",
     "load": "fastres.artifact",
     "verify": "fastres.parity",
+    "quantize": "fastres.quantizing",
     "benchmark": "fastres.benchmarking",
     "summary": "fastres.summaries",
     "Engine": "fastres.engine",
     "Prediction": "fastres.engine",
     "Input": "fastres.options",
     "Preprocess": "fastres.calib.images",
+    "CalibrationTable": "fastres.calib.table",
     "ResNetSpec": "fastres.graph.builder",
 }
 _MODULES = ("errors", "models")

@@ -42,7 +42,8 @@ from fastres.container import (
 from fastres.container import write as write_container
 from fastres.errors import BackendUnavailable, GraphError, InputError
 from fastres.graph import serial
-from fastres.graph.ir import DTYPE_NAMES, DTYPES, Graph
+from fastres.graph.ir import Graph
+from fastres.graph.specs import DTYPE_NAMES, DTYPES
 from fastres.options import (
     DTYPE_OF,
     Hint,
@@ -297,7 +298,8 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
         ignored_weights=contents.ignored_weights,
         tolerance=(
             f"relative to the RMS of a float64 oracle: at most twice PyTorch's own error in "
-            f"{options.precision}, or {floor:g}"
+            f"{'the quantised graph' if options.precision == 'int8' else options.precision}, or "
+            f"{floor:g}"
         ),
     )
 

@@ -14,12 +14,14 @@ from fastres.backends.segments import lower
 from fastres.backends.select import check_names, choose
 from fastres.blocks import Version
 from fastres.calib.images import Preprocess
+from fastres.calib.table import CalibrationTable
 from fastres.engine import Engine, Lowered, Origin
 from fastres.errors import BuildError, CaptureError, FastresError, InputError
 from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, build_graph
-from fastres.graph.ir import BatchNorm, Graph, identity, spec_of
+from fastres.graph.ir import BatchNorm, Graph, identity
 from fastres.graph.passes.pipeline import optimise
+from fastres.graph.specs import spec_of
 from fastres.options import (
     PRECISION_OF,
     Hint,
@@ -31,6 +33,7 @@ from fastres.options import (
     Precision,
     as_device,
 )
+from fastres.quantizing import Calibration, table_of
 from fastres.source import Inputs, Model, examples, source_of, taking_pictures
 from fastres.weights import is_finite, oddity, read_weights
 
@@ -55,6 +58,7 @@ def compile(
     dependent_launch: bool | None = None,
     tune: bool = False,
     cache_dir: PathLike | None = None,
+    calibration: Calibration | None = None,
 ) -> Engine:
     """Compiles a trained residual network for inference.
 
@@ -65,8 +69,9 @@ def compile(
             ExportedProgram, which brings the sizes that it was exported for.
         backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "reference", or a list that
             is tried in order; what was passed over, and why, is in `engine.info`.
-        precision: "fp32", "tf32", "fp16", "bf16"; None takes that of the model's parameters.
-            Inputs and outputs keep the model's dtype whatever the precision.
+        precision: "fp32", "tf32", "fp16", "bf16", "int8"; None takes that of the model's
+            parameters, or int8 with a calibration. Inputs and outputs keep the model's dtype
+            whatever the precision.
         hint: "latency" gives one caller all cores, "throughput" serves several at a time.
         device: None takes the backend's own.
         max_batch_size: larger batches are run in parts, or refused with oversize="error".
@@ -89,6 +94,8 @@ def compile(
         tune: measure the kernels' tiles on this GPU for the usual input shapes, which takes minutes
             once; what is measured is kept, and an interrupted run goes on where it was.
         cache_dir: where measurements are kept; None takes `fastres` in the user's cache folder.
+        calibration: for int8: a table from `fastres.quantize`, the path of one, or batches of
+            inputs as the model takes them, from which one is made with the "mse" thresholds.
 
     Returns:
         An `Engine`, called like the model.
@@ -117,6 +124,7 @@ def compile(
     if target is not None and verify is True:
         raise InputError(f"verify needs a {target} GPU to run on: load the engine there and verify")
     check_names(options.backend)
+    options = _settled(options, calibration)
     if not isinstance(preprocess, Preprocess | None):
         raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
     if not isinstance(verify, bool):
@@ -132,12 +140,14 @@ def compile(
     if source.largest_batch is not None:
         limit = min(source.largest_batch, options.max_batch_size or source.largest_batch)
         options = replace(options, max_batch_size=limit)
+    graph = optimised(source.graph, CaptureError)
     engine = assemble(
-        _optimised(source.graph, CaptureError),
+        graph,
         Origin(without_values(source.graph, source.weights), source.ignored_weights),
         options,
         source.inputs,
         preprocess,
+        table=None if calibration is None else table_of(calibration, graph, source.inputs),
     )
     if verify:
         from fastres.parity import verify as check
@@ -145,6 +155,24 @@ def compile(
         reference = model if isinstance(model, torch.nn.Module) else source.graph
         check(reference, engine, examples(source)).raise_if_failed()
     return engine
+
+
+def _settled(options: Options, calibration: object) -> Options:
+    """Precision and calibration go together.
+
+    Raises:
+        InputError: there is one without the other.
+    """
+    if calibration is None and options.precision == "int8":
+        raise InputError(
+            "precision='int8' needs calibration=: a table from fastres.quantize, the path of one, "
+            "or batches of inputs"
+        )
+    if calibration is not None and options.precision not in (None, "int8"):
+        raise InputError(
+            f"calibration= is for precision='int8', not {options.precision!r}: leave one out"
+        )
+    return options if calibration is None else replace(options, precision="int8")
 
 
 def build(
@@ -181,7 +209,7 @@ def build(
     return build_graph(table, spec, inputs)
 
 
-def _optimised(source: Graph, error: type[FastresError]) -> Graph:
+def optimised(source: Graph, error: type[FastresError]) -> Graph:
     """The graph that is to be lowered, with constants of its own that are all finite."""
     for node in source.nodes:
         if isinstance(node.op, BatchNorm):
@@ -241,15 +269,19 @@ def assemble(
     inputs: tuple[Input, ...],
     preprocess: Preprocess | None = None,
     compiled: CompiledParts | None = None,
+    table: CalibrationTable | None = None,
 ) -> Engine:
     """Chooses a backend for an optimised graph, lowers it, and makes the engine.
 
     Args:
         compiled: what an executable of the same graph had to spare.
+        table: to quantise the graph by, as the backend wants it.
     """
     precision = options.precision or PRECISION_OF[graph.floating_dtype]
     choice = choose(graph, options, precision, compiled)
     options = replace(options, precision=precision, device=choice.backend.device(options))
+    if table is not None:
+        graph = choice.backend.quantise(graph, table)
     usual = tuple(i.usual for i in inputs)
     if options.max_batch_size is not None and options.oversize == "split":
         reason = why_not_split(graph, usual)
@@ -272,6 +304,11 @@ def assemble(
 
 def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowered:
     """The engine's graph anew from other weights, lowered to the same backend."""
+    if engine.options.precision == "int8":
+        raise InputError(
+            "an int8 engine keeps its weights: its calibration was made with them. Calibrate the "
+            "model with the new ones and compile it again"
+        )
     if not isinstance(state_dict, Mapping):
         raise InputError(f"state_dict is {type(state_dict).__name__}; expected names and tensors")
     constants = {}
@@ -298,7 +335,7 @@ def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowe
         some = ", ".join(sorted(unknown)[:5])
         raise InputError(f"{len(unknown)} weights are not the model's: {some}; nothing was changed")
     source = engine.source.replace(constants=constants)
-    graph = _optimised(source, InputError)
+    graph = optimised(source, InputError)
     origin = Origin(engine.source, engine.ignored_weights)
     options = replace(engine.options, backend=(engine.backend.name,))
     compiled = engine.compiled_parts()

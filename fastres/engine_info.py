@@ -11,7 +11,7 @@ import msgspec
 from rich.table import Table
 
 from fastres.backends.base import Account, Choice, KernelInfo, Refusal
-from fastres.graph.ir import Graph, op_name
+from fastres.graph.ir import Conv2d, Dequantize, Graph, Linear, Quantize, op_name
 from fastres.text import json_text, render
 
 _NUMBERS = ("regs", "spill", "shared", "us")
@@ -56,6 +56,14 @@ class EngineInfo:
         counted = Counter(node.precision for node in self.nodes if node.precision != MERGED)
         return tuple(name for name, _ in counted.most_common())
 
+    @property
+    def not_int8(self) -> tuple[NodeInfo, ...]:
+        """Of an int8 engine: convolutions and linear layers that run in something else."""
+        if self.precision != "int8":
+            return ()
+        wanted = (op_name(Conv2d()), op_name(Linear()))
+        return tuple(n for n in self.nodes if n.op in wanted and n.precision != "int8")
+
     def to_dict(self) -> dict[str, Any]:
         account = msgspec.to_builtins(self.account)
         fields = asdict(replace(self, account=Account()))
@@ -77,6 +85,9 @@ class EngineInfo:
             lines.append(render(choice_table(self.account.choices)))
         if self.account.kernels:
             lines.append(render(kernel_table(self.account.kernels)))
+        if self.precision == "int8":
+            names = ", ".join(f"{node.name} ({node.precision})" for node in self.not_int8)
+            lines.append(f"layers not in int8: {names or 'none'}")
         lines += [f"fallback {node.name}: {node.reason}" for node in self.fallbacks]
         lines += [f"note: {note}" for note in self.account.notes]
         lines += [f"passed over: {reason}" for reason in self.passed_over]
@@ -127,14 +138,23 @@ def describe(
 ) -> EngineInfo:
     """Puts together what the graph, the executable and the choice of backend know."""
     reasons = {refusal.node: refusal.reason for refusal in refused}
+    whole = {node.inputs[0]: node.spec for node in graph.nodes if isinstance(node.op, Quantize)}
     nodes = []
     for node in graph.nodes:
+        if isinstance(node.op, Quantize | Dequantize):  # part of what they stand between
+            continue
         reason = reasons.get(node.name)
         actual = ran.get(node.name, MERGED)
         where = backend if reason is None else "pytorch"
         nodes.append(
             NodeInfo(
-                node.name, op_name(node.op), node.origins, str(node.spec), where, actual, reason
+                node.name,
+                op_name(node.op),
+                node.origins,
+                str(whole.get(node.name, node.spec)),
+                where,
+                actual,
+                reason,
             )
         )
     return EngineInfo(backend, precision, tuple(nodes), tuple(passed_over), account)

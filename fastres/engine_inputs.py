@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from fastres.errors import InputError
-from fastres.graph.ir import Graph, Sym, TensorSpec, Value
+from fastres.graph.ir import Graph, Value
+from fastres.graph.specs import Sym, TensorSpec
 from fastres.options import Input, Options, Sizes
 from fastres.weights import oddity
 

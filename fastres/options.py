@@ -17,7 +17,7 @@ import torch
 
 from fastres.errors import InputError
 
-Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 Hint = Literal["latency", "throughput"]
 Oversize = Literal["split", "error"]
 OnUnsupported = Literal["error", "fallback"]
@@ -28,11 +28,12 @@ PRECISION_OF: dict[torch.dtype, Precision] = {
     torch.bfloat16: "bf16",
     torch.float64: "fp32",
 }
-DTYPE_OF: dict[Precision, torch.dtype] = {
+DTYPE_OF: dict[Precision, torch.dtype] = {  # of what is not quantised
     "fp32": torch.float32,
     "tf32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
+    "int8": torch.float32,
 }
 Sizes = tuple[int, ...]
 ANY_BATCH = 1 << 16  # an engine takes any batch; what must hold for all is tried up to this one

@@ -40,7 +40,9 @@ def verify(
 
         error <= max(2 * error of the baseline, floor)
 
-    for the largest and the RMS error relative to the oracle's RMS (`fastres.tolerances`).
+    for the largest and the RMS error relative to the oracle's RMS (`fastres.tolerances`). The
+    baseline of an int8 engine is its quantised graph in PyTorch: the engine may add nothing to what
+    quantisation costs. How much that is, SQNR, cosine and top-1 agreement say.
 
     Args:
         reference: an nn.Module in eval(); a graph, whose meaning in PyTorch is then the oracle; or
@@ -75,10 +77,14 @@ def verify(
         )
     if engine is None and (layerwise or bisect):
         raise InputError("layerwise and bisect look inside an Engine; this candidate is none")
+    int8 = engine is not None and engine.options.precision == "int8"
+    if int8 and bisect:
+        raise InputError("bisect is for floating-point engines; layerwise shows an int8 one's SQNR")
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not (is_number(value) and value >= 0):
             raise InputError(f"{name} is {value!r}; it must be a number of at least 0")
-    check = _Check(_reference(reference, engine), candidate, Policy(torch.float32, atol, rtol))
+    policy = Policy(torch.float32, atol, rtol, int8)
+    check = _Check(_reference(reference, engine), candidate, policy)
     layers: LayerCheck | None = None
     for batch in _batches(data):
         check.add(batch)
@@ -105,6 +111,7 @@ def verify(
         layers=layers.rows() if layers is not None else (),
         bisection=bisection,
         notes=notes,
+        quantised=int8,
     )
 
 
@@ -119,6 +126,8 @@ class _Check:
         self.policy = policy
         self.images = 0
         self._candidate = candidate
+        # rounding to int8 is the engine's task: it is held to what its graph means in PyTorch
+        self._quantised = GraphReference(candidate.graph) if policy.quantised else None
         self._leaves: dict[str, _Leaf] = {}
 
     def add(self, batch: Batch) -> None:
@@ -128,7 +137,7 @@ class _Check:
             self.policy = replace(self.policy, dtype=_precision(self._candidate, got))
         want = self.reference.run(batch, torch.float64)
         oracle = _tensors(want)
-        baseline = _tensors(self.reference.run(batch, self.policy.dtype))
+        baseline = _tensors((self._quantised or self.reference).run(batch, self.policy.dtype))
         if not self.images:
             own = self.reference.dtype
             as_is = self.reference.run(batch, own) if own != self.policy.dtype else None

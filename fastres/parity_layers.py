@@ -16,11 +16,13 @@ from fastres.backends.base import Executable
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.graph import laws
-from fastres.graph.ir import Graph, TensorSpec, Value, op_name, spec_of
+from fastres.graph.ir import Dequantize, Graph, Node, Quantize, Value, op_name
 from fastres.graph.passes.drop_dead import drop_dead
+from fastres.graph.passes.split_residual import MAIN
 from fastres.graph.shapes import node_shape
+from fastres.graph.specs import TensorSpec, spec_of
 from fastres.parity_report import Bisection, Comparison, Policy
-from fastres.references import Reference, full_precision
+from fastres.references import GraphReference, Reference, full_precision
 from fastres.tolerances import Distance
 
 Batch = tuple[torch.Tensor, ...]
@@ -37,10 +39,13 @@ class LayerCheck:
         self._engine = engine
         self._reference = reference
         self._policy = policy
-        self._graph = with_outputs(engine.graph, [node.name for node in engine.graph.nodes])
+        nodes = [node for node in engine.graph.nodes if comparable(node)]
+        self._quantised = GraphReference(engine.graph) if policy.quantised else None
+        self._nodes = nodes
+        self._graph = with_outputs(engine.graph, [node.name for node in nodes])
         self._executable: Executable | None = None
         # per node: the candidate's distance from the oracle, and the baseline's
-        self._distances = {n.name: (policy.distance(), Distance()) for n in engine.graph.nodes}
+        self._distances = {node.name: (policy.distance(), Distance()) for node in nodes}
 
     def add(self, inputs: Batch) -> None:
         """Takes in one batch.
@@ -52,11 +57,16 @@ class LayerCheck:
             self._executable = lower(self._engine, self._graph, inputs)
         results = self._executable.run(on_device(self._engine, inputs))
         found = dict(zip(self._graph.outputs, results, strict=True))
-        waiting = {node.origins[-1]: node.name for node in self._graph.nodes}
+        waiting = {node.origins[-1]: node.name for node in self._nodes}
         oracle = self._reference.walk(inputs, torch.float64)
-        baseline = self._reference.walk(inputs, self._policy.dtype)
+        if self._quantised is None:
+            pairs = zip(oracle, self._reference.walk(inputs, self._policy.dtype), strict=True)
+            both = ((origin, want, base) for (origin, want), (_, base) in pairs)
+        else:
+            known = self._quantised.nodes(inputs, self._policy.dtype, waiting)
+            both = ((origin, want, known.get(origin, want)) for origin, want in oracle)
         with full_precision():
-            for (origin, want), (_, base) in zip(oracle, baseline, strict=True):
+            for origin, want, base in both:
                 name = waiting.pop(origin, None)
                 if name is not None:
                     candidate_distance, baseline_distance = self._distances[name]
@@ -72,7 +82,7 @@ class LayerCheck:
     def rows(self) -> tuple[Comparison, ...]:
         return tuple(
             self._policy.judge(node.name, op_name(node.op), *self._distances[node.name])
-            for node in self._graph.nodes
+            for node in self._nodes
         )
 
 
@@ -169,6 +179,11 @@ class _Cuts:
         candidate.add(found, want)
         baseline.add(base, want)
         return self._policy.judge(name, op_name(node.op), candidate, baseline)
+
+
+def comparable(node: Node) -> bool:
+    """Whether the reference has a value for a node: none for what quantisation put between."""
+    return not isinstance(node.op, Quantize | Dequantize) and not node.name.endswith(MAIN)
 
 
 def with_outputs(graph: Graph, names: Sequence[str]) -> Graph:

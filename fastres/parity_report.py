@@ -50,6 +50,7 @@ class Policy:
     dtype: torch.dtype
     atol: float | None = None
     rtol: float | None = None
+    quantised: bool = False  # the baseline is the quantised graph
 
     @property
     def custom(self) -> bool:
@@ -58,7 +59,7 @@ class Policy:
     def __str__(self) -> str:
         if self.custom:
             return f"|candidate - oracle| <= {self.atol or 0:g} + {self.rtol or 0:g} * |oracle|"
-        name = str(self.dtype).removeprefix("torch.")
+        name = "int8" if self.quantised else str(self.dtype).removeprefix("torch.")
         return f"error <= max(2 * error of PyTorch in {name}, floor), largest and RMS"
 
     def distance(self) -> Distance:
@@ -136,6 +137,7 @@ class ParityReport:
         layers: one per node of the candidate's graph, if asked for.
         bisection: the first node that went wrong, if asked for and something did.
         notes: what to bear in mind when reading the figures.
+        quantised: whether the candidate is in int8; the table then shows the worst layers first.
     """
 
     reference: str
@@ -146,6 +148,7 @@ class ParityReport:
     layers: tuple[Comparison, ...] = ()
     bisection: Bisection | None = None
     notes: tuple[str, ...] = ()
+    quantised: bool = False
 
     @property
     def passed(self) -> bool:
@@ -183,7 +186,10 @@ class ParityReport:
             render(_output_table(self.outputs)),
         ]
         if self.layers:
-            lines += [render(_layer_table(self.layers)), *self._first_layer()]
+            worst = self.layers
+            if self.quantised:  # a network's SQNR is made by its worst layers
+                worst = tuple(sorted(self.layers, key=lambda row: row.sqnr_db))
+            lines += [render(_layer_table(worst)), *self._first_layer()]
         if self.bisection:
             lines.append(str(self.bisection))
         failures = [f"FAILED {row.name}: {row.reason}" for row in self.outputs if not row.passed]

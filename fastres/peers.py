@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastres.backends.cpu import CpuBackend
 from fastres.backends.openvino_runtime import core, cpu_config, openvino
+from fastres.backends.reference import ReferenceExecutable
 from fastres.benchmarking import Target
 from fastres.errors import (
     BackendUnavailable,
@@ -32,6 +33,7 @@ from fastres.errors import (
 )
 from fastres.graph import onnx as onnx_form
 from fastres.graph.capture import capture
+from fastres.graph.ir import Graph
 from fastres.options import DTYPE_OF, Input, Options, Precision
 from fastres.tolerances import Errors, allowed, errors
 
@@ -105,12 +107,21 @@ class Reference:
     baseline: Errors
 
 
-def reference(model: nn.Module, example: Tensor, precision: Precision) -> Reference:
-    """Runs the network in float64, and in PyTorch in the precision itself."""
+def reference(
+    model: nn.Module, example: Tensor, precision: Precision, quantised: Graph | None = None
+) -> Reference:
+    """Runs the network in float64, and in PyTorch in the precision itself.
+
+    Args:
+        quantised: for int8: the graph that is the network in int8.
+    """
     x, dtype = example.cpu(), DTYPE_OF[precision]
     with torch.no_grad():
         oracle = copy.deepcopy(model).cpu().double()(x.double())
-        result = copy.deepcopy(model).cpu().to(dtype)(x.to(dtype))
+        if quantised is not None:
+            result = ReferenceExecutable(quantised, dtype).run([x])[0]
+        else:
+            result = copy.deepcopy(model).cpu().to(dtype)(x.to(dtype))
     return Reference(oracle, errors(result, oracle))
 
 
@@ -156,6 +167,7 @@ def contenders(
     ours: Sequence[Target] = (),
     precision: Precision = "fp32",
     threads: int | None = None,
+    quantised: Graph | None = None,
 ) -> tuple[list[Target], dict[str, str]]:
     """Ours and the named peers, checked at every batch size, and why others may not be timed."""
     found, refused = list(ours), dict[str, str]()
@@ -166,7 +178,7 @@ def contenders(
         except FastresError as error:
             refused[name] = str(error)
     for example in examples.values():
-        expected = reference(model, example, precision)
+        expected = reference(model, example, precision, quantised)
         for target in tuple(found):
             try:
                 check_target(

@@ -162,6 +162,13 @@ class GraphReference:
     ) -> dict[str, torch.Tensor]:
         return {name: value for name, value in self.walk(inputs, dtype) if name in names}
 
+    def nodes(
+        self, inputs: Tensors, dtype: torch.dtype, names: Mapping[str, str]
+    ) -> dict[str, torch.Tensor]:
+        """Values of nodes, by other names: `names` maps those to nodes."""
+        values = self._all(inputs, dtype)
+        return {other: values[name] for other, name in names.items()}
+
     def _all(self, inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if dtype not in self._executables:
             self._executables[dtype] = ReferenceExecutable(self._graph, dtype)

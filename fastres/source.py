@@ -13,8 +13,9 @@ from fastres.errors import InputError
 from fastres.graph import laws
 from fastres.graph.capture import capture
 from fastres.graph.export import inputs_of_program
-from fastres.graph.ir import Graph, Node, Normalize, Sym, TensorSpec, Value
+from fastres.graph.ir import Graph, Node, Normalize, Value
 from fastres.graph.passes.merging import rename_inputs
+from fastres.graph.specs import Sym, TensorSpec
 from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
 from fastres.weights import oddity
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from fastres.errors import BuildError
-from fastres.graph.ir import DTYPE_NAMES
+from fastres.graph.specs import DTYPE_NAMES
 from fastres.options import PathLike
 
 _PICKLED = (".pth", ".pt", ".bin")

@@ -181,7 +181,12 @@ def dequantise(
 
 def requantise(v: torch.Tensor) -> torch.Tensor:
     """Rounds half to even and saturates: int8 in units of the scale that v is in."""
-    return v.round().clamp(-128, 127).to(torch.int8)
+    return saturated(v).to(torch.int8)
+
+
+def saturated(v: torch.Tensor) -> torch.Tensor:
+    """What int8 makes of v, in v's dtype; NaN, for which int8 has nothing, stays."""
+    return v.round().clamp(-128, 127)
 
 
 def conv2d_int8(

@@ -27,7 +27,8 @@ from fastres.compiler import compile
 from fastres.container import MANIFEST, SEAL
 from fastres.engine import Engine
 from fastres.errors import ArtifactError, InputError
-from fastres.graph.ir import Conv2d, Graph, Node, Pad, Sym, TensorSpec, Value
+from fastres.graph.ir import Conv2d, Graph, Node, Pad, Value
+from fastres.graph.specs import Sym, TensorSpec
 from fastres.options import Input, Options
 
 TREE = '[1, {"type": null, "context": null, "children_spec": []}]'

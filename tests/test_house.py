@@ -44,6 +44,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.peers",
         "fastres.compiler",
         "fastres.source",
+        "fastres.calibrating",
+        "fastres.quantizing",
     ),
     ("fastres.cli",),
     ("fastres.__main__",),

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 import torch
 
+from fastres.calib.table import CalibrationTable
 from fastres.errors import BackendUnavailable
 from fastres.graph.ir import Graph
 from fastres.options import Options, Precision, Sizes
@@ -160,6 +161,13 @@ class Backend(Protocol):
 
     def precision(self, wanted: Precision) -> str | None:
         """None if the precision is supported, else the reason why it is not."""
+
+    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
+        """The graph in int8, by the table's scales, as this backend wants it.
+
+        Raises:
+            InputError: the table is not this graph's.
+        """
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         """Every node that cannot be lowered, with the reason; nothing is lowered."""

@@ -16,12 +16,15 @@ import numpy as np
 import torch
 
 from fastres.backends.base import HERE_ONLY, Account, CompiledParts, NodeTime, Refusal
+from fastres.backends.instructions import int8_instructions, sums_in_32_bits
 from fastres.backends.openvino_runtime import PRECISIONS, core, cpu_config, openvino, refusing
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
+from fastres.calib.table import STEPS, CalibrationTable
 from fastres.errors import GraphError, missing
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph, MaxPool, Node, Pad
+from fastres.graph.passes.quantise import REDUCED, quantise
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision, Sizes
 
@@ -30,7 +33,7 @@ _ROW = 8192  # numbers
 
 
 class CpuBackend:
-    """fp32 everywhere, bf16 where the processor has instructions for it."""
+    """fp32 and int8 everywhere, bf16 where the processor has instructions for it."""
 
     name = "cpu"
 
@@ -50,7 +53,10 @@ class CpuBackend:
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             return "this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
-        return None if wanted in PRECISIONS else f"cpu runs fp32 and bf16, not {wanted}"
+        return None if wanted in PRECISIONS else f"cpu runs fp32, bf16 and int8, not {wanted}"
+
+    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
+        return quantise(graph, table, "both", STEPS if sums_in_32_bits() else REDUCED)
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         users = graph.users()
@@ -97,7 +103,7 @@ def _read(graph: Graph) -> Any:
     for parameter in model.get_parameters():
         name = parameter.friendly_name
         if name in graph.constants:
-            array = graph.constants[name].detach().float().contiguous().numpy()
+            array = onnx_form.as_array(graph.constants[name])
             constant = openvino().op.Constant(array, shared_memory=True)
             constant.friendly_name = name
             parameter.output(0).replace(constant.output(0))
@@ -112,6 +118,7 @@ class CpuExecutable:
 
     def __init__(self, graph: Graph, options: Options) -> None:
         self._graph = graph
+        self._options = options
         self._pictures = () if graph.normalize is None else graph.normalize.inputs
         precision = options.precision or "fp32"
         self._config = cpu_config(precision, options.hint, options.num_threads)
@@ -140,7 +147,13 @@ class CpuExecutable:
         return self._compile(_shapes(inputs), counters=True).profile(self._arrays(inputs))
 
     def account(self) -> Account:
-        return Account()
+        if self._options.precision != "int8":
+            return Account()
+        found = int8_instructions()
+        note = f"int8 products by {found}"
+        if not sums_in_32_bits():
+            note += f": it sums pairs of them in 16 bits, so weights take {REDUCED} steps, not 127"
+        return Account(notes=(note,))
 
     def compiled(self) -> CompiledParts:
         return CompiledParts()
@@ -216,7 +229,10 @@ class _Plan:
         found: dict[str, str] = {}
         for op in self._compiled.get_runtime_model().get_ops():
             info = op.rt_info
-            names = {"f32": "fp32", "f16": "fp16", "u8": "fp32"}  # a picture's bytes become fp32
+            if _text(info, "layerType") in ("Input", "Const", "Output"):
+                continue
+            # a picture's bytes become fp32
+            names = {"f32": "fp32", "f16": "fp16", "u8": "fp32", "i8": "int8"}
             name = names.get(_text(info, "runtimePrecision"))
             for origin in _origins(_text(info, "originalLayersNames")):
                 found.setdefault(origin, name or _text(info, "runtimePrecision"))

@@ -13,7 +13,8 @@ from typing import Any
 from fastres.errors import UnsupportedError
 from fastres.options import Hint, Precision
 
-PRECISIONS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}  # ours → OpenVINO's
+# ours → OpenVINO's, of what is not quantised
+PRECISIONS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 _TELEMETRY = "openvino_telemetry"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from fastres.backends.base import HERE_ONLY, Account, CompiledParts, NodeTime, Refusal
+from fastres.calib.table import CalibrationTable
 from fastres.graph import aten
 from fastres.graph.export import no_autocast
 from fastres.graph.ir import (
@@ -18,6 +19,7 @@ from fastres.graph.ir import (
     BatchNorm,
     Concat,
     Conv2d,
+    Dequantize,
     Flatten,
     GlobalAvgPool,
     Graph,
@@ -27,9 +29,11 @@ from fastres.graph.ir import (
     Node,
     Normalize,
     Pad,
+    Quantize,
     Slice,
     Softmax,
 )
+from fastres.graph.passes.quantise import quantise
 from fastres.kernels import reference as meaning
 from fastres.options import PRECISION_OF, Options, Precision, Sizes
 
@@ -47,7 +51,11 @@ class ReferenceBackend:
         return None
 
     def precision(self, wanted: Precision) -> str | None:
-        return None if wanted == "fp32" else f"reference computes in fp32, not {wanted}"
+        known = wanted in ("fp32", "int8")
+        return None if known else f"reference computes in fp32 and int8, not {wanted}"
+
+    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
+        return quantise(graph, table, "skip")
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         return ()
@@ -100,9 +108,15 @@ class ReferenceExecutable:
         """Every node's value, in the executable's own dtype."""
         return self._walk(inputs, keep=None)
 
+    def visit(
+        self, inputs: Sequence[torch.Tensor], see: Callable[[str, torch.Tensor], None]
+    ) -> None:
+        """Shows every input and node's value once, and keeps none."""
+        self._walk(inputs, keep=(), see=see)
+
     def precisions(self) -> dict[str, str]:
         name = "fp64" if self._dtype == torch.float64 else PRECISION_OF[self._dtype]
-        return dict.fromkeys((node.name for node in self._graph.nodes), name)
+        return {node.name: "int8" if "scale" in node.params else name for node in self._graph.nodes}
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         times: list[NodeTime] = []
@@ -122,14 +136,18 @@ class ReferenceExecutable:
         inputs: Sequence[torch.Tensor],
         keep: Sequence[str] | None,
         times: list[NodeTime] | None = None,
+        see: Callable[[str, torch.Tensor], None] = lambda name, value: None,
     ) -> dict[str, torch.Tensor]:
         values = {
             value.name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
             for value, tensor in zip(self._graph.inputs, inputs, strict=True)
         }
+        for name, value in values.items():
+            see(name, value)
         for node in self._graph.nodes:
             start = time.perf_counter()
             values[node.name] = evaluate(node, values, self._constants, self._instead)
+            see(node.name, values[node.name])
             if times is not None:
                 spent = 1e3 * (time.perf_counter() - start)
                 times.append(NodeTime(node.name, spent, "pytorch"))
@@ -161,6 +179,9 @@ def evaluate(
     """One node's value from the values it reads; `dtype` is for `fastres.graph.aten.call`."""
     inputs = [values[n] if n in values else constants[n] for n in node.inputs]
     params = {slot: constants[name] for slot, name in node.params.items()}
+    if "scale" in params:
+        scale = params["scale"]
+        params["weight"] = meaning.dequantise(params["weight"], scale, scale.dtype)
     if isinstance(node.op, Aten):
         return aten.call(node.op, inputs, dtype)
     if isinstance(node.op, Normalize):
@@ -228,4 +249,7 @@ _EVALUATE: dict[type, Callable[..., torch.Tensor]] = {
     Pad: lambda op, x, _: meaning.pad(x[0], op.before, op.after, op.value),
     Slice: lambda op, x, _: meaning.slice_(x[0], op.starts, op.stops, op.steps),
     Softmax: lambda op, x, _: meaning.softmax(x[0], op.dim),
+    # integers kept as floating-point numbers: NaN is not lost
+    Quantize: lambda op, x, _: meaning.saturated(x[0] / op.scale),
+    Dequantize: lambda op, x, _: x[0] * op.scale,
 }

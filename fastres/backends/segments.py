@@ -6,7 +6,7 @@ cross a cut pass through memory. Nothing here is silent: the refusals stand in `
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from fastres.backends.base import (
     Refusal,
 )
 from fastres.backends.reference import ReferenceExecutable
-from fastres.graph.ir import Graph, Node, Value
+from fastres.graph.ir import Dequantize, Graph, Node, Quantize, Value
 from fastres.graph.shapes import infer_shapes
 from fastres.options import DTYPE_OF, Options, Sizes
 
@@ -38,9 +38,11 @@ def split(graph: Graph, refused: Collection[str]) -> tuple[Segment, ...]:
     """Cuts a graph so that every segment holds only taken or only refused nodes.
 
     Nodes are taken greedily: from what is ready, all that can run on one side before changing
-    sides, starting with the side of the first node.
+    sides, starting with the side of the first node. A Quantize with its Dequantize is no node of
+    its own here: every segment that reads a value in int8 rounds it itself.
     """
-    pending = list(graph.nodes)
+    pairs = _pairs(graph)
+    pending = [node for node in graph.nodes if not isinstance(node.op, Quantize | Dequantize)]
     produced = {value.name for value in graph.inputs} | set(graph.constants)
     parts: list[tuple[list[Node], bool]] = []
     fallback = bool(pending) and pending[0].name in refused
@@ -48,7 +50,7 @@ def split(graph: Graph, refused: Collection[str]) -> tuple[Segment, ...]:
         taken: list[Node] = []
         rest: list[Node] = []
         for node in pending:
-            ready = all(name in produced for name in node.inputs)
+            ready = all(name in produced for name in _reads(node, pairs))
             if ready and (node.name in refused) == fallback:
                 taken.append(node)
                 produced.add(node.name)
@@ -58,13 +60,42 @@ def split(graph: Graph, refused: Collection[str]) -> tuple[Segment, ...]:
             parts.append((taken, fallback))
         pending, fallback = rest, not fallback
     return tuple(
-        Segment(_subgraph(graph, nodes, _wanted_after(graph, parts[i + 1 :])), aside)
+        Segment(
+            _subgraph(graph, _with_pairs(nodes, pairs), _wanted(graph, pairs, parts[i + 1 :])),
+            aside,
+        )
         for i, (nodes, aside) in enumerate(parts)
     )
 
 
-def _wanted_after(graph: Graph, later: Sequence[tuple[list[Node], bool]]) -> set[str]:
-    return {n for nodes, _ in later for node in nodes for n in node.inputs} | set(graph.outputs)
+def _pairs(graph: Graph) -> dict[str, tuple[Node, Node]]:
+    """By the name of a dequantised value: the Quantize and the Dequantize that make it."""
+    ends = [node for node in graph.nodes if isinstance(node.op, Dequantize)]
+    return {node.name: (graph[node.inputs[0]], node) for node in ends}
+
+
+def _reads(node: Node, pairs: Mapping[str, tuple[Node, Node]]) -> list[str]:
+    return [pairs[name][0].inputs[0] if name in pairs else name for name in node.inputs]
+
+
+def _with_pairs(nodes: Sequence[Node], pairs: Mapping[str, tuple[Node, Node]]) -> list[Node]:
+    """The nodes with the pairs that they read, each before its first reader."""
+    found: dict[str, Node] = {}
+    for node in nodes:
+        for name in node.inputs:
+            found.update((part.name, part) for part in pairs.get(name, ()))
+        found[node.name] = node
+    return list(found.values())
+
+
+def _wanted(
+    graph: Graph,
+    pairs: Mapping[str, tuple[Node, Node]],
+    later: Sequence[tuple[list[Node], bool]],
+) -> set[str]:
+    """What later segments read, and the caller."""
+    read = {name for nodes, _ in later for node in nodes for name in _reads(node, pairs)}
+    return read | set(graph.outputs)
 
 
 def _subgraph(graph: Graph, nodes: Sequence[Node], wanted: Collection[str]) -> Graph:

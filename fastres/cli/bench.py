@@ -73,7 +73,7 @@ def bench(
     for target, name in zip(targets, _short_names(targets), strict=True):
         for one in precisions:
             tag = f"{name} " * (len(targets) > 1) + f"{one} " * (len(precisions) > 1)
-            lanes.append(_lane(tag, target, replace(asked, precision=one), chosen, examples))
+            lanes.append(_lane(tag, target, _in(asked, one), chosen, examples))
     left_out = {name: why for lane in lanes for name, why in lane.left_out.items()}
     for name, why in left_out.items():
         note(f"{name} is left out: {why}")
@@ -123,6 +123,12 @@ def _open(positionals: Sequence[str], request: Request) -> list[Target]:
     return targets
 
 
+def _in(request: Request, precision: str | None) -> Request:
+    """The request in one of its precisions; a calibration is for int8."""
+    table = request.calibration if precision in (None, "int8") else None
+    return replace(request, precision=precision, calibration=table)
+
+
 def _short_names(targets: Sequence[Target]) -> list[str]:
     """Engines by their file's name, which a table has room for, unless two share one."""
     full = [target.name for target in targets]
@@ -162,6 +168,7 @@ def _lane(
             ours=[ours],
             precision=engine.options.precision or "fp32",
             threads=request.threads,
+            quantised=engine.graph if engine.options.precision == "int8" else None,
         )
     if ours.name in refused:
         raise ParityError(refused[ours.name])

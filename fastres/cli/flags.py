@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
@@ -34,7 +34,14 @@ Backend = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="fp32, tf32, fp16 or bf16. Without it: that of the model's parameters."),
+    typer.Option(
+        help="fp32, tf32, fp16, bf16 or int8. Without it: that of the model's parameters, or int8 "
+        "with --calibration."
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="For int8: the table that fastres calibrate made."),
 ]
 BatchSize = Annotated[
     str | None, typer.Option(metavar="N[,N...]", help="One batch size, or several: 1,8.")
@@ -102,6 +109,16 @@ TrustEngine = Annotated[
         "Without it: its kernels are compiled on this machine.",
     ),
 ]
+Resize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Pixels of the shorter side. Without it: 256/224 of the crop."),
+]
+Crop = Annotated[
+    int | None,
+    typer.Option(min=1, help="Pixels of the central crop. Without it: the image size."),
+]
+Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Without it: 0.485,0.456,0.406.")]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Without it: 0.229,0.224,0.225.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Output = Annotated[
     Path | None,
@@ -120,6 +137,7 @@ class Request:
 
     backend: Backend = None
     precision: Precision = None
+    calibration: Calibration = None
     batch_size: BatchSize = None
     image_size: ImageSize = None
     weights: Weights = None
@@ -146,21 +164,21 @@ class Request:
 
     def only_for_models(self) -> list[str]:
         """The flags given that change how a model is compiled, so that no saved engine takes."""
-        settings = ("backend", "precision", "threads", "on_unsupported", "tune", "cache_dir")
-        names = ("weights", "version", *settings)
+        settings = ("backend", "precision", "calibration", "threads", "on_unsupported")
+        names = ("weights", "version", *settings, "tune", "cache_dir")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
 
 
 def takes_request(
-    *, without: str | None = None, target: bool = False
+    *, without: Collection[str] = (), target: bool = False
 ) -> Callable[[Command], Command]:
     """Gives a command the shared flags in place of its parameter `request`, made of them.
 
     Args:
-        without: a flag that it does not have.
+        without: flags that it does not have.
         target: whether it has --target: it must not need the engine to run.
     """
-    left_out = {without, None if target else "target"}
+    left_out = {*without, None if target else "target"}
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in get_type_hints(Request, include_extras=True).items()

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from fastres import __version__
 from fastres.cli.bench import bench
+from fastres.cli.calibrate import calibrate
 from fastres.cli.compile import compile_model
 from fastres.cli.doctor import doctor
 from fastres.cli.inspect import inspect_engine
@@ -76,6 +77,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command("compile")(compile_model)
+app.command("calibrate")(calibrate)
 app.command("verify")(verify)
 app.command("bench")(bench)
 app.command("inspect")(inspect_engine)

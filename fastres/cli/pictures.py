@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastres.cli.flags import numbers
 from fastres.cli.targets import Shape, Target
 from fastres.errors import InputError
 
@@ -26,6 +27,34 @@ def preprocess_for(shape: Shape) -> Preprocess:
     if channels != 3 or height != width:
         raise InputError(f"images become square RGB pictures; the network takes {list(shape)}")
     return Preprocess(resize=height * 256 // 224, crop=height)
+
+
+def adjusted(
+    start: Preprocess,
+    *,
+    resize: int | None,
+    crop: int | None,
+    mean: str | None,
+    std: str | None,
+) -> Preprocess:
+    """A preprocess with what the flags of these names say; a crop alone sets the resizing too.
+
+    Raises:
+        InputError: numbers that are none, or do not go together.
+    """
+    import msgspec
+
+    changed = {
+        "resize": resize or (crop and crop * 256 // 224),
+        "crop": crop,
+        "mean": mean and numbers("--mean", mean, 3),
+        "std": std and numbers("--std", std, 3),
+    }
+    given = {key: value for key, value in changed.items() if value is not None}
+    try:
+        return msgspec.structs.replace(start, **given)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def read(path: Path, target: Target) -> torch.Tensor:

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 
 from fastres.cli import flags
 from fastres.cli.flags import Request
 from fastres.cli.output import emit, working
-from fastres.cli.pictures import preprocess_for
+from fastres.cli.pictures import adjusted, preprocess_for
 from fastres.cli.targets import open_target, split, to_engine, warn_if_untrained
 from fastres.errors import InputError
 
@@ -36,20 +35,10 @@ def predict(
     labels: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Names of the classes, one a line.")
     ] = None,
-    resize: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pixels of the shorter side. Without it: 256/224 of the crop."),
-    ] = None,
-    crop: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pixels of the central crop. Without it: the image size."),
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Without it: 0.485,0.456,0.406.")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Without it: 0.229,0.224,0.225.")
-    ] = None,
+    resize: flags.Resize = None,
+    crop: flags.Crop = None,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
     *,
     request: Request,
     as_json: flags.Json = False,
@@ -63,23 +52,12 @@ def predict(
     images = _images(paths)
     request = request.about(model, default_batch=min(8, len(images)))
     request = replace(request, image_size=request.image_size or crop)
-    changed: dict[str, Any] = {
-        "resize": resize or (crop and crop * 256 // 224),
-        "crop": crop,
-        "mean": mean and flags.numbers("--mean", mean, 3),
-        "std": std and flags.numbers("--std", std, 3),
-    }
     names = None if labels is None else _labels(labels)
     target = open_target(request)
     warn_if_untrained(target)
     engine = to_engine(target, request)
     start = engine.preprocess or preprocess_for(target.shape)
-    try:
-        engine.preprocess = msgspec.structs.replace(
-            start, **{key: value for key, value in changed.items() if value is not None}
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    engine.preprocess = adjusted(start, resize=resize, crop=crop, mean=mean, std=std)
     _check_labels(names, labels, engine)
     with working(f"looking at {len(images)} images"):
         found = engine.predict(images, batch_size=max(request.batch_sizes), top_k=top_k)

@@ -117,6 +117,7 @@ def to_engine(target: Target, request: Request, preprocess: Preprocess | None = 
         return target.model
     given: dict[str, Any] = {
         "precision": request.precision,
+        "calibration": request.calibration,
         "device": request.device,
         "threads": request.threads,
         "preprocess": preprocess,

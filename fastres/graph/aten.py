@@ -10,7 +10,8 @@ import msgspec
 import torch
 
 from fastres.errors import CaptureError, GraphError
-from fastres.graph.ir import DTYPE_NAMES, DTYPES, Aten, TensorSpec
+from fastres.graph.ir import Aten
+from fastres.graph.specs import DTYPE_NAMES, DTYPES, TensorSpec
 
 _MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,

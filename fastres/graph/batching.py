@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fastres.graph import aten
-from fastres.graph.ir import Add, Aten, Graph, Mul, Node, Softmax, Sym
+from fastres.graph.ir import Add, Aten, Graph, Mul, Node, Softmax
 from fastres.graph.shapes import infer_shapes
+from fastres.graph.specs import Sym
 
 _PROBED = (5, 8)  # images in the batches on which an operation outside the IR is tried
 Shapes = Mapping[str, tuple[int, ...]]

@@ -16,12 +16,10 @@ from fastres.graph import laws
 from fastres.graph.architecture import Architecture, infer, usable
 from fastres.graph.architecture import ResNetSpec as ResNetSpec
 from fastres.graph.ir import (
-    DTYPE_NAMES,
     Activation,
     Add,
     BatchNorm,
     Conv2d,
-    Dim,
     Flatten,
     GlobalAvgPool,
     Graph,
@@ -30,14 +28,12 @@ from fastres.graph.ir import (
     Node,
     Op,
     Pad,
-    Shape,
     Slice,
-    Sym,
-    TensorSpec,
     Value,
 )
 from fastres.graph.names import Namer
 from fastres.graph.shapes import node_shape
+from fastres.graph.specs import DTYPE_NAMES, Dim, Shape, Sym, TensorSpec
 from fastres.kernels.epilogue import ActivationKind
 from fastres.options import Input
 

@@ -17,22 +17,11 @@ from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten, laws
 from fastres.graph.calls import Alias, Call, Emit
 from fastres.graph.export import check_finite, export, functional, output_tree
-from fastres.graph.ir import (
-    DTYPE_NAMES,
-    Aten,
-    Conv2d,
-    Dim,
-    Graph,
-    Linear,
-    Node,
-    Shape,
-    Sym,
-    TensorSpec,
-    Value,
-)
+from fastres.graph.ir import Aten, Conv2d, Graph, Linear, Node, Value
 from fastres.graph.names import Namer, place_of, wanted_name
 from fastres.graph.readers import PARTS, read, read_part
 from fastres.graph.shapes import node_shape
+from fastres.graph.specs import DTYPE_NAMES, Dim, Shape, Sym, TensorSpec
 from fastres.graph.symbols import Symbols
 from fastres.options import Input
 

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from fastres.errors import CaptureError
-from fastres.graph.ir import DTYPE_NAMES
+from fastres.graph.specs import DTYPE_NAMES
 from fastres.graph.symbols import expression, is_fixed
 from fastres.options import ANY_BATCH, Input, usual_sizes
 from fastres.weights import is_finite

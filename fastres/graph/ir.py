@@ -19,80 +19,16 @@ import msgspec
 import torch
 
 from fastres.calib.images import Preprocess
+from fastres.graph.specs import TensorSpec, spec_of
 from fastres.kernels.epilogue import ActivationKind, Epilogue
 from fastres.kernels.geometry import Pair
-
-DTYPES: dict[str, torch.dtype] = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "int8": torch.int8,
-    "bool": torch.bool,
-}
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class Sym(msgspec.Struct, frozen=True, tag=True):
-    """A size that is not known yet: floor((symbol + add) / div), with symbol one of N, H, W.
-
-    Convolution and pooling sizes are closed under this form, because
-    floor((x + a)/d) + b = floor((x + a + b*d)/d) and floor(floor(x/a)/b) = floor(x/(a*b)),
-    so two sizes are equal exactly when their forms are.
-    """
-
-    symbol: str
-    add: int = 0
-    div: int = 1
-
-    def plus(self, n: int) -> Sym:
-        return Sym(self.symbol, self.add + n * self.div, self.div)
-
-    def floordiv(self, n: int) -> Sym:
-        return Sym(self.symbol, self.add, self.div * n)
-
-    def at(self, value: int) -> int:
-        return (value + self.add) // self.div
-
-    def __str__(self) -> str:
-        text = self.symbol if not self.add else f"{self.symbol}{self.add:+d}"
-        if self.div == 1:
-            return text
-        return f"({text})//{self.div}" if self.add else f"{text}//{self.div}"
-
-
-Dim = int | Sym
-Shape = tuple[Dim, ...]
-
-
-class TensorSpec(msgspec.Struct, frozen=True):
-    """Shape and element type of a value; a dimension is an integer or an expression in N, H, W."""
-
-    shape: Shape
-    dtype: str = "float32"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    def __str__(self) -> str:
-        return f"{_short(self.dtype)}[{', '.join(str(d) for d in self.shape)}]"
-
-
-def _short(dtype: str) -> str:
-    for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
-        if dtype.startswith(long):
-            return short + dtype.removeprefix(long)
-    return dtype
 
 
 class Conv2d(msgspec.Struct, frozen=True, tag=True):
     """y = epilogue(x * weight + bias); params weight [K, C/groups, R, S] and maybe bias [K].
 
-    With `epilogue.residual` the node has a second input of the output's shape.
+    With `epilogue.residual` the node has a second input of the output's shape. With a parameter
+    scale [K] the weight is int8 and stands for weight * scale.
     """
 
     stride: Pair = (1, 1)
@@ -181,7 +117,10 @@ class GlobalAvgPool(msgspec.Struct, frozen=True, tag=True):
 
 
 class Linear(msgspec.Struct, frozen=True, tag=True):
-    """y = act(x @ weight.T + bias); params weight [K, C] and maybe bias [K]."""
+    """y = act(x @ weight.T + bias); params weight [K, C] and maybe bias [K].
+
+    With a parameter scale [K] the weight is int8 and stands for weight * scale.
+    """
 
     activation: ActivationKind | None = None
 
@@ -220,6 +159,18 @@ class Softmax(msgspec.Struct, frozen=True, tag=True):
     dim: int = -1
 
 
+class Quantize(msgspec.Struct, frozen=True, tag=True):
+    """q = round(x / scale), half to even, saturated to -128 to 127: int8 with zero point 0."""
+
+    scale: float
+
+
+class Dequantize(msgspec.Struct, frozen=True, tag=True):
+    """y = q * scale of an int8 value."""
+
+    scale: float
+
+
 class Aten(msgspec.Struct, frozen=True, tag=True):
     """An operation the IR does not know, kept with its overload so that PyTorch can run it.
 
@@ -249,6 +200,8 @@ Op = (
     | Pad
     | Slice
     | Softmax
+    | Quantize
+    | Dequantize
     | Aten
 )
 
@@ -364,10 +317,6 @@ class Graph:
         lines = [f"{v.name}: {v.spec} = input" for v in self.inputs]
         lines += [_line(self, node) for node in self.nodes]
         return "\n".join([*lines, f"return {', '.join(self.outputs)}"])
-
-
-def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
 
 
 def identity(tensor: torch.Tensor) -> tuple[object, ...]:

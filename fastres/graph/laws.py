@@ -6,9 +6,13 @@
 4. Inputs are as many as the operation takes; parameters fill exactly the slots that it has.
 5. A variable size of a graph input is a bare symbol (N, H, W): an engine can only read those off.
 6. A Normalize makes a floating-point value of a graph input in uint8, which it alone reads.
+7. A Quantize makes int8 of a floating-point value, a Dequantize the reverse, by a finite positive
+   scale; a weight is int8 exactly where there is a scale, float32 [K].
 """
 
 from __future__ import annotations
+
+import math
 
 import torch.utils._pytree as pytree
 
@@ -19,21 +23,22 @@ from fastres.graph.ir import (
     BatchNorm,
     Concat,
     Conv2d,
+    Dequantize,
     Graph,
     Linear,
     Mul,
     Node,
     Normalize,
     Op,
-    Shape,
-    Sym,
+    Quantize,
 )
 from fastres.graph.shapes import node_shape
+from fastres.graph.specs import Shape, Sym, TensorSpec, spec_of
 
 _SLOTS: dict[type, tuple[set[str], set[str]]] = {
     # operation: (slots that must be there, slots that may be)
-    Conv2d: ({"weight"}, {"bias"}),
-    Linear: ({"weight"}, {"bias"}),
+    Conv2d: ({"weight"}, {"bias", "scale"}),
+    Linear: ({"weight"}, {"bias", "scale"}),
     BatchNorm: ({"mean", "var"}, {"weight", "bias"}),
 }
 
@@ -71,6 +76,8 @@ def _check(graph: Graph) -> None:
         dtypes = {graph.spec(name).dtype for name in node.inputs}
         if isinstance(node.op, Normalize):
             _check_normalize(graph, node)
+        elif isinstance(node.op, Quantize | Dequantize):
+            _check_quantised(graph, node)
         elif dtypes != {node.spec.dtype} and not isinstance(node.op, Aten):
             found = ", ".join(sorted(dtypes))
             raise GraphError(f"{node.name} claims {node.spec}, its inputs are {found}")
@@ -92,6 +99,26 @@ def _check_normalize(graph: Graph, node: Node) -> None:
     alone = graph.sole_user(graph.users(), name) is node
     if given != "uint8" or not alone or not node.spec.torch_dtype.is_floating_point:
         raise GraphError(f"{node.name} must alone read an input in uint8, and make it floating")
+
+
+def _check_quantised(graph: Graph, node: Node) -> None:
+    assert isinstance(node.op, Quantize | Dequantize)
+    read = graph.spec(node.inputs[0])
+    whole, real = (node.spec, read) if isinstance(node.op, Quantize) else (read, node.spec)
+    if whole.dtype != "int8" or not real.torch_dtype.is_floating_point:
+        raise GraphError(f"{node.name} makes {node.spec} of {read}, expected int8 and floating")
+    if not (math.isfinite(node.op.scale) and node.op.scale > 0):
+        raise GraphError(f"{node.name} has the scale {node.op.scale}, expected a positive number")
+
+
+def _check_weight(graph: Graph, node: Node) -> None:
+    weight = graph.spec(node.params["weight"])
+    if ("scale" in node.params) != (weight.dtype == "int8"):
+        raise GraphError(f"{node.name} has the weight {weight}; int8 weights have a scale")
+    if "scale" in node.params:
+        scale = graph.constants[node.params["scale"]]
+        if spec_of(scale) != TensorSpec((weight.shape[0],)):
+            raise GraphError(f"{node.name} has the scale {spec_of(scale)}, expected f32 by channel")
 
 
 def _unique(graph: Graph, name: str, seen: dict[str, Shape]) -> None:
@@ -118,3 +145,5 @@ def _check_operands(graph: Graph, node: Node) -> None:
     for slot, name in node.params.items():
         if name not in graph.constants:
             raise GraphError(f"{node.name}.{slot} is the constant {name}, which does not exist")
+    if isinstance(node.op, Conv2d | Linear):
+        _check_weight(graph, node)

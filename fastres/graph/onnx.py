@@ -21,7 +21,7 @@ from fastres.graph.ir import (
     BatchNorm,
     Concat,
     Conv2d,
-    Dim,
+    Dequantize,
     Flatten,
     GlobalAvgPool,
     Graph,
@@ -31,17 +31,19 @@ from fastres.graph.ir import (
     Node,
     Normalize,
     Pad,
+    Quantize,
     Slice,
     Softmax,
-    TensorSpec,
     Value,
     op_name,
 )
+from fastres.graph.specs import Dim, TensorSpec
 from fastres.kernels.epilogue import ActivationKind
 
 OPSET = 20
 IR_VERSION = 10
 _FLOAT = onnx.TensorProto.FLOAT
+_INT8 = onnx.TensorProto.INT8
 _ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "gelu": "Gelu", "hardswish": "HardSwish"}
 
 
@@ -49,7 +51,7 @@ def refusal(node: Node) -> str | None:
     """None if the node can be written as ONNX, else the reason why not."""
     if type(node.op) not in _WRITERS:
         return f"{op_name(node.op)} has no ONNX form here"
-    if not node.spec.dtype.startswith(("float", "bfloat")):
+    if not node.spec.dtype.startswith(("float", "bfloat")) and not isinstance(node.op, Quantize):
         return f"its result is {node.spec.dtype}; only floating-point values are written"
     for setting in ("kernel", "stride", "padding", "dilation"):
         if max(getattr(node.op, setting, (0,))) >= 2**31:  # OpenVINO cuts bits off, and may crash
@@ -67,7 +69,8 @@ def refusal(node: Node) -> str | None:
 def to_onnx(graph: Graph, *, weights_as_inputs: bool = False) -> onnx.ModelProto:
     """Writes a graph as a float32 ONNX model with the same inputs, outputs and symbolic sizes.
 
-    Pictures that a Normalize reads are an input in uint8 [N, H, W, 3].
+    Pictures that a Normalize reads are an input in uint8 [N, H, W, 3]. What is quantised becomes
+    QuantizeLinear and DequantizeLinear, int8 with zero point 0; weights stay int8.
 
     Args:
         graph: lawful; every node one that `refusal` has nothing against.
@@ -105,7 +108,8 @@ def _input_info(graph: Graph, value: Value) -> onnx.ValueInfoProto:
 
 
 def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, _FLOAT, list(map(_dim, spec.shape)))
+    kind = _INT8 if spec.dtype == "int8" else _FLOAT
+    return helper.make_tensor_value_info(name, kind, list(map(_dim, spec.shape)))
 
 
 def _dim(size: Dim) -> int | str:
@@ -113,8 +117,15 @@ def _dim(size: Dim) -> int | str:
 
 
 def _weight(graph: Graph, name: str) -> onnx.TensorProto:
-    array = graph.constants[name].detach().to(torch.float32).contiguous().numpy()
-    return helper.make_tensor(name, _FLOAT, array.shape, array.tobytes(), raw=True)
+    array = as_array(graph.constants[name])
+    kind = _INT8 if array.dtype == np.int8 else _FLOAT
+    return helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
+
+
+def as_array(constant: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A constant as the ONNX form has it: int8 weights, and all else in float32."""
+    tensor = constant.detach().contiguous()
+    return (tensor if tensor.dtype == torch.int8 else tensor.float()).numpy()
 
 
 class _Writer:
@@ -135,6 +146,18 @@ class _Writer:
 
     def params(self, node: Node, *slots: str) -> list[str]:
         return [self.constant(node.params[slot]) for slot in slots if slot in node.params]
+
+    def weight(self, node: Node) -> str:
+        """The weight, dequantised where it is int8."""
+        weight, *scale = self.params(node, "weight", "scale")
+        if not scale:
+            return weight
+        zeros = np.zeros(self.graph.constants[weight].shape[0], np.int8)
+        point = self.initializer(f"{node.name}/weight_zero", _INT8, zeros)
+        value = f"{node.name}/weight"
+        inputs = [weight, *scale, point]
+        self.emit("DequantizeLinear", f"{node.name}/dequantize", inputs, value, axis=0)
+        return value
 
     def filled(self, node: Node, slot: str, value: float, length: int) -> str:
         """A parameter, or a vector of `value` where the layer has none."""
@@ -173,7 +196,7 @@ def _conv2d(w: _Writer, node: Node) -> None:
     w.emit(
         "Conv",
         node.name,
-        [w.inputs(node)[0], *w.params(node, "weight", "bias")],
+        [w.inputs(node)[0], w.weight(node), *w.params(node, "bias")],
         value,
         strides=op.stride,
         pads=(*op.padding, *op.padding),
@@ -274,7 +297,7 @@ def _global_avg_pool(w: _Writer, node: Node) -> None:
 
 def _linear(w: _Writer, node: Node) -> None:
     assert isinstance(node.op, Linear)
-    weight, *bias = w.params(node, "weight", "bias")
+    weight, bias = w.weight(node), w.params(node, "bias")
     value = f"{node.name}/linear"
     if len(node.spec.shape) == 2:
         w.emit("Gemm", node.name, [*w.inputs(node), weight, *bias], value, transB=1)
@@ -322,6 +345,14 @@ def _slice(w: _Writer, node: Node) -> None:
     w.emit("Slice", node.name, [*w.inputs(node), *operands], node.name)
 
 
+def _quantize(w: _Writer, node: Node) -> None:
+    assert isinstance(node.op, Quantize | Dequantize)
+    scale = w.initializer(f"{node.name}/scale", _FLOAT, np.asarray(node.op.scale, np.float32))
+    point = w.initializer(f"{node.name}/zero", _INT8, np.asarray(0, np.int8))
+    kind = "QuantizeLinear" if isinstance(node.op, Quantize) else "DequantizeLinear"
+    w.emit(kind, node.name, [*w.inputs(node), scale, point], node.name)
+
+
 def _softmax(w: _Writer, node: Node) -> None:
     assert isinstance(node.op, Softmax)
     w.emit("Softmax", node.name, w.inputs(node), node.name, axis=node.op.dim)
@@ -343,4 +374,6 @@ _WRITERS: dict[type, Callable[[_Writer, Node], None]] = {
     Pad: _pad,
     Slice: _slice,
     Softmax: _softmax,
+    Quantize: _quantize,
+    Dequantize: _quantize,
 }

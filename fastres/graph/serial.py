@@ -17,24 +17,9 @@ import torch
 
 from fastres.errors import GraphError
 from fastres.graph import aten, laws
-from fastres.graph.ir import (
-    DTYPE_NAMES,
-    DTYPES,
-    Aten,
-    Conv2d,
-    Dim,
-    Graph,
-    Node,
-    Normalize,
-    Op,
-    Pad,
-    Sym,
-    TensorSpec,
-    Value,
-    identity,
-    spec_of,
-)
+from fastres.graph.ir import Aten, Conv2d, Graph, Node, Normalize, Op, Pad, Value, identity
 from fastres.graph.shapes import infer_shapes
+from fastres.graph.specs import DTYPE_NAMES, DTYPES, Dim, Sym, TensorSpec, spec_of
 from fastres.options import Sizes
 
 _T = TypeVar("_T")

@@ -18,7 +18,7 @@ from fastres.graph.ir import (
     BatchNorm,
     Concat,
     Conv2d,
-    Dim,
+    Dequantize,
     Flatten,
     GlobalAvgPool,
     Graph,
@@ -29,11 +29,11 @@ from fastres.graph.ir import (
     Normalize,
     Op,
     Pad,
-    Shape,
+    Quantize,
     Slice,
     Softmax,
-    Sym,
 )
+from fastres.graph.specs import Dim, Shape, Sym
 from fastres.options import Sizes
 
 
@@ -169,7 +169,9 @@ def _(op: BatchNorm, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Sh
 
 @_rule.register(Activation)
 @_rule.register(Softmax)
-def _(op: Activation | Softmax, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
+@_rule.register(Quantize)
+@_rule.register(Dequantize)
+def _(op: Op, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     return inputs[0]
 
 

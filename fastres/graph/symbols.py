@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastres.graph.ir import Dim, Shape, Sym
+from fastres.graph.specs import Dim, Shape, Sym
 
 Size = int | torch.SymInt
 

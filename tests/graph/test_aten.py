@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten
 from fastres.graph.aten import InputOf, SizeOf
-from fastres.graph.ir import Aten, TensorSpec
+from fastres.graph.ir import Aten
+from fastres.graph.specs import TensorSpec
 
 SPEC = TensorSpec((2, 3))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastres import models
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.cost import multiply_adds, traffic
-from fastres.graph.ir import Conv2d, Graph, Linear, Node, Normalize, Slice, TensorSpec, Value
+from fastres.graph.ir import Conv2d, Graph, Linear, Node, Normalize, Slice, Value
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.shapes import infer_shapes
+from fastres.graph.specs import TensorSpec
 
 
 def test_traffic() -> None:

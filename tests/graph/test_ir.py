@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from fastres.graph.ir import (
-    DTYPE_NAMES,
-    DTYPES,
     Activation,
     Add,
     Aten,
@@ -18,12 +16,10 @@ from fastres.graph.ir import (
     Node,
     Pad,
     Slice,
-    Sym,
-    TensorSpec,
     Value,
     op_name,
-    spec_of,
 )
+from fastres.graph.specs import DTYPE_NAMES, DTYPES, Sym, TensorSpec, spec_of
 from fastres.kernels.epilogue import Epilogue
 
 N = Sym("N")

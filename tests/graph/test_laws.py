@@ -21,10 +21,9 @@ from fastres.graph.ir import (
     Mul,
     Node,
     Normalize,
-    Sym,
-    TensorSpec,
     Value,
 )
+from fastres.graph.specs import Sym, TensorSpec
 from fastres.kernels.epilogue import Epilogue
 
 LEAF = '{"type": null, "context": null, "children_spec": []}'

@@ -23,10 +23,9 @@ from fastres.graph.ir import (
     Node,
     Pad,
     Slice,
-    Sym,
-    TensorSpec,
     Value,
 )
+from fastres.graph.specs import Sym, TensorSpec
 from fastres.kernels.epilogue import Epilogue
 
 LEAF = '{"type": null, "context": null, "children_spec": []}'

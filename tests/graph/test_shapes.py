@@ -21,7 +21,6 @@ from fastres.graph.ir import (
     BatchNorm,
     Concat,
     Conv2d,
-    Dim,
     Flatten,
     GlobalAvgPool,
     Graph,
@@ -32,14 +31,12 @@ from fastres.graph.ir import (
     Normalize,
     Op,
     Pad,
-    Shape,
     Slice,
     Softmax,
-    Sym,
-    TensorSpec,
     Value,
 )
 from fastres.graph.shapes import bind, conv_size, infer_shapes, node_shape, pool_size
+from fastres.graph.specs import Dim, Shape, Sym, TensorSpec
 from fastres.kernels.epilogue import Epilogue
 
 N, H, W = Sym("N"), Sym("H"), Sym("W")

@@ -10,9 +10,13 @@ import torch
 
 from fastres.backends.base import Account, CompiledParts, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
+from fastres.backends.triton.eight_bits import FLOAT_OF, plain, precision_of
 from fastres.backends.triton.stored_code import brings_code
+from fastres.calib.table import CalibrationTable
 from fastres.errors import BackendUnavailable, missing
-from fastres.graph.ir import Graph, Sym
+from fastres.graph.ir import Graph
+from fastres.graph.passes.quantise import quantise
+from fastres.graph.specs import Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
 if TYPE_CHECKING:
@@ -30,7 +34,7 @@ def _interpreting() -> bool:
 
 
 class TritonBackend:
-    """fp32, tf32, fp16 and bf16 on GPUs from sm_80 on."""
+    """fp32, tf32, fp16, bf16 and int8 on GPUs from sm_80 on."""
 
     name = "triton"
 
@@ -57,10 +61,13 @@ class TritonBackend:
     def precision(self, wanted: Precision) -> str | None:
         return None if wanted in DTYPE_OF else f"triton runs {', '.join(DTYPE_OF)}, not {wanted}"
 
+    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
+        return quantise(graph, table, "skip")
+
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         from fastres.backends.triton.refusals import refusals
 
-        return refusals(graph)
+        return refusals(plain(graph).graph)
 
     def lower(
         self,
@@ -133,7 +140,7 @@ class TritonExecutable:
         self._graph = graph
         self._batched = is_batched(graph)
         self._precision: Precision = options.precision or "fp32"
-        constants = Packed(graph, DTYPE_OF[self._precision], device)
+        constants = Packed(graph, FLOAT_OF[self._precision], device)
         asked = options.dependent_launch
         tiles = tiles_for(options, device)
         if options.tune:
@@ -189,7 +196,7 @@ class TritonExecutable:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).run(inputs)
 
     def precisions(self) -> dict[str, str]:
-        return dict.fromkeys((node.name for node in self._graph.nodes), self._precision)
+        return {node.name: precision_of(node, self._precision) for node in self._graph.nodes}
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).profile(inputs)

@@ -6,6 +6,7 @@ The tensors may be on the meta device: then the calls can be compiled, and nothi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from fastres.backends.triton.plan import (
     LaunchStemPool,
     LoadInput,
     Plan,
+    Scales,
 )
 from fastres.kernels.bottleneck_chain import chain_launch, chain_shape
 from fastres.kernels.conv2d import conv2d_launch
@@ -77,7 +79,7 @@ def _launches(
     if isinstance(step, LaunchElementwise):
         return (_elementwise(step, at, constants),)
     if isinstance(step, LaunchGlobalAvgPool):
-        return (global_avg_pool_launch(at[step.source], _rows(at[step.target])),)
+        return (_global_avg_pool(step, at),)
     if isinstance(step, LaunchLinear):
         return (_linear(step, at, constants, target, allow_tf32),)
     return ()
@@ -101,7 +103,8 @@ def load_launch(
     """The call that brings in pictures, their channels in the network's order."""
     launch = space_to_depth_launch if step.folded else to_nhwc_launch
     factors = None if step.normalize is None else constants.factors(step.normalize)
-    return launch(given, target, normalise=factors)
+    out_scale = 1.0 if step.scale is None else _inverse(step.scale)
+    return launch(given, target, normalise=factors, out_scale=out_scale)
 
 
 def _conv2d(
@@ -128,6 +131,7 @@ def _conv2d(
         target=target,
         residual_channel_offset=offset,
         activation=step.activation,
+        **_scales(step.scales, constants),
         tile=step.tile,
         allow_tf32=allow_tf32,
     )
@@ -143,6 +147,7 @@ def _stem(
         at[step.target],
         target=target,
         activation=step.activation,
+        **_scales(step.scales, constants, residual=False),
         tile=step.tile,
         allow_tf32=allow_tf32,
     )
@@ -155,6 +160,7 @@ def _stem_pool(step: LaunchStemPool, at: Tensors, constants: Packed) -> Launch:
         constants.bias([step.bias]),
         at[step.target],
         activation=step.activation,
+        **_scales(step.scales, constants, residual=False),
         tile=step.tile,
     )
 
@@ -176,6 +182,7 @@ def _box_conv2d(
         x2=_optional(at, step.projected),
         stride2=step.projection_stride,
         activation=step.activation,
+        **_scales(step.scales, constants),
         tile=step.tile,
         workspace=_optional(at, step.workspace),
         allow_tf32=allow_tf32,
@@ -221,6 +228,7 @@ def _linear(
         shape=ConvShape(n, 1, 1, c, k, 1, 1),
         target=target,
         activation=step.activation,
+        **_scales(step.scales, constants),
         tile=step.tile,
         allow_tf32=allow_tf32,
     )
@@ -246,6 +254,7 @@ def _avg_pool(step: LaunchAvgPool, at: Tensors) -> Launch:
 
 def _elementwise(step: LaunchElementwise, at: Tensors, constants: Packed) -> Launch:
     scale = shift = None
+    scales = step.scales or Scales()
     if step.norm is not None:
         scale, shift = constants.scale_and_shift(step.norm)
     return elementwise_launch(
@@ -255,7 +264,41 @@ def _elementwise(step: LaunchElementwise, at: Tensors, constants: Packed) -> Lau
         shift=shift,
         residual=_optional(at, step.residual),
         activation=step.activation,
+        x_scale=scales.source,
+        residual_scale=scales.residual,
+        out_scale=_inverse(scales.target),
     )
+
+
+def _global_avg_pool(step: LaunchGlobalAvgPool, at: Tensors) -> Launch:
+    scales = step.scales or Scales()
+    return global_avg_pool_launch(
+        at[step.source],
+        _rows(at[step.target]),
+        scale=scales.source,
+        out_scale=_inverse(scales.target),
+    )
+
+
+def _scales(scales: Scales | None, constants: Packed, residual: bool = True) -> dict[str, Any]:
+    """The arguments of a product of int8; none of a floating-point one.
+
+    Args:
+        residual: whether the kernel can add something.
+    """
+    if scales is None:
+        return {}
+    assert scales.weight is not None
+    given = {
+        "scale": constants.products(scales.weight, scales.source),
+        "out_scale": _inverse(scales.target),
+    }
+    return given | ({"residual_scale": scales.residual} if residual else {})
+
+
+def _inverse(scale: float | None) -> float:
+    """What a result is multiplied by: a float32; 1 of a floating-point one."""
+    return 1.0 if scale is None else float(1 / torch.tensor(scale, dtype=torch.float32))
 
 
 def _optional(at: Tensors, name: str | None) -> torch.Tensor | None:

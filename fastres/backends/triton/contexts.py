@@ -22,7 +22,7 @@ from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.backends.triton.timing import milliseconds
 from fastres.errors import OutOfMemory
-from fastres.graph.ir import DTYPES
+from fastres.graph.specs import DTYPES
 from fastres.kernels.cost import Cost, least_seconds, target_of
 
 Call = Callable[[], None]

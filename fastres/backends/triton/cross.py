@@ -10,6 +10,7 @@ import torch
 from fastres.backends.base import Account, CompiledParts, KernelInfo, NodeTime, elsewhere
 from fastres.backends.shape_cache import Shapes
 from fastres.backends.triton.choosing import ban
+from fastres.backends.triton.eight_bits import FLOAT_OF
 from fastres.backends.triton.link_build import digest_of, link, numbered
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
@@ -22,7 +23,7 @@ from fastres.kernels.aot import MATRIX, KernelFacts, fits, key_of
 from fastres.kernels.binary_build import Built, build_launch
 from fastres.kernels.cost import Cost, Target, least_seconds
 from fastres.kernels.launch import Launch
-from fastres.options import DTYPE_OF, Options, Precision
+from fastres.options import Options, Precision
 from fastres.text import progress_bar
 
 
@@ -70,7 +71,7 @@ def compiled_plan(
     Raises:
         UnsupportedError: a problem has no such tile left; all that were tried are named.
     """
-    constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
+    constants = Packed(graph, FLOAT_OF[precision], torch.device("meta"))
     while True:
         plan = make_plan(graph, shapes, precision, tiles, dependent=dependent)
         launches = launches_of(plan, constants, tiles.target)
@@ -258,7 +259,7 @@ def _linked(
     graph: Graph, plan: Plan, precision: Precision, target: Target, built: Mapping[str, Built]
 ) -> dict[str, bytes]:
     """The files of a plan's machine code."""
-    constants = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
+    constants = Packed(graph, FLOAT_OF[precision], torch.device("meta"))
     launches = [launch for _, launch in launches_of(plan, constants, target)]
     binaries = {digest_of(launch): built[key_of(launch)].binary for launch in launches}
     headers = {key: binary.header for key, binary in binaries.items()}

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fastres.backends.base import Choice
+from fastres.backends.triton.eight_bits import OPERAND_OF, precision_of
 from fastres.backends.triton.form import SEVERAL, Form, Kind, choice_of
 from fastres.backends.triton.plan import (
     AnyStep,
@@ -35,7 +36,7 @@ from fastres.kernels.folding import stem_refusal, stem_shape
 from fastres.kernels.geometry import ConvShape, PoolShape, max_pool_cost, mergeable
 from fastres.kernels.stem_pool_tiles import StemPoolTile, stem_pool_refusal
 from fastres.kernels.tiles import ConvTile
-from fastres.options import DTYPE_OF, Precision, Sizes
+from fastres.options import Precision, Sizes
 
 
 class Reckoner:
@@ -45,6 +46,7 @@ class Reckoner:
         shapes: of every value of the graph.
         tiles: the best tile of each problem on the target.
         recorded: a plan's steps by node, whose forms are taken over; None to choose.
+        scales: of the values that are read in int8.
     """
 
     def __init__(
@@ -54,15 +56,16 @@ class Reckoner:
         precision: Precision,
         tiles: Tiles,
         recorded: Mapping[str, AnyStep] | None = None,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         self.choices: list[Choice] = []
         self._graph = graph
         self._shapes = shapes
         self._precision = precision
-        self._dtype = DTYPE_OF[precision]
         self._tiles = tiles
         self._target = tiles.target
         self._recorded = recorded
+        self._scales = scales or {}
 
     def shape(self, node: Node) -> ConvShape:
         """The sizes of a node that is a Conv2d."""
@@ -76,7 +79,7 @@ class Reckoner:
         """The tile of a linear layer: a 1x1 convolution of a 1x1 picture."""
         k, c = self._graph.constants[node.params["weight"]].shape
         shape = ConvShape(self._shapes[node.name][0], 1, 1, c, k, 1, 1)
-        problem = Problem("pointers", shape, self._precision)
+        problem = Problem("pointers", shape, self._in(node))
         if self._recorded is not None:
             step = self._recorded.get(node.name)
             if isinstance(step, LaunchLinear) and problem.takes(step.tile, self._target):
@@ -106,12 +109,13 @@ class Reckoner:
         Args:
             node: the stem.
         """
-        shape, size = self.shape(node), self._dtype.itemsize
+        shape, precision = self.shape(node), self._in(node)
+        size = OPERAND_OF[precision].itemsize
         filters = (shape.r, shape.s), shape.stride, shape.padding
         reason = stem_refusal(shape.c, shape.h, shape.w, *filters)
         reason = reason or stem_pool_refusal(shape.p, shape.q, size)
         sizes = (shape.n, shape.p, shape.q, shape.k)
-        problem = Problem("stem and pool", stem_shape(*sizes), self._precision)
+        problem = Problem("stem and pool", stem_shape(*sizes), precision)
         if self._recorded is not None:
             step = self._recorded.get(pool.name)
             if not isinstance(step, LaunchStemPool):
@@ -123,7 +127,7 @@ class Reckoner:
             return None
         together = self._form("stem and pool", problem)
         stem = min(
-            self._form("pointers", Problem("pointers", stem_shape(*sizes), self._precision)),
+            self._form("pointers", Problem("pointers", stem_shape(*sizes), precision)),
             self._form("pointers", self._problem(node, "pointers")),
             key=lambda form: form.seconds,
         )
@@ -144,7 +148,7 @@ class Reckoner:
             return None
         filters = (shape.r, shape.s), shape.stride, shape.padding
         problem = Problem(
-            "pointers", stem_shape(shape.n, shape.p, shape.q, shape.k), self._precision
+            "pointers", stem_shape(shape.n, shape.p, shape.q, shape.k), self._in(node)
         )
         possible = stem_refusal(shape.c, shape.h, shape.w, *filters) is None
         if isinstance(step, LaunchStem):
@@ -206,7 +210,7 @@ class Reckoner:
         return self._form(_kind(boundary), self._chain_problem(boundary))
 
     def _chain_problem(self, boundary: Boundary) -> Problem:
-        return Problem("chain", self.chain_shape(boundary), self._precision)
+        return Problem("chain", self.chain_shape(boundary), self._in(boundary.conv3))
 
     def _rest(self, whole: Boundary, part: Boundary) -> float:
         """Seconds of what a shorter boundary leaves out."""
@@ -255,13 +259,14 @@ class Reckoner:
         )
 
     def _chain_reason(self, boundary: Boundary) -> str | None:
-        if self._dtype.itemsize != 2:
-            return f"{self._precision} is not chained, only fp16 and bf16"
+        precisions = {self._in(node) for node in boundary.nodes}
+        if not precisions <= {"fp16", "bf16"}:
+            return f"{' and '.join(sorted(precisions))} is not chained, only fp16 and bf16"
         try:
             shape = self.chain_shape(boundary)
         except ValueError as error:
             return str(error)
-        return chain_tiles.refusal(shape, self._dtype.itemsize, self._target)
+        return chain_tiles.refusal(shape, 2, self._target)
 
     def _apart(self, boundary: Boundary) -> Form:
         """The same nodes as kernels of their own."""
@@ -320,7 +325,16 @@ class Reckoner:
         assert isinstance(op, Conv2d)
         residual = op.epilogue.residual and projection is None
         shape = replace(shape, groups=shape.groups // merged)
-        return Problem(kind, shape, self._precision, self._projection(projection), residual)
+        precision = self._in(node)
+        floating = kind == "boxes" and precision == "int8" and self._in_float(node)
+        return Problem(kind, shape, precision, self._projection(projection), residual, floating)
+
+    def _in(self, node: Node) -> Precision:
+        return precision_of(node, self._precision)
+
+    def _in_float(self, node: Node) -> bool:
+        """Whether an int8 layer gives, or adds, something in floating point."""
+        return not {node.name, *node.inputs[1:]} <= self._scales.keys() - {*self._graph.outputs}
 
     def _form(self, kind: Kind, problem: Problem) -> Form:
         try:
@@ -346,9 +360,11 @@ class Reckoner:
     def _box_reason(self, node: Node, plain: bool, projection: Node | None) -> str | None:
         if not plain:
             return "its residual is a strided view of another tensor (shortcut A)"
+        if projection is not None and "int8" in (self._in(node), self._in(projection)):
+            return "a projection in int8 is rounded before it is added"
         return box_refusal(
             self.shape(node),
-            self._dtype,
+            OPERAND_OF[self._in(node)],
             self._target,
             self._projection(projection),
             allow_tf32=self._precision == "tf32",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from msgspec.structs import replace
 
-from fastres.backends.triton.arena import Lifetime, place
+from fastres.backends.triton.arena import place
+from fastres.backends.triton.eight_bits import FLOAT_OF, is_int8, plain
 from fastres.backends.triton.forms import Reckoner
 from fastres.backends.triton.overlap import has_dependent_launch, with_overlap
 from fastres.backends.triton.plan import (
@@ -27,6 +27,7 @@ from fastres.backends.triton.plan import (
     Norm,
     Place,
     Plan,
+    Scales,
     Shortcut,
 )
 from fastres.backends.triton.regions import (
@@ -40,9 +41,9 @@ from fastres.backends.triton.regions import (
     stems,
 )
 from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.tensors import Tensors
 from fastres.errors import ArtifactError
 from fastres.graph.ir import (
-    DTYPE_NAMES,
     Activation,
     Add,
     AvgPool,
@@ -57,13 +58,14 @@ from fastres.graph.ir import (
     Normalize,
 )
 from fastres.graph.shapes import infer_shapes
+from fastres.graph.specs import DTYPE_NAMES
 from fastres.kernels.boxes import BoxTile, workspace_bytes
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.folding import packed_shape
 from fastres.kernels.geometry import Pair
 from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
-from fastres.options import DTYPE_OF, Precision, Sizes
+from fastres.options import Precision, Sizes
 
 
 def make_plan(
@@ -104,12 +106,13 @@ class _Planner:
         tiles: Tiles,
         recorded: Mapping[str, AnyStep] | None,
     ) -> None:
-        self.graph = graph
+        quantised = plain(graph)
+        self.graph = graph = quantised.graph
+        self.scales = quantised.scales
         self.input_shapes = input_shapes
         self.precision = precision
-        self.dtype = DTYPE_OF[precision]
         self.shapes = infer_shapes(graph, input_shapes)
-        self.reckoner = Reckoner(graph, self.shapes, precision, tiles, recorded)
+        self.reckoner = Reckoner(graph, self.shapes, precision, tiles, recorded, self.scales)
         self.shortcuts = shortcuts(graph)
         self.covered = {name for view in self.shortcuts.values() for name in view.covers}
         self.folded: set[str] = set()  # entries that stems read
@@ -117,33 +120,32 @@ class _Planner:
         self.pooled: dict[str, tuple[Node, StemPoolTile]] = {}  # stems, by the name of a max pool
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
         self.merged: dict[str, Node] = {}  # by the name of a convolution: its projection
-        self.tensor_of: dict[str, str] = {}  # a graph value → the tensor that holds it
-        self.places: dict[str, tuple[Sizes, torch.dtype]] = {}
-        self.steps: list[AnyStep] = []
+        self.tensors = Tensors(self.shapes, self.scales, graph.outputs, FLOAT_OF[precision])
 
     def plan(self) -> Plan:
         self._decide_regions()
         for value, entry in zip(self.graph.inputs, entries(self.graph), strict=True):
-            self._place(entry.name)
+            scale = self.tensors.place(entry.name, int8=len(self.shapes[entry.name]) == 4)
             folded = entry.name in self.folded
             if folded:
                 n, _, h, w = self.shapes[entry.name]
-                self.places[entry.name] = packed_shape(n, h, w), self.dtype
+                self.tensors.fold(entry.name, packed_shape(n, h, w))
             op = entry.op if isinstance(entry, Node) else None
             assert isinstance(op, Normalize | None)
-            self.steps.append(LoadInput(entry.name, value.name, entry.name, folded, op))
+            step = LoadInput(entry.name, value.name, entry.name, folded, op, scale)
+            self.tensors.written(step, entry.name)
         for node in self.graph.nodes:
-            if node.name not in self.tensor_of and node.name not in self.covered:
+            if node.name not in self.tensors and node.name not in self.covered:
                 self._node(node)
-        outputs = tuple((self.tensor_of[n], self.shapes[n]) for n in self.graph.outputs)
-        offsets, total = place(self._lifetimes([name for name, _ in outputs]))
+        outputs = tuple((self.tensors[n], self.shapes[n]) for n in self.graph.outputs)
+        offsets, total = place(self.tensors.lifetimes())
         return Plan(
             input_shapes=self.input_shapes,
             places={
                 name: Place(shape, DTYPE_NAMES[dtype], offsets[name])
-                for name, (shape, dtype) in self.places.items()
+                for name, (shape, dtype) in self.tensors.places.items()
             },
-            steps=tuple(self.steps),
+            steps=tuple(self.tensors.steps),
             outputs=outputs,
             arena_bytes=total,
             allow_tf32=self.precision == "tf32",
@@ -177,93 +179,96 @@ class _Planner:
 
     def _node(self, node: Node) -> None:
         op = node.op
-        source = self.tensor_of.get(node.inputs[0], "")
         if isinstance(op, Flatten):  # of [N, C, 1, 1]: the same bytes under another name
-            self.tensor_of[node.name] = source
-            return
-        self._place(node.name)
-        if node.name in self.stems or node.name in self.pooled:
-            self.steps.append(self._stem(node))
-        elif node.name in self.chains:
-            self.steps.append(self._chain(*self.chains[node.name]))
-        elif isinstance(op, Conv2d):
-            self.steps.append(self._conv2d(node, op, source))
-        elif isinstance(op, MaxPool):
-            self.steps.append(
-                LaunchMaxPool(
-                    node.name,
-                    source,
-                    node.name,
-                    op.kernel,
-                    op.stride,
-                    op.padding,
-                    op.dilation,
-                    op.ceil_mode,
-                )
-            )
-        elif isinstance(op, AvgPool):
-            self.steps.append(
-                LaunchAvgPool(
-                    node.name,
-                    source,
-                    node.name,
-                    op.kernel,
-                    op.stride,
-                    op.padding,
-                    op.ceil_mode,
-                    op.count_include_pad,
-                )
-            )
-        elif isinstance(op, Add | BatchNorm | Activation):
-            self.steps.append(self._elementwise(node, source))
-        elif isinstance(op, GlobalAvgPool):
-            self.steps.append(LaunchGlobalAvgPool(node.name, source, node.name))
+            self.tensors.alias(node.name, node.inputs[0])
         else:
-            assert isinstance(op, Linear)
-            tile = self.reckoner.linear(node)
-            weight, bias = node.params["weight"], node.params.get("bias")
-            self.steps.append(
-                LaunchLinear(node.name, source, node.name, weight, bias, op.activation, tile)
-            )
+            self.tensors.written(self._step(node), node.name)
+
+    def _step(self, node: Node) -> AnyStep:
+        op, name = node.op, node.name
+        if name in self.stems or name in self.pooled:
+            return self._stem(node)
+        if name in self.chains:
+            return self._chain(*self.chains[name])
+        if isinstance(op, Conv2d):
+            return self._conv2d(node, op)
+        if isinstance(op, MaxPool):
+            whole = name in self.scales and node.inputs[0] in self.scales
+            whole = self.tensors.place(name, int8=whole) is not None
+            source = self.tensors.read(node.inputs[0], whole)
+            sizes = op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode
+            return LaunchMaxPool(name, source, name, *sizes)
+        if isinstance(op, AvgPool):
+            self.tensors.place(name)
+            source = self.tensors.read(node.inputs[0])
+            windows = op.kernel, op.stride, op.padding, op.ceil_mode, op.count_include_pad
+            return LaunchAvgPool(name, source, name, *windows)
+        if isinstance(op, Add | BatchNorm | Activation):
+            return self._elementwise(node)
+        if isinstance(op, GlobalAvgPool):
+            whole = node.inputs[0] in self.scales
+            scale = self.tensors.place(name, int8=whole)
+            scales = Scales(self.scales[node.inputs[0]], target=scale) if whole else None
+            return LaunchGlobalAvgPool(name, self.tensors.read(node.inputs[0], whole), name, scales)
+        assert isinstance(op, Linear)
+        scales, tile = self._layer(node), self.reckoner.linear(node)
+        weight, bias = node.params["weight"], node.params.get("bias")
+        source = self.tensors.read(node.inputs[0], is_int8(node))
+        return LaunchLinear(name, source, name, weight, bias, op.activation, tile, scales)
 
     def _stem(self, node: Node) -> LaunchStem | LaunchStemPool:
         """Of a stem that reads folded pictures, or of the max pool that is computed with one."""
         stem, together = self.pooled.get(node.name, (node, None))
         assert isinstance(stem.op, Conv2d)
-        source = self.tensor_of[stem.inputs[0]]
+        scales = self._layer(stem, target=node.name)
+        source = self.tensors.read(stem.inputs[0], is_int8(stem))
         weight, bias = stem.params["weight"], stem.params.get("bias")
         activation = stem.op.epilogue.activation
+        operands = node.name, source, node.name, weight, bias, activation
         if together is not None:
-            return LaunchStemPool(node.name, source, node.name, weight, bias, activation, together)
-        tile = self.stems[node.name]
-        return LaunchStem(node.name, source, node.name, weight, bias, activation, tile)
+            return LaunchStemPool(*operands, together, scales)
+        return LaunchStem(*operands, self.stems[node.name], scales)
 
-    def _elementwise(self, node: Node, source: str) -> LaunchElementwise:
+    def _elementwise(self, node: Node) -> LaunchElementwise:
         op, norm, residual = node.op, None, None
+        scale = self.tensors.place(node.name, int8=True)
+        source = self.tensors.read(node.inputs[0], int8=True)
         if isinstance(op, Add):
-            residual = self.tensor_of[node.inputs[1]]
+            residual = self.tensors.read(node.inputs[1], int8=True)
         if isinstance(op, BatchNorm):
             names = node.params
             norm = Norm(names["mean"], names["var"], names.get("weight"), names.get("bias"), op.eps)
         activation = op.kind if isinstance(op, Activation) else None
         if isinstance(op, Add | BatchNorm):
             activation = op.activation
-        return LaunchElementwise(node.name, source, node.name, norm, residual, activation)
+        steps = [self.scales.get(name, 1.0) for name in (*node.inputs, node.name)[:2]]
+        scales = Scales(steps[0], None, steps[1] if residual else 1.0, scale)
+        return LaunchElementwise(
+            node.name,
+            source,
+            node.name,
+            norm,
+            residual,
+            activation,
+            None if scales == Scales() else scales,
+        )
 
-    def _conv2d(self, node: Node, op: Conv2d, source: str) -> LaunchConv2d | LaunchBoxConv2d:
+    def _conv2d(self, node: Node, op: Conv2d) -> LaunchConv2d | LaunchBoxConv2d:
         view = self.shortcuts.get(node.name)
         projection = self.merged.get(node.name)
         form = self.reckoner.convolution(node, plain=view is None, projection=projection)
         if isinstance(form.tile, BoxTile):
-            return self._box_conv2d(node, op, source, projection, form.tile)
-        shortcut = None
+            return self._box_conv2d(node, op, projection, form.tile)
+        shortcut, residual = None, None
         if op.epilogue.residual:
             view = view or ShortcutA(node.inputs[1], 1, 0, ())
-            shortcut = Shortcut(self.tensor_of[view.source], view.stride, view.channel_offset)
+            residual = view.source
+            source = self.tensors.read(view.source, is_int8(node))
+            shortcut = Shortcut(source, view.stride, view.channel_offset)
         assert isinstance(form.tile, ConvTile)
         return LaunchConv2d(
             node=node.name,
-            source=source,
+            source=self.tensors.read(node.inputs[0], is_int8(node)),
             target=node.name,
             weight=node.params["weight"],
             bias=node.params.get("bias"),
@@ -275,22 +280,21 @@ class _Planner:
             shortcut=shortcut,
             activation=op.epilogue.activation,
             tile=form.tile,
+            scales=self._layer(node, residual),
         )
 
     def _box_conv2d(
-        self, node: Node, op: Conv2d, source: str, projection: Node | None, tile: BoxTile
+        self, node: Node, op: Conv2d, projection: Node | None, tile: BoxTile
     ) -> LaunchBoxConv2d:
         shape = self.reckoner.shape(node)
         workspace = None
         if size := workspace_bytes(shape, tile):
-            workspace = f"{node.name}:parts"
-            self.places[workspace] = (size // 4,), torch.float32
-        residual = (
-            self.tensor_of[node.inputs[1]] if op.epilogue.residual and not projection else None
-        )
+            parts = torch.int32 if is_int8(node) else torch.float32
+            workspace = self.tensors.scratch(f"{node.name}:parts", size // 4, parts)
+        residual = node.inputs[1] if op.epilogue.residual and not projection else None
         return LaunchBoxConv2d(
             node=node.name,
-            source=source,
+            source=self.tensors.read(node.inputs[0], is_int8(node)),
             target=node.name,
             weight=node.params["weight"],
             biases=_biases(node, projection),
@@ -298,14 +302,30 @@ class _Planner:
             stride=op.stride,
             padding=op.padding,
             dilation=op.dilation,
-            projected=None if projection is None else self.tensor_of[projection.inputs[0]],
+            projected=None if projection is None else self.tensors.read(projection.inputs[0]),
             projection=None if projection is None else projection.params["weight"],
             projection_stride=(1, 1) if projection is None else _stride(projection),
-            residual=residual,
+            residual=None if residual is None else self.tensors.read(residual, is_int8(node)),
             activation=op.epilogue.activation,
             workspace=workspace,
             tile=tile,
+            scales=self._layer(node, residual),
         )
+
+    def _layer(
+        self, node: Node, residual: str | None = None, target: str | None = None
+    ) -> Scales | None:
+        """Places what a convolution or linear layer gives; its scales, if it is one of int8.
+
+        Args:
+            residual: the value that it adds.
+            target: the value that is written, where it is not the node's own.
+        """
+        scale = self.tensors.place(target or node.name, int8=is_int8(node))
+        if not is_int8(node):
+            return None
+        added = 1.0 if residual is None else self.scales.get(residual, 1.0)
+        return Scales(self.scales[node.inputs[0]], node.params["scale"], added, scale)
 
     def _chain(self, boundary: Boundary, tile: ChainTile) -> LaunchChain:
         conv2, conv3 = boundary.conv2, boundary.conv3
@@ -313,19 +333,19 @@ class _Planner:
         shape = self.reckoner.chain_shape(boundary)
         assert isinstance(conv3.op, Conv2d)
         shortcut = conv3.inputs[1] if projection is None else projection.inputs[0]
+        self.tensors.place(conv3.name)
         if following is not None:
-            self.tensor_of[following.name] = following.name
-            self._place(following.name)
+            self.tensors.place(following.name)
         return LaunchChain(
             node=conv3.name,
-            source=self.tensor_of[conv2.inputs[0]],
+            source=self.tensors.read(conv2.inputs[0]),
             target=conv3.name,
             weight2=conv2.params["weight"],
             bias2=conv2.params.get("bias"),
             weight3=conv3.params["weight"],
             biases3=_biases(conv3, projection),
             projection=None if projection is None else projection.params["weight"],
-            shortcut=self.tensor_of[shortcut],
+            shortcut=self.tensors.read(shortcut),
             weight1=None if following is None else following.params["weight"],
             bias1=None if following is None else following.params.get("bias"),
             next_target=None if following is None else following.name,
@@ -334,27 +354,6 @@ class _Planner:
             activation=conv3.op.epilogue.activation,
             tile=tile,
         )
-
-    def _place(self, name: str) -> None:
-        """A tensor of the plan for a value of the graph: NHWC for maps."""
-        shape = self.shapes[name]
-        if len(shape) == 4:
-            n, c, h, w = shape
-            shape = (n, h, w, c)
-        self.tensor_of[name] = name
-        self.places[name] = shape, self.dtype
-
-    def _lifetimes(self, outputs: Sequence[str]) -> list[Lifetime]:
-        first: dict[str, int] = {}
-        last: dict[str, int] = {}
-        for i, step in enumerate(self.steps):
-            first.update(dict.fromkeys(step.writes(), i))
-            last.update(dict.fromkeys((*step.writes(), *step.reads()), i))
-        last.update(dict.fromkeys(outputs, len(self.steps)))
-        return [
-            Lifetime(name, math.prod(shape) * dtype.itemsize, first[name], last[name])
-            for name, (shape, dtype) in self.places.items()
-        ]
 
 
 def _biases(*nodes: Node | None) -> tuple[str, ...]:

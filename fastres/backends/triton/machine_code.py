@@ -8,6 +8,7 @@ import torch
 
 from fastres.backends.base import CompiledParts
 from fastres.backends.triton.contexts import Record
+from fastres.backends.triton.eight_bits import FLOAT_OF
 from fastres.backends.triton.link import LinkedPlan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
@@ -17,7 +18,7 @@ from fastres.errors import ArtifactError
 from fastres.graph.ir import Graph
 from fastres.kernels.cost import Target
 from fastres.kernels.driver import DriverUnavailable
-from fastres.options import DTYPE_OF, Precision
+from fastres.options import Precision
 
 
 @dataclass(frozen=True)
@@ -103,5 +104,5 @@ def ready_code(
     except DriverUnavailable as error:
         notes.append(f"machine code not used, compiled here instead: {error}")
         return None
-    described = Packed(graph, DTYPE_OF[precision], torch.device("meta"))
+    described = Packed(graph, FLOAT_OF[precision], torch.device("meta"))
     return ReadyCode(code, driver, device, described, notes)

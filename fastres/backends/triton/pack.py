@@ -18,13 +18,14 @@ from fastres.weights import is_finite
 
 Key: TypeAlias = tuple[str | float | None, ...]
 _RANKS = dict.fromkeys(("filters", "grouped", "matrix", "stem"), 4) | {"rows": 2}
-_RANKS |= dict.fromkeys(("bias", "scale", "shift"), 1)
+_RANKS |= dict.fromkeys(("bias", "scale", "shift", "products"), 1)
 
 
 class Packed:
     """The constants of a graph as kernels read them, each made when it is first asked for.
 
-    Weights are rounded once to `dtype`; biases stay fp32, they are added to the fp32 accumulator.
+    Weights are rounded once to `dtype`, int8 ones stay; biases stay fp32, they are added to the
+    fp32 accumulator.
     Any number of threads may ask.
 
     Args:
@@ -108,6 +109,18 @@ class Packed:
 
         return self._once(("bias", *present), make)
 
+    def products(self, name: str, factor: float) -> torch.Tensor:
+        """[K] fp32: what a product of int8 stands for, by output channel.
+
+        Args:
+            name: of the weight's scales.
+            factor: the scale of what is multiplied.
+        """
+        return self._once(
+            ("products", name, factor),
+            lambda: (self._constants[name] * torch.tensor(factor)).to(self._device, torch.float32),
+        )
+
     def scale_and_shift(self, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
         """[C] fp32 each: a BatchNorm as x * scale + shift, worked out in float64."""
         mean, var = (self._constants[name].double() for name in (norm.mean, norm.var))
@@ -156,6 +169,10 @@ class Packed:
             counts = [n for n in rest[1:] if isinstance(n, float | int) and n == int(n)]
             groups, merged = map(int, counts)
             return self.grouped(names[0], groups, merged)
+        if kind == "products":
+            if len(rest) != 2 or not isinstance(rest[1], float):
+                raise ValueError(f"{key} stands for no constants of this graph")
+            return self.products(names[0], rest[1])
         if kind == "bias":
             total = self.bias(names)
             assert total is not None
@@ -181,7 +198,8 @@ class Packed:
         return self._once(("factors", *factors), make)
 
     def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(self._device, self._dtype).contiguous()
+        dtype = weight.dtype if weight.dtype == torch.int8 else self._dtype
+        return weight.to(self._device, dtype).contiguous()
 
     def _once(self, key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         with self._lock:

@@ -39,6 +39,22 @@ class Shortcut(msgspec.Struct, frozen=True):
     channel_offset: int = 0
 
 
+class Scales(msgspec.Struct, frozen=True):
+    """Of a step that reads int8: what one step of each of its tensors stands for.
+
+    Args:
+        source: of what is multiplied, averaged or added to.
+        weight: name of the weight's scales, one for each output channel; None without a weight.
+        residual: of what is added; 1 of a floating-point one.
+        target: of an int8 result; None of a floating-point one.
+    """
+
+    source: float = 1.0
+    weight: str | None = None
+    residual: float = 1.0
+    target: float | None = None
+
+
 class Step(msgspec.Struct, frozen=True, tag=True):
     """What is launched for `node`: tensors of the plan into other tensors of the plan."""
 
@@ -60,12 +76,14 @@ class LoadInput(Step, frozen=True, tag=True):
         folded: 2x2 pixels are one of four times the channels, with a margin, as a stem reads them
             (`fastres.kernels.space_to_depth`).
         normalize: the input is decoded pictures, and this is done to them on the way.
+        scale: of an int8 target; None of a floating-point one.
     """
 
     source: str
     target: str
     folded: bool = False
     normalize: Normalize | None = None
+    scale: float | None = None
 
     def reads(self) -> tuple[str, ...]:
         return ()
@@ -102,6 +120,7 @@ class LaunchConv2d(_OneToOne, frozen=True, tag=True):
     shortcut: Shortcut | None
     activation: ActivationKind | None
     tile: ConvTile
+    scales: Scales | None = None
 
     def reads(self) -> tuple[str, ...]:
         return (self.source,) if self.shortcut is None else (self.source, self.shortcut.source)
@@ -114,6 +133,7 @@ class LaunchStem(_OneToOne, frozen=True, tag=True):
     bias: str | None
     activation: ActivationKind | None
     tile: ConvTile
+    scales: Scales | None = None
 
 
 class LaunchStemPool(_OneToOne, frozen=True, tag=True):
@@ -123,6 +143,7 @@ class LaunchStemPool(_OneToOne, frozen=True, tag=True):
     bias: str | None
     activation: ActivationKind | None
     tile: StemPoolTile
+    scales: Scales | None = None
 
 
 class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
@@ -148,6 +169,7 @@ class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
     activation: ActivationKind | None
     workspace: str | None
     tile: BoxTile
+    scales: Scales | None = None
 
     def reads(self) -> tuple[str, ...]:
         return (self.source, *(name for name in (self.projected, self.residual) if name))
@@ -222,6 +244,7 @@ class LaunchElementwise(_OneToOne, frozen=True, tag=True):
     norm: Norm | None
     residual: str | None
     activation: ActivationKind | None
+    scales: Scales | None = None
 
     def reads(self) -> tuple[str, ...]:
         return (self.source,) if self.residual is None else (self.source, self.residual)
@@ -229,6 +252,8 @@ class LaunchElementwise(_OneToOne, frozen=True, tag=True):
 
 class LaunchGlobalAvgPool(_OneToOne, frozen=True, tag=True):
     """target [N, C] = mean of source [N, H, W, C] over H and W."""
+
+    scales: Scales | None = None
 
 
 class LaunchLinear(_OneToOne, frozen=True, tag=True):
@@ -238,6 +263,7 @@ class LaunchLinear(_OneToOne, frozen=True, tag=True):
     bias: str | None
     activation: ActivationKind | None
     tile: ConvTile
+    scales: Scales | None = None
 
 
 AnyStep = (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from fastres.backends.triton.eight_bits import OPERAND_OF
 from fastres.kernels import boxes, chain_tiles, stem_pool_tiles, tiles
 from fastres.kernels.boxes import BoxTile, Projection
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
@@ -16,7 +17,7 @@ from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
-from fastres.options import DTYPE_OF, Precision
+from fastres.options import Precision
 
 Kind = Literal["pointers", "boxes", "chain", "stem and pool"]
 AnyTile = ConvTile | BoxTile | ChainTile | StemPoolTile
@@ -37,6 +38,7 @@ class Problem:
         shape: a ChainShape for a chain, else a ConvShape; `stem_shape` of a stem with its pool.
         projection: of boxes: the 1x1 merged into the same accumulator.
         residual: of pointers and boxes: whether a tensor is added in the epilogue.
+        floating: of boxes in int8: whether the result, or what is added, is in fp16.
     """
 
     kind: Kind
@@ -44,6 +46,7 @@ class Problem:
     precision: Precision
     projection: Projection | None = None
     residual: bool = False
+    floating: bool = False
 
     @cached_property
     def key(self) -> str:
@@ -55,12 +58,14 @@ class Problem:
             more += f" projected={self.projection.channels}/{_text(self.projection.stride)}"
         if self.residual:
             more += " residual"
+        if self.floating:
+            more += " floating"
         return f"{self.kind} {self.precision} {text}{more}"
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return DTYPE_OF[self.precision].itemsize
+        return OPERAND_OF[self.precision].itemsize
 
     def candidates(self, target: Target) -> list[AnyTile]:
         """The tiles that can run it there, the best by estimate first."""
@@ -70,7 +75,11 @@ class Problem:
         elif self.kind == "stem and pool":
             found = [*stem_pool_tiles.stem_pool_candidates(self.shape, self.itemsize, target)]
         elif self.kind == "boxes":
-            found = [*boxes.box_candidates(self.shape, self.itemsize, target, self.projection)]
+            found = [
+                *boxes.box_candidates(
+                    self.shape, self.itemsize, target, self.projection, self._result_itemsize
+                )
+            ]
         else:
             found = [
                 *tiles.conv_candidates(
@@ -101,11 +110,17 @@ class Problem:
             return chain_tiles.is_valid(tile, self.shape, self.itemsize, target)
         assert isinstance(self.shape, ConvShape)
         if isinstance(tile, BoxTile):
-            return not boxes.tile_refusal(tile, self.shape, self.itemsize, target, self.projection)
+            return not boxes.tile_refusal(
+                tile, self.shape, self.itemsize, target, self.projection, self._result_itemsize
+            )
         if isinstance(tile, StemPoolTile):
             return stem_pool_tiles.is_valid(tile, self.itemsize, target)
         assert isinstance(tile, ConvTile)
         return tiles.is_valid(tile, self.itemsize, self._tensor_cores, target)
+
+    @property
+    def _result_itemsize(self) -> int | None:
+        return 2 if self.floating else None
 
     @property
     def _tensor_cores(self) -> bool:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.graph import laws
-from fastres.graph.ir import Graph, TensorSpec, Value
+from fastres.graph.ir import Graph, Value
 from fastres.graph.passes.fuse_activation import fuse_activation
 from fastres.graph.passes.fuse_residual import fuse_residual
+from fastres.graph.specs import TensorSpec
 
 Forward = Callable[..., Any]
 Make = Callable[..., Graph]

@@ -15,9 +15,10 @@ from torch import nn
 from fastres import models
 from fastres.errors import GraphError
 from fastres.graph.builder import ResNetSpec, build_graph
-from fastres.graph.ir import Activation, Add, BatchNorm, Conv2d, Graph, Node, Sym, TensorSpec, Value
+from fastres.graph.ir import Activation, Add, BatchNorm, Conv2d, Graph, Node, Value
 from fastres.graph.passes import pipeline
 from fastres.graph.passes.pipeline import PIPELINE, optimise
+from fastres.graph.specs import Sym, TensorSpec
 
 Make = Callable[..., Graph]
 

@@ -1,0 +1,83 @@
+"""What calibration keeps of a tensor: largest magnitude, histogram of magnitudes, channel means.
+
+All of it streams: an observer's memory does not grow with the data, and as its histogram's range is
+a power of two that doubles when it must, the order and size of batches change nothing in it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from fastres.calib.thresholds import Histogram
+
+BINS = 4096  # of which at least half are used, as the range is less than twice the largest value
+_LARGEST = 1e30  # sums of as many as there are do not overflow fp32
+
+
+class Observer:
+    """Statistics of one tensor over all batches seen."""
+
+    def __init__(self) -> None:
+        self.values = 0
+        self.zeros = 0
+        self.largest = 0.0
+        self._limit = 0.0  # the histogram's range; 0 before anything but zeros was seen
+        self._counts = np.zeros(BINS, np.int64)
+        self._sums: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Takes in one batch.
+
+        Args:
+            x: floating point, [N, C] or [N, C, H, W], not empty.
+
+        Raises:
+            ValueError: it holds NaN or infinities, or values beyond 1e30.
+        """
+        rest = [d for d in range(x.ndim) if d != 1]
+        # as it lies in memory, so that nothing is copied
+        flat = (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).reshape(-1)
+        low, high = (float(v) for v in flat.aminmax())
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise ValueError("it holds NaN or infinite values")
+        largest = max(-low, high)
+        if largest > _LARGEST:
+            raise ValueError(f"it holds values of {largest:.1e}, far out of any sensible range")
+        sums = x.sum(rest, dtype=torch.float32).double()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.values += x.numel()
+        if largest == 0:
+            self.zeros += x.numel()
+            return
+        self.largest = max(self.largest, largest)
+        self._widen(largest)
+        magnitudes = flat if low >= 0 else flat.abs()
+        counts = torch.histc(magnitudes.float(), BINS, 0, self._limit)
+        self._counts += counts.numpy(force=True).astype(np.int64)
+
+    def _widen(self, largest: float) -> None:
+        """Doubles the range until `largest` is inside."""
+        limit = 2.0 ** math.floor(math.log2(largest) + 1)
+        if self._limit == 0:
+            self._limit = limit
+        while self._limit < limit:
+            pairs = self._counts.reshape(-1, 2).sum(1)
+            self._counts = np.concatenate([pairs, np.zeros_like(pairs)])
+            self._limit *= 2
+
+    @property
+    def histogram(self) -> Histogram:
+        """Of magnitudes; those of batches that were all zero are in the first bin."""
+        counts = self._counts.copy()
+        counts[0] += self.zeros
+        return Histogram(counts, self._limit / BINS, self.largest)
+
+    @property
+    def means(self) -> torch.Tensor:
+        """Of each channel: fp32 [C]."""
+        if self._sums is None:
+            raise ValueError("nothing was observed")
+        return (self._sums * (len(self._sums) / self.values)).float().cpu()

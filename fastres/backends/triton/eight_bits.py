@@ -1,0 +1,61 @@
+"""A quantised graph without its Quantize and Dequantize nodes, and how its values lie in memory.
+
+The planner reads the plain graph, which has the shape of the floating-point one, so that regions
+and forms are found as ever. Beside it stands which values are read in int8, and by what scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastres.graph.ir import Dequantize, Graph, Node, Quantize
+from fastres.graph.passes.merging import rename_inputs
+from fastres.options import DTYPE_OF, Precision
+
+# What floating-point values are kept in: around int8 layers, what tensor cores are fast in.
+FLOAT_OF: dict[Precision, torch.dtype] = {**DTYPE_OF, "int8": torch.float16}
+FLOATS: dict[Precision, Precision] = {"int8": "fp16"}  # where that is another precision
+# What a problem's operands are of.
+OPERAND_OF: dict[Precision, torch.dtype] = {**DTYPE_OF, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A graph without pairs of Quantize and Dequantize.
+
+    Args:
+        scales: of every value that its readers read in int8; nobody but the caller of the network
+            reads it in floating point.
+    """
+
+    graph: Graph
+    scales: Mapping[str, float]
+
+
+def plain(graph: Graph) -> Plain:
+    """Takes the pairs out; a graph that is not quantised stays as it is."""
+    scales: dict[str, float] = {}
+    names: dict[str, str] = {}  # of quantised and dequantised values → the value's
+    for node in graph.nodes:
+        if isinstance(node.op, Quantize):
+            scales[node.inputs[0]] = node.op.scale
+            names[node.name] = node.inputs[0]
+        elif isinstance(node.op, Dequantize):
+            names[node.name] = names[node.inputs[0]]
+    if not scales:
+        return Plain(graph, scales)
+    nodes = [rename_inputs(node, names) for node in graph.nodes if node.name not in names]
+    return Plain(graph.replace(nodes=tuple(nodes)), scales)
+
+
+def is_int8(node: Node) -> bool:
+    """Whether a convolution or linear layer multiplies int8 by int8."""
+    return "scale" in node.params
+
+
+def precision_of(node: Node, precision: Precision) -> Precision:
+    """In which a node of a graph of this precision computes."""
+    return "int8" if is_int8(node) else FLOATS.get(precision, precision)

@@ -1,0 +1,125 @@
+"""The tensors of a plan in the making: where each value of the graph lies, in which element type.
+
+A value that is read in int8 is written so by the kernel that makes it, or else by one more kernel;
+where somebody wants it in floating point after all, it is turned back once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fastres.backends.triton.arena import Lifetime
+from fastres.backends.triton.plan import AnyStep, LaunchElementwise, Scales
+from fastres.options import Sizes
+
+
+class Tensors:
+    """Tensors by name, with the steps that fill them.
+
+    Args:
+        shapes: of every value of the graph, NCHW.
+        scales: of the values that are read in int8.
+        outputs: values that the network's caller gets, in floating point.
+        dtype: of the others.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sizes],
+        scales: Mapping[str, float],
+        outputs: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        self.steps: list[AnyStep] = []
+        self.places: dict[str, tuple[Sizes, torch.dtype]] = {}
+        self._shapes, self._scales, self._outputs = shapes, scales, outputs
+        self._dtype = dtype
+        self._real: dict[str, str] = {}  # a value → the tensor it was written to
+        self._whole: dict[str, str] = {}  # a value that is read in int8 → the tensor of that
+
+    def __contains__(self, value: str) -> bool:
+        return value in self._real
+
+    def __getitem__(self, value: str) -> str:
+        """The tensor that a value was written to."""
+        return self._real[value]
+
+    def place(self, value: str, int8: bool = False) -> float | None:
+        """A tensor for a value that is about to be written: NHWC for maps.
+
+        Args:
+            int8: whether the kernel that writes it can round it to that.
+
+        Returns:
+            The scale of an int8 tensor; None of a floating-point one.
+        """
+        shape = self._shapes[value]
+        if len(shape) == 4:
+            n, c, h, w = shape
+            shape = (n, h, w, c)
+        whole = int8 and value in self._scales and value not in self._outputs
+        self._real[value] = value
+        self.places[value] = shape, torch.int8 if whole else self._dtype
+        return self._scales[value] if whole else None
+
+    def fold(self, value: str, shape: Sizes) -> None:
+        """Gives a value that was placed another shape."""
+        self.places[value] = shape, self.places[value][1]
+
+    def scratch(self, name: str, size: int, dtype: torch.dtype) -> str:
+        """A tensor of so many elements that is no value of the graph."""
+        self.places[name] = (size,), dtype
+        return name
+
+    def alias(self, value: str, source: str) -> None:
+        """The same tensors under another name."""
+        for tensors in (self._real, self._whole):
+            if source in tensors:
+                tensors[value] = tensors[source]
+
+    def written(self, step: AnyStep, value: str) -> None:
+        """Adds the step that writes a value, and one to int8 where that is still to be done."""
+        self.steps.append(step)
+        if value not in self._scales:
+            return
+        self._whole[value] = value
+        if self.places[value][1] != torch.int8:
+            whole = self._whole[value] = f"{value}.quantized"
+            self.places[whole] = self.places[value][0], torch.int8
+            self._cast(value, whole, Scales(target=self._scales[value]))
+
+    def read(self, value: str, int8: bool = False) -> str:
+        """The tensor in which a kernel reads a value.
+
+        Args:
+            int8: whether it takes that, and then gets it of a value that is read so.
+        """
+        if value not in self._scales:
+            return self._real[value]
+        if int8:
+            return self._whole[value]
+        real = f"{value}.dequantized"
+        if real not in self.places:
+            whole = self._whole[value]
+            self.places[real] = self.places[whole][0], self._dtype
+            self._cast(whole, real, Scales(self._scales[value]))
+        return real
+
+    def lifetimes(self) -> list[Lifetime]:
+        """From which step to which each tensor is needed."""
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for i, step in enumerate(self.steps):
+            first.update(dict.fromkeys(step.writes(), i))
+            last.update(dict.fromkeys((*step.writes(), *step.reads()), i))
+        last.update(dict.fromkeys((self._real[name] for name in self._outputs), len(self.steps)))
+        return [
+            Lifetime(name, math.prod(shape) * dtype.itemsize, first[name], last[name])
+            for name, (shape, dtype) in self.places.items()
+        ]
+
+    def _cast(self, source: str, target: str, scales: Scales) -> None:
+        self.steps.append(LaunchElementwise(target, source, target, None, None, None, scales))

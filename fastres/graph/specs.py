@@ -1,0 +1,76 @@
+"""Sizes, shapes and element types of values; a size may be an expression in N, H and W."""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "bool": torch.bool,
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Sym(msgspec.Struct, frozen=True, tag=True):
+    """A size that is not known yet: floor((symbol + add) / div), with symbol one of N, H, W.
+
+    Convolution and pooling sizes are closed under this form, because
+    floor((x + a)/d) + b = floor((x + a + b*d)/d) and floor(floor(x/a)/b) = floor(x/(a*b)),
+    so two sizes are equal exactly when their forms are.
+    """
+
+    symbol: str
+    add: int = 0
+    div: int = 1
+
+    def plus(self, n: int) -> Sym:
+        return Sym(self.symbol, self.add + n * self.div, self.div)
+
+    def floordiv(self, n: int) -> Sym:
+        return Sym(self.symbol, self.add, self.div * n)
+
+    def at(self, value: int) -> int:
+        return (value + self.add) // self.div
+
+    def __str__(self) -> str:
+        text = self.symbol if not self.add else f"{self.symbol}{self.add:+d}"
+        if self.div == 1:
+            return text
+        return f"({text})//{self.div}" if self.add else f"{text}//{self.div}"
+
+
+Dim = int | Sym
+Shape = tuple[Dim, ...]
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """Shape and element type of a value; a dimension is an integer or an expression in N, H, W."""
+
+    shape: Shape
+    dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{_short(self.dtype)}[{', '.join(str(d) for d in self.shape)}]"
+
+
+def _short(dtype: str) -> str:
+    for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
+        if dtype.startswith(long):
+            return short + dtype.removeprefix(long)
+    return dtype
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])

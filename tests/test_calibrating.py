@@ -1,0 +1,206 @@
+"""Calibration data of every kind, and the table that a network's values make of it."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastres
+from fastres.calibrating import Batches, collect
+from fastres.errors import InputError
+from fastres.graph.capture import capture
+from fastres.graph.ir import Graph
+from fastres.graph.passes.pipeline import optimise
+from fastres.options import Input
+from fastres.oracle import activations
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+
+
+def batches(data: Any, samples: int = 100, **changes: Any) -> list[Tensor]:
+    settings: dict[str, Any] = {"inputs": 1, "preprocess": None, "seed": 0, **changes}
+    return [batch[0] for batch in Batches(data, samples, **settings)]
+
+
+@pytest.fixture
+def rows() -> Tensor:
+    return torch.arange(20.0).view(20, 1, 1, 1).expand(20, 3, 4, 4).contiguous()
+
+
+def test_tensors_and_arrays_are_drawn_from(rows: Tensor) -> None:
+    assert torch.equal(torch.cat(batches(rows)), rows)
+    some = torch.cat(batches(rows, 6))
+    assert len(some) == 6
+    assert torch.equal(some, torch.cat(batches(rows.numpy(), 6)))
+    assert torch.equal(some, torch.cat(batches(rows, 6)))
+    assert not torch.equal(some, torch.cat(batches(rows, 6, seed=1)))
+
+
+def test_iterables_give_their_first_images(rows: Tensor) -> None:
+    labelled = TensorDataset(rows, torch.arange(20))
+    for data in (
+        DataLoader(labelled, batch_size=7),
+        (part for part in rows.split(7)),
+        [part.numpy() for part in rows.split(7)],
+        [(part, "label") for part in rows.split(7)],
+    ):
+        assert torch.equal(torch.cat(batches(data, 9)), rows[:9])
+
+
+def test_an_iterable_is_read_no_further_than_needed(rows: Tensor) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Tensor]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield rows[:4]
+
+    assert len(torch.cat(batches(endless(), 8))) == 8
+    assert taken <= 3
+
+
+def test_folders_need_a_preprocess() -> None:
+    preprocess = fastres.Preprocess(resize=40, crop=32)
+    assert torch.cat(batches(str(PHOTOS), preprocess=preprocess)).shape == (3, 3, 32, 32)
+    assert len(torch.cat(batches(PHOTOS, 2, preprocess=preprocess))) == 2
+    with pytest.raises(InputError, match="say how its images become inputs"):
+        batches(PHOTOS)
+    with pytest.raises(InputError, match="there is no file or folder"):
+        batches("/nowhere", preprocess=preprocess)
+
+
+@pytest.mark.parametrize("data", [5, None, object(), 3.5])
+def test_other_things_are_no_data(data: Any) -> None:
+    with pytest.raises(InputError, match="data is"):
+        batches(data)
+
+
+@pytest.mark.parametrize("item", ["text", None, [], torch.tensor(1.0), torch.zeros(0, 3, 4, 4), {}])
+def test_batches_that_are_none_are_named(rows: Tensor, item: Any) -> None:
+    with pytest.raises(InputError, match="batch 1 of the calibration data"):
+        batches([rows[:2], item])
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    model = fastres.models.cifar_resnet(8, seed=0)
+    torch.manual_seed(0)
+    return fastres.models.settle(model, torch.randn(16, 3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def graph(small: nn.Module) -> Graph:
+    return optimise(capture(small, [Input((1, 3, 32, 32))]).graph)
+
+
+INPUT = (Input((1, 3, 32, 32)),)
+
+
+def test_ranges_are_those_of_the_models_own_values(small: nn.Module, graph: Graph) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(6, 3, 32, 32)
+    table = collect(graph, INPUT, [(x[:4],), (x[4:],)], "minmax")
+    assert table.samples == 6
+    values = activations(capture(small, INPUT), [x])
+    for name, entry in table.tensors.items():
+        if name == graph.inputs[0].name:
+            value = x.double()
+        elif name.endswith(".main"):
+            origins = graph[name.removesuffix(".main")].origins
+            value = values[next(o for o in origins if "bn" in o)]
+        else:
+            value = values[graph[name].origins[-1]]
+        assert entry.largest == pytest.approx(float(value.abs().max()), rel=1e-4), name
+        exact = float(torch.quantile(value.abs().flatten()[:10_000_000], 0.9))
+        assert entry.quantiles["0.9"] == pytest.approx(exact, abs=2e-3 * entry.largest), name
+        if entry.means:
+            wanted = value.mean([d for d in range(value.ndim) if d != 1])
+            torch.testing.assert_close(
+                torch.tensor(entry.means).double(), wanted, rtol=1e-3, atol=1e-4
+            )
+    read = [node.inputs[0] for node in graph.nodes if "weight" in node.params]
+    assert set(read) <= set(table.tensors)
+
+
+def test_the_same_data_give_the_same_bytes(graph: Graph) -> None:
+    x = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    one, two = (collect(graph, INPUT, [(part,) for part in x.split(4)], "mse") for _ in "ab")
+    assert one.to_json() == two.to_json()
+
+
+def test_memory_does_not_grow_with_the_data(graph: Graph) -> None:
+    x = torch.randn(2, 3, 32, 32)
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        collect(graph, INPUT, ((x,) for _ in range(count)), "mse")
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(1)
+    assert peak(24) < 1.2 * peak(3) + 2**16  # Python's and numpy's share: histograms
+
+
+def test_progress_counts_images(graph: Graph) -> None:
+    seen: list[int] = []
+    collect(graph, INPUT, [(torch.randn(3, 3, 32, 32),)] * 2, "mse", moved=seen.append)
+    assert seen == [3, 6]
+
+
+def test_a_constant_image_is_enough(graph: Graph) -> None:
+    table = collect(graph, INPUT, [(torch.full((1, 3, 32, 32), 0.25),)], "entropy")
+    assert all(table.scale(name) > 0 for name in table.tensors)
+    zeros = collect(graph, INPUT, [(torch.zeros(1, 3, 32, 32),)], "mse")
+    assert zeros.scale(graph.inputs[0].name) == 1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_named(graph: Graph, bad: float) -> None:
+    x = torch.zeros(2, 3, 32, 32)
+    x[1, 0, 0, 0] = bad
+    with pytest.raises(
+        InputError, match=f"{graph.inputs[0].name} cannot be calibrated.*NaN or inf"
+    ):
+        collect(graph, INPUT, [(x,)], "mse")
+
+
+def test_values_out_of_range_are_named(graph: Graph) -> None:
+    x = torch.full((1, 3, 32, 32), 9e29)
+    with pytest.raises(InputError, match="conv1 cannot be calibrated.*out of any sensible range"):
+        collect(graph, INPUT, [(x,)], "mse")
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 3, 31, 32),
+        torch.zeros(2, 1, 32, 32),
+        torch.zeros(2, 3, 32),
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+    ],
+)
+def test_batches_of_another_shape_are_refused(graph: Graph, x: Tensor) -> None:
+    with pytest.raises(InputError, match="the calibration data has .* after 2 images"):
+        collect(graph, INPUT, [(torch.zeros(2, 3, 32, 32),), (x,)], "mse")
+
+
+def test_no_data_is_refused(graph: Graph) -> None:
+    with pytest.raises(InputError, match="is empty"):
+        collect(graph, INPUT, [], "mse")
+    with pytest.raises(InputError, match="is empty"):
+        collect(
+            graph,
+            INPUT,
+            iter(Batches(np.zeros((0, 3, 32, 32)), 8, inputs=1, preprocess=None, seed=0)),
+            "mse",
+        )
