@@ -4,7 +4,8 @@ python bench/kernels.py [--quick] [--sm 80,90] [--out FILE.json] [--tables DIR] 
 
 A tile whose kernel spills or does not fit gives way to the next, which is said. Checked for each
 kernel of the plans that come out: no spills, shared memory within the target's, the matrix
-instruction that the target is to have, no 2-byte loads where channels come in eights. The exit
+instruction that the target is to have, no 2-byte loads where channels come in eights. Kernels of
+8 bits, which no plan has yet, are those of `fastres.kernels.aot_table_int8`. The exit
 status is 1 if one fails. Triton's cache makes a second run quick. --tables writes what came out as
 tables of tiles, which fastres ships for GPUs that it has not been measured on.
 """
@@ -39,7 +40,8 @@ from fastres.backends.triton.table import (
 )
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
-from fastres.kernels.aot import KernelFacts, fits, key_of
+from fastres.kernels.aot import KernelFacts, compile_launch, fits, key_of
+from fastres.kernels.aot_table_int8 import byte_cases, byte_faults
 from fastres.kernels.binary_build import Built
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
@@ -155,9 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if found := rows[-1]["faults"]:
                     bad += 1
                     print(f"sm_{sm} {case.net} {case.batch} {case.precision} {node}: {found}")
+        if not given.quick:
+            rows += (eight := byte_rows(sm))
+            bad += sum(bool(row["faults"]) for row in eight)
         for why in tiles.banned.values():
             print(f"sm_{sm}, gave way to another tile: {why}")
-        print(f"sm_{sm}: {len(seen)} kernels, {time.time() - started:.0f} s so far", flush=True)
+        count = sum(row["sm"] == sm for row in rows)
+        print(f"sm_{sm}: {count} kernels, {time.time() - started:.0f} s so far", flush=True)
         if given.tables is not None:
             write_tables(tiles, chosen, given.tables)
     print(f"{len(rows)} kernels with Triton {triton.__version__}, {bad} with faults")
@@ -167,17 +173,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bad > 0)
 
 
+def byte_rows(sm: int) -> list[dict[str, Any]]:
+    """The kernels of 8 bits for one target, layer by layer."""
+    rows = []
+    for case in byte_cases(sm):
+        facts = compile_launch(case.launch, sm)
+        found = byte_faults(case.launch, facts, sm)
+        if (spilled := max(facts.spill_stores, facts.spill_loads)) > spill_limit(sm):
+            found.append(f"{spilled} bytes spilled")
+        if found:
+            print(f"sm_{sm} {case.name}: {found}")
+        rows.append({"sm": sm, "node": case.name, **_facts(case.launch, facts), "faults": found})
+    return rows
+
+
 def _row(case: Case, node: str, launch: Launch, facts: KernelFacts, sm: int) -> dict[str, Any]:
+    found = faults(launch, facts, sm, case.precision)
+    return {"sm": sm, **vars(case), "node": node, **_facts(launch, facts), "faults": found}
+
+
+def _facts(launch: Launch, facts: KernelFacts) -> dict[str, Any]:
     blocks = {k: v for k, v in launch.constants.items() if k.startswith(("BLOCK", "BOX", "CHUNK"))}
     return {
-        "sm": sm,
-        **vars(case),
-        "node": node,
         "kernel": launch.kernel.__name__,
         "tile": {**blocks, "warps": launch.num_warps, "stages": launch.num_stages},
         "registers": facts.registers,
         "shared_bytes": facts.shared_bytes,
-        "faults": faults(launch, facts, sm, case.precision),
     }
 
 

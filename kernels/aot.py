@@ -149,8 +149,7 @@ def source_of(launch: Launch) -> ASTSource:
             signature[name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
-            signature[name] = "fp32"
-            attributes[(index,)] = []
+            signature[name] = "fp32"  # a number with a fraction is never specialised
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             attributes[(index,)] = [] if value % 16 else [["tt.divisibility", 16]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastres.kernels.aot import MATRIX, TYPES, compile_launch, fits
-from fastres.kernels.bottleneck_chain import chain_launch
+from fastres.kernels.bottleneck_chain import ChainScales, chain_launch
 from fastres.kernels.boxes import Projection, choose_box_tile, workspace_bytes
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.conv2d import conv2d_launch
@@ -286,6 +286,19 @@ def conv2d_case(
 
 
 def chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> CompileCase:
+    """A bottleneck boundary."""
+    scales = None
+    if is_bytes(dtype):
+        scales = ChainScales(
+            w2=meta(shape.mid, dtype=torch.float32),
+            w3=meta(shape.ko, dtype=torch.float32),
+            w1=meta(shape.next_mid, dtype=torch.float32) if shape.next_mid else None,
+            projection=meta(shape.ko, dtype=torch.float32) if shape.projected else None,
+            residual=1.0 if shape.projected else 0.02,
+            b=48.5,
+            out=30.5,
+            a_next=27.5,
+        )
     n, p, q, step = shape.n, shape.p, shape.q, shape.shortcut_stride
     launch = chain_launch(
         meta(n, shape.h, shape.w, shape.mid, dtype=dtype),
@@ -300,6 +313,7 @@ def chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> Com
         meta(n, p, q, shape.next_mid, dtype=dtype) if shape.next_mid else None,
         shape=shape,
         target=Target.typical(sm),
+        scales=scales,
     )
     return CompileCase(f"{name}.chain-b{n}-{TYPES[dtype]}", launch)
 

@@ -5,13 +5,15 @@
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fastres.kernels.aot import TYPES
+from fastres.kernels.aot import MATRIX, TYPES, KernelFacts, fits
 from fastres.kernels.aot_table import (
     BOXES,
+    CHAINS,
     CLASSIFIER,
     CONV_1X1,
     CONV_3X3,
@@ -19,6 +21,7 @@ from fastres.kernels.aot_table import (
     STEM,
     CompileCase,
     boxes_cases,
+    chain_case,
     conv2d_case,
     meta,
     print_table,
@@ -27,6 +30,7 @@ from fastres.kernels.cost import Target
 from fastres.kernels.elementwise import elementwise_launch
 from fastres.kernels.folding import packed_shape
 from fastres.kernels.geometry import PoolShape
+from fastres.kernels.launch import Launch
 from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import max_pool_launch
@@ -37,10 +41,42 @@ from fastres.kernels.stem_pool import stem_pool_launch
 INT8, FP8, HALF = torch.int8, torch.float8_e4m3fn, torch.float16
 
 
+_INSTRUCTIONS = {  # Triton 3.6 has no UTCIMMA
+    INT8: {90: {"IGMMA"}, 100: {"UTCIMMA", "IMMA"}},
+    FP8: {89: {"QMMA"}, 90: {"QGMMA"}, 100: {"UTCQMMA"}, 120: {"QMMA"}},
+}
+
+
+def matrix_fault(launch: Launch, facts: KernelFacts, sm: int) -> str | None:
+    """What is wrong with the matrix instructions of a launch of 8 bits; None if nothing is."""
+    (first, *_) = launch.tensors()
+    multiplies = {"BLOCK_K", "DEPTH", "TAPS"} & launch.constants.keys()
+    wanted = _INSTRUCTIONS[first.dtype].get(sm, {"IMMA"}) if multiplies else set()
+    found = {name.split(".")[0] for name in facts.instructions if MATRIX.match(name)}
+    if found <= wanted and len(found) == bool(multiplies):
+        return None
+    return f"matrix instructions {sorted(found)}, expected one of {sorted(wanted)}"
+
+
+def byte_faults(launch: Launch, facts: KernelFacts, sm: int) -> list[str]:
+    """What is not as it should be in the machine code of a launch of 8 bits, spills apart."""
+    found = [] if fits(facts, sm) else [f"{facts.shared_bytes} bytes of shared memory"]
+    if (fault := matrix_fault(launch, facts, sm)) is not None:
+        found.append(fault)
+    if launch.constants.get("ACTIVATION") in (None, "relu") and (fused := facts.count("FFMA")):
+        found.append(f"{fused} products and sums are rounded at once")
+    picture = next(launch.tensors()).dtype == torch.uint8  # its pixels have three bytes
+    narrow = 0 if picture else facts.count("LDG", "U8") + facts.count("LDG", "U16")
+    if narrow:
+        found.append(f"{narrow} loads of 1 or 2 bytes")
+    return found
+
+
 def byte_cases(sm: int) -> Iterator[CompileCase]:
     """Every family's cases for one target: int8, and fp8 where the target has it."""
     yield from conv2d_cases(sm)
     yield from conv2d_tma_cases(sm)
+    yield from chain_cases(sm)
     yield from layout_cases()
     yield from stem_cases(sm)
     yield from head_cases()
@@ -68,6 +104,17 @@ def conv2d_tma_cases(sm: int) -> Iterator[CompileCase]:
         for n in (256, 1):
             yield from boxes_cases(name, boxes, n, INT8, sm)
         yield from boxes_cases(name, boxes, 256, FP8, sm)
+
+
+def chain_cases(sm: int) -> Iterator[CompileCase]:
+    """The boundaries of ResNet-50's first two stages; none below sm_90."""
+    if sm < 90:
+        return
+    for name, shape in CHAINS.items():
+        yield chain_case(name, replace(shape, n=256), INT8, sm)
+    for name in ("layer1.0", "layer1.1", "layer2.1"):
+        yield chain_case(name, replace(CHAINS[name], n=256), FP8, sm)
+        yield chain_case(name, replace(CHAINS[name], n=1), INT8, sm)
 
 
 def layout_cases() -> Iterator[CompileCase]:

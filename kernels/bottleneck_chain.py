@@ -2,20 +2,20 @@
 
 b = act(conv3x3(a, w2) + b2);  out = act(b . w3 + shortcut + b3);  a_next = act(out . w1 + b1)
 
-NHWC activations, KRSC weights, fp32 accumulate. b never leaves the SM, and out is written once and
-multiplied by w1 before it is forgotten. Everything moves in boxes through the copy engine (TMA),
-whose zeros beyond the edges are the padding.
+NHWC activations, KRSC weights, fp32 or, of int8, int32 accumulate. b never leaves the SM, and out
+is written once and multiplied by w1 before it is forgotten. Everything moves in boxes through the
+copy engine (TMA), whose zeros beyond the edges are the padding.
 Source: the boxes are those of TMA's implicit GEMM; products are transposed, [channels, pixels],
 because a box that was reshaped feeds the tensor cores from shared memory only as the right operand.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastres.kernels.bottleneck_chain_jit import bottleneck_chain_kernel
 from fastres.kernels.chain_tiles import (
     DEPTH,
     ChainShape,
@@ -25,97 +25,32 @@ from fastres.kernels.chain_tiles import (
     refusal,
 )
 from fastres.kernels.cost import Target, target_of
-from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.epilogue_jit import apply_activation
-from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted
+from fastres.kernels.launch import Argument, Launch, check_like, check_nhwc, is_interpreted
+from fastres.kernels.quantised import ANY_DTYPES, bias_dtypes, factor, is_bytes
 
-_DTYPES = (torch.float16, torch.bfloat16)
-
-
-@triton.jit
-def _finish(acc, bias_ptr, channels, ACTIVATION: tl.constexpr):
-    """act(acc + bias) on an fp32 tile [channels, pixels]; bias_ptr may be None."""
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + channels).to(tl.float32)[:, None]
-    return apply_activation(acc, ACTIVATION)
+_DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
 
-@triton.jit
-def _bottleneck_chain_kernel(
-    a_desc,  # box [BOX_N, BOX_P, BOX_Q, DEPTH]; of stride 2 [BOX_N, BOX_P, 1, BOX_Q, DEPTH]
-    w2_desc,  # [MID, DEPTH] of [MID, 9 * MID]
-    b2_ptr,
-    w3_desc,  # [CHUNK, MID] of [KO, MID]
-    projection_desc,  # [CHUNK, PROJECTED] of [KO, PROJECTED], or None
-    b3_ptr,
-    shortcut_desc,  # box of CHUNK channels of the residual, or of all PROJECTED channels of x
-    out_desc,  # box of CHUNK channels
-    w1_desc,  # [NEXT_MID, CHUNK] of [NEXT_MID, KO], or None
-    b1_ptr,
-    next_desc,  # box of NEXT_MID channels, or None
-    TILES_P,
-    TILES_Q,
-    MID: tl.constexpr,
-    KO: tl.constexpr,
-    NEXT_MID: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    STRIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
-    BOX_N: tl.constexpr,
-    BOX_P: tl.constexpr,
-    BOX_Q: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CONV_STAGES: tl.constexpr,
-    CHUNK_STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    await_predecessor(DEPENDENT)
-    PIXELS: tl.constexpr = BOX_N * BOX_P * BOX_Q
-    dtype: tl.constexpr = out_desc.dtype
-    wide: tl.constexpr = tl.float32 if WIDEN else dtype
-    tile = tl.program_id(0)
-    q = tile % TILES_Q * BOX_Q
-    p = tile // TILES_Q % TILES_P * BOX_P
-    n = tile // TILES_Q // TILES_P * BOX_N
+@dataclass(frozen=True)
+class ChainScales:
+    """What a chain of 8 bits is scaled by; see `fastres.kernels.quantised`.
 
-    acc = tl.zeros((MID, PIXELS), tl.float32)
-    for step in tl.range(0, 9 * (MID // DEPTH), num_stages=CONV_STAGES):
-        tap = step // (MID // DEPTH)
-        c = step % (MID // DEPTH) * DEPTH
-        r = tap // 3
-        s = tap % 3
-        if STRIDE == 1:
-            box = a_desc.load([n, p + r - 1, q + s - 1, c])
-        else:  # row 2p + r - 1 is row (r + 1) % 2 of pair p + (r + 1) // 2 - 1; columns alike
-            pair = q + (s + 1) // 2 - 1
-            column = (s + 1) % 2 * MID + c
-            box = a_desc.load([n, p + (r + 1) // 2 - 1, (r + 1) % 2, pair, column])
-        x = box.reshape(PIXELS, DEPTH).to(wide)
-        acc = tl.dot(w2_desc.load([0, tap * MID + c]).to(wide), x.T, acc)
-    # rounded here as a kernel of its own would store it
-    b = _finish(acc, b2_ptr, tl.arange(0, MID), ACTIVATION).to(dtype).to(wide)
+    Args:
+        w2, w3, w1: [MID], [KO] and [NEXT_MID] fp32, contiguous: of the sums of b, out and a_next.
+        projection: [KO] fp32, contiguous: of the projection's own sum.
+        residual: of the shortcut where it is a residual.
+        b, out, a_next: 1 / the scale of each.
+    """
 
-    if PROJECTED > 0:
-        shortcut = shortcut_desc.load([n, p, q, 0]).reshape(PIXELS, PROJECTED).to(wide)
-    if NEXT_MID > 0:
-        acc_next = tl.zeros((NEXT_MID, PIXELS), tl.float32)
-    for k in tl.range(0, KO, CHUNK, num_stages=CHUNK_STAGES):
-        acc_out = tl.dot(w3_desc.load([k, 0]).to(wide), b)
-        if PROJECTED > 0:
-            acc_out = tl.dot(projection_desc.load([k, 0]).to(wide), shortcut.T, acc_out)
-        else:
-            residual = shortcut_desc.load([n, p, q, k]).reshape(PIXELS, CHUNK)
-            acc_out += residual.T.to(tl.float32)
-        out = _finish(acc_out, b3_ptr, k + tl.arange(0, CHUNK), ACTIVATION).to(dtype)
-        out_desc.store([n, p, q, k], out.T.reshape(BOX_N, BOX_P, BOX_Q, CHUNK))
-        if NEXT_MID > 0:
-            acc_next = tl.dot(w1_desc.load([0, k]).to(wide), out.to(wide), acc_next)
-    if NEXT_MID > 0:
-        a_next = _finish(acc_next, b1_ptr, tl.arange(0, NEXT_MID), ACTIVATION).to(dtype)
-        next_desc.store([n, p, q, 0], a_next.T.reshape(BOX_N, BOX_P, BOX_Q, NEXT_MID))
+    w2: torch.Tensor
+    w3: torch.Tensor
+    w1: torch.Tensor | None = None
+    projection: torch.Tensor | None = None
+    residual: float = 1.0
+    b: float = 1.0
+    out: float = 1.0
+    a_next: float = 1.0
 
 
 def bottleneck_chain(
@@ -131,6 +66,7 @@ def bottleneck_chain(
     stride: int = 1,
     shortcut_stride: int = 1,
     activation: ActivationKind | None = "relu",
+    scales: ChainScales | None = None,
     out: torch.Tensor | None = None,
     a_next: torch.Tensor | None = None,
     tile: ChainTile | None = None,
@@ -146,16 +82,18 @@ def bottleneck_chain(
     itself.
 
     Args:
-        a: [N, H, W, MID] fp16 or bf16, what the block's first 1x1 gave. All tensors are contiguous
-            and, biases apart, of a's dtype and 16-byte aligned.
+        a: [N, H, W, MID] fp16, bf16, int8 or fp8 e4m3, what the block's first 1x1 gave. All tensors
+            are contiguous and, biases and scales apart, of a's dtype and 16-byte aligned.
         w2: [MID, 3, 3, MID].
         w3: [KO, 1, 1, MID], or [KO, 1, 1, MID + CX]: the projection's columns come last.
         shortcut: [N, P, Q, KO], or with such columns the block's input [N, ., ., CX].
         w1: [NEXT_MID, 1, 1, KO] of the next block, at stride 1; None ends the chain with out.
         b2, b3, b1: [MID], [KO] and [NEXT_MID] fp32 or of a's dtype; b3 holds the projection's too.
+            fp32 for 8 bits.
         stride: of the 3x3, 1 or 2.
         shortcut_stride: of the projection, 1 or 2.
         activation: applied to all three.
+        scales: of 8 bits.
         out, a_next: [N, P, Q, KO] and [N, P, Q, NEXT_MID]; allocated when None.
         tile: how to cut the work; chosen from shape and device when None.
 
@@ -176,8 +114,11 @@ def bottleneck_chain(
     target = target_of(a.device)
     if shape.n == 0:  # no descriptor may be empty
         _check(shape, *operands, target=target)
+        _scale_arguments(shape, a, scales)
         return out, a_next
-    chain_launch(*operands, shape=shape, target=target, activation=activation, tile=tile).run()
+    chain_launch(
+        *operands, shape=shape, target=target, activation=activation, scales=scales, tile=tile
+    ).run()
     return out, a_next
 
 
@@ -195,7 +136,7 @@ def chain_shape(
     Raises:
         ValueError: operands of the wrong rank, or sizes that no chain has.
     """
-    check_nhwc("a", a)
+    check_nhwc("a", a, ANY_DTYPES)
     n, h, w, mid = a.shape
     for name, weight in (("w2", w2), ("w3", w3), ("w1", w1)):
         if weight is not None and weight.ndim != 4:
@@ -222,6 +163,7 @@ def chain_launch(
     shape: ChainShape,
     target: Target,
     activation: ActivationKind | None = "relu",
+    scales: ChainScales | None = None,
     tile: ChainTile | None = None,
 ) -> Launch:
     """The call `bottleneck_chain` makes, not yet made; tensors may be on the meta device.
@@ -237,20 +179,21 @@ def chain_launch(
     _check(shape, a, w2, w3, shortcut, w1, b2, b3, b1, out, a_next, target=target)
     if shape.n == 0:
         raise ValueError("the batch is 0, expected at least 1: descriptors have no empty form")
+    scale_arguments = _scale_arguments(shape, a, scales)
     itemsize = a.element_size()
     if tile is None:
         tile = choose_chain_tile(shape, itemsize, target)
     elif not is_valid(tile, shape, itemsize, target):
         raise ValueError(
             f"tile {tile} does not fit {shape}: {tile.shared_bytes(shape, itemsize)} bytes of "
-            f"shared memory of {target.shared_bytes}, {tile.accumulators(shape)} accumulators of "
-            f"128, chunks of {tile.chunk} of {shape.ko} channels"
+            f"shared memory of {target.shared_bytes}, {tile.accumulators(shape, itemsize)} "
+            f"accumulators of 128, chunks of {tile.chunk} of {shape.ko} channels"
         )
     box = tile.box
     step = shape.shortcut_stride
     conv3, projection = w3.view(shape.ko, -1).split([shape.mid, shape.projected], dim=1)
     return Launch(
-        kernel=_bottleneck_chain_kernel,
+        kernel=bottleneck_chain_kernel,
         programs=tile.programs(shape),
         arguments={
             "a_desc": _input_boxes(a, shape.stride, box),
@@ -272,6 +215,7 @@ def chain_launch(
             "next_desc": None if a_next is None else _boxes(a_next, (*box, shape.next_mid)),
             "TILES_P": -(-shape.p // box[1]),
             "TILES_Q": -(-shape.q // box[2]),
+            **scale_arguments,
         },
         constants={
             "MID": shape.mid,
@@ -280,7 +224,7 @@ def chain_launch(
             "PROJECTED": shape.projected,
             "STRIDE": shape.stride,
             "ACTIVATION": activation,
-            "WIDEN": a.dtype == torch.bfloat16 and is_interpreted(_bottleneck_chain_kernel),
+            "WIDEN": a.dtype == torch.bfloat16 and is_interpreted(bottleneck_chain_kernel),
             "BOX_N": box[0],
             "BOX_P": box[1],
             "BOX_Q": box[2],
@@ -292,7 +236,44 @@ def chain_launch(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        fp_fusion=scales is None,
     )
+
+
+def _scale_arguments(
+    shape: ChainShape, a: torch.Tensor, scales: ChainScales | None
+) -> dict[str, Argument]:
+    """The kernel's scales, checked; None where absent."""
+    if (scales is not None) != is_bytes(a.dtype):
+        raise ValueError(
+            f"scales are {scales}, expected ChainScales for 8 bits only: a is {a.dtype}"
+        )
+    if scales is None:
+        tensors = ("scale2_ptr", "scale3_ptr", "projection_scale_ptr", "scale1_ptr")
+        return dict.fromkeys((*tensors, "b_scale", "residual_scale", "out_scale", "next_scale"))
+    for name, scale, size in (
+        ("w2", scales.w2, shape.mid),
+        ("w3", scales.w3, shape.ko),
+        ("projection", scales.projection, shape.ko if shape.projected else 0),
+        ("w1", scales.w1, shape.next_mid),
+    ):
+        if (scale is not None) != (size > 0):
+            found = "missing" if scale is None else "given"
+            raise ValueError(f"the scale of {name} is {found}, expected one where {name} is given")
+        if scale is not None:
+            check_like(f"the scale of {name}", scale, (size,), a, [torch.float32])
+    if shape.projected and scales.residual != 1.0:
+        raise ValueError(f"the residual's scale is {scales.residual} with a projection, expected 1")
+    return {
+        "scale2_ptr": scales.w2,
+        "scale3_ptr": scales.w3,
+        "projection_scale_ptr": scales.projection,
+        "scale1_ptr": scales.w1,
+        "b_scale": factor("the scale of b", scales.b),
+        "residual_scale": factor("the residual's scale", scales.residual),
+        "out_scale": factor("the scale of out", scales.out),
+        "next_scale": factor("the scale of a_next", scales.a_next),
+    }
 
 
 def _boxes(x: torch.Tensor, box: Sequence[int]) -> TensorDescriptor:
@@ -368,4 +349,4 @@ def _check(
         ("b1", b1, shape.next_mid),
     ):
         if bias is not None:
-            check_like(name, bias, (size,), a, [torch.float32, a.dtype])
+            check_like(name, bias, (size,), a, bias_dtypes(a.dtype))

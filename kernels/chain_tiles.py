@@ -163,12 +163,17 @@ class ChainTile:
         kept = (shape.mid + shape.projected + 2 * self.chunk) * self.pixels
         chunks = kept + self.chunk_stages * chunk * self.chunk
         staged_next = shape.next_mid * self.pixels
-        biases = 4 * self.chunk_stages * self.chunk
+        vectors = 3 if itemsize == 1 else 1  # of b3, and of the scales of both sums
+        biases = 4 * vectors * self.chunk_stages * self.chunk
         return itemsize * max(conv2, chunks, staged_next) + biases + _BARRIERS
 
-    def accumulators(self, shape: ChainShape) -> int:
-        """fp32 registers a thread holds for results: the 3x3's, or a chunk's and a_next's."""
-        channels = max(shape.mid, self.chunk + shape.next_mid)
+    def accumulators(self, shape: ChainShape, itemsize: int = 2) -> int:
+        """Registers a thread holds for results: the 3x3's, or a chunk's and a_next's.
+
+        Of 8 bits a projection has a sum of its own.
+        """
+        sums = 2 if itemsize == 1 and shape.projected else 1
+        channels = max(shape.mid, sums * self.chunk + shape.next_mid)
         return channels * self.pixels // (32 * self.num_warps)
 
     def programs(self, shape: ChainShape) -> int:
@@ -186,8 +191,8 @@ def refusal(shape: ChainShape, itemsize: int, target: Target) -> str | None:
     """
     if target.sm < 90:
         return f"sm_{target.sm} has no copy engine for boxes (TMA); chaining needs sm_90 or newer"
-    if itemsize != 2:
-        return f"elements have {itemsize} bytes; only fp16 and bf16 are chained"
+    if itemsize > 2:
+        return f"elements have {itemsize} bytes; only fp16, bf16, int8 and fp8 are chained"
     if shape.mid not in WIDTHS:
         return (
             f"the 3x3 has {shape.mid} channels; only {WIDTHS} are chained: wider ones are bound "
@@ -229,7 +234,10 @@ _STAGES = ((3, 2), (4, 2), (2, 2), (3, 1))
 def is_valid(tile: ChainTile, shape: ChainShape, itemsize: int, target: Target) -> bool:
     """Whether the tile fits the target's shared memory and leaves registers for its results."""
     fits = tile.shared_bytes(shape, itemsize) <= target.shared_bytes
-    return fits and tile.accumulators(shape) <= 128 and shape.ko % tile.chunk == 0
+    # where operands come from registers as well, two sums of int8 spilled hundreds of bytes at 128
+    most = 96 if itemsize == 1 and target.sm >= 120 else 128
+    few = tile.accumulators(shape, itemsize) <= most
+    return fits and few and shape.ko % tile.chunk == 0
 
 
 def chain_candidates(shape: ChainShape, itemsize: int, target: Target) -> list[ChainTile]:
@@ -266,11 +274,11 @@ def chain_seconds(tile: ChainTile, shape: ChainShape, itemsize: int, target: Tar
     boxes = (9 * shape.mid, shape.projected or shape.ko)  # loaded for a pixel: each tap anew
     seconds = []
     for work, channels in zip((conv2, shape.depth - conv2), boxes, strict=True):
-        arithmetic = 2 * tile.pixels * work / (target.fp16_flops * 2 / itemsize)
+        arithmetic = 2 * tile.pixels * work / target.product_flops(itemsize)
         loads = itemsize * (tile.pixels * channels + work) / target.l2_bytes
         seconds.append((arithmetic, loads))
     chunks = max(seconds[1]) if tile.chunk_stages > 1 else sum(seconds[1])
-    registers = 32 * tile.num_warps * (tile.accumulators(shape) + 64)
+    registers = 32 * tile.num_warps * (tile.accumulators(shape, itemsize) + 64)
     resident = max(
         1,
         min(

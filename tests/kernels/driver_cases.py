@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastres.kernels.boxes import BoxTile
 from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
@@ -56,6 +58,42 @@ def conv2d_far(device: str) -> Launch:
     return conv2d_launch(x, weight, None, None, y, shape=shape, target=Target.typical(90))
 
 
+def conv2d_int8(device: str) -> Launch:
+    """Scales as a vector and as numbers, and no fused arithmetic."""
+    x, weight = (_random(device, *v, 64, dtype=torch.int8) for v in ((2, 14, 14), (96, 3, 3)))
+    y = _random(device, 2, 14, 14, 96, dtype=torch.int8)
+    return conv2d_launch(
+        x,
+        weight,
+        None,
+        _random(device, 2, 14, 14, 96, dtype=torch.int8),
+        torch.empty_like(y),
+        shape=ConvShape(2, 14, 14, 64, 96, 3, 3, (1, 1), (1, 1)),
+        activation="relu",
+        scale=_random(device, 96, dtype=torch.float32),
+        residual_scale=0.125,
+        out_scale=3.0,
+        target=Target.typical(90),
+    )
+
+
+def boxes_int8(device: str) -> Launch:
+    """Descriptors of int8, and an out_scale of 1 that is compiled out."""
+    x, weight = (_random(device, *v, 64, dtype=torch.int8) for v in ((2, 8, 8), (128,)))
+    (launch,) = conv2d_tma_launches(
+        x,
+        weight,
+        None,
+        None,
+        torch.empty_like(_random(device, 2, 8, 8, 128, dtype=torch.int8)),
+        shape=ConvShape(2, 8, 8, 64, 128, 1, 1),
+        scale=_random(device, 128, dtype=torch.float32),
+        tile=BoxTile(1, 1, 128, 64, 64, 4, 2),
+        target=Target.typical(90),
+    )
+    return launch
+
+
 def max_pool(device: str) -> Launch:
     x = _random(device, 1, 15, 15, 24)
     y = torch.empty_like(_random(device, 1, 8, 8, 24))
@@ -95,6 +133,8 @@ CASES = (
     Case("conv2d", lambda device: conv2d(device, bias=False, residual=False)),
     Case("conv2d-bias-residual", lambda device: conv2d(device, bias=True, residual=True)),
     Case("conv2d-64-bit-stride", conv2d_far),
+    Case("conv2d-int8", conv2d_int8),
+    Case("boxes-int8", boxes_int8),
     Case("max-pool", max_pool),
     Case("box-copy", box_copy),
     Case("box-copy-bf16-nan", lambda device: box_copy(device, dtype=torch.bfloat16, padding="nan")),

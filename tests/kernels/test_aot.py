@@ -11,6 +11,7 @@ from triton.runtime import driver
 from fastres.kernels import aot_table
 from fastres.kernels.aot import KernelFacts, compile_kernel, compile_launch, fits
 from fastres.kernels.aot_table import all_cases
+from fastres.kernels.aot_table_int8 import byte_cases
 from fastres.kernels.tiles import ConvTile
 
 pytestmark = pytest.mark.compile
@@ -105,9 +106,24 @@ class OnHopper:
         return 0
 
 
+BYTES = (  # scales as numbers and absent ones, parts of int32, no fused arithmetic
+    "layer4.1.conv3-b1-i8",
+    "layer4.1.conv2.boxes-b1-i8",
+    "layer4.1.conv2.boxes.sum-b1-i8",
+    "layer1.1.chain-b1-i8",
+)
+
+
 @pytest.mark.parametrize(
     "case",
-    [case for case in all_cases(90) if "-b1-" in case.name or "layer1.0.conv3-b256" in case.name],
+    [
+        *(
+            case
+            for case in all_cases(90)
+            if "-b1-" in case.name or "layer1.0.conv3-b256" in case.name
+        ),
+        *(case for case in byte_cases(90) if case.name in BYTES),
+    ],
     ids=lambda case: case.name,
 )
 def test_what_is_compiled_here_is_what_the_jit_would_look_for(case, monkeypatch):

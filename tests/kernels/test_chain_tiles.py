@@ -73,7 +73,7 @@ def test_products_of_separate_kernels_add_up():
         ({}, 2, 90, None),
         ({}, 2, 120, None),
         ({}, 2, 89, "sm_89 has no copy engine for boxes"),
-        ({}, 4, 90, "elements have 4 bytes; only fp16 and bf16"),
+        ({}, 4, 90, "elements have 4 bytes; only fp16, bf16"),
         ({"mid": 256, "ko": 1024}, 2, 90, "the 3x3 has 256 channels"),
         ({"mid": 48}, 2, 90, "the 3x3 has 48 channels"),
         ({"ko": 200}, 2, 90, "out has 200 channels"),

@@ -20,7 +20,7 @@ def test_nothing_changes_in_the_interpreter() -> None:
 def test_every_kernel_of_a_plan_is_here() -> None:
     assert set(DEPENDENT) == {
         "_avg_pool_kernel",
-        "_bottleneck_chain_kernel",
+        "bottleneck_chain_kernel",
         "_conv2d_kernel",
         "_elementwise_kernel",
         "_global_avg_pool_kernel",

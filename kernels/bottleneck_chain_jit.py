@@ -1,0 +1,122 @@
+"""The jit form of `fastres.kernels.bottleneck_chain`: what each block does with its box."""
+
+import triton
+import triton.language as tl
+
+from fastres.kernels.dependent import await_predecessor
+from fastres.kernels.epilogue_jit import apply_activation, round_to
+
+
+@triton.jit
+def _scaled(acc, scale_ptr, bias_ptr, channels):
+    """acc * scale + bias in fp32 on a tile [channels, pixels]; the pointers may be None."""
+    v = acc.to(tl.float32)
+    if scale_ptr is not None:
+        v *= tl.load(scale_ptr + channels)[:, None]
+    if bias_ptr is not None:
+        v += tl.load(bias_ptr + channels).to(tl.float32)[:, None]
+    return v
+
+
+@triton.jit
+def _finish(v, out_scale, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """act(v) * out_scale, as it is stored; out_scale may be None."""
+    v = apply_activation(v, ACTIVATION)
+    if out_scale is not None:
+        v *= out_scale
+    return round_to(v, DTYPE)
+
+
+@triton.jit
+def bottleneck_chain_kernel(
+    a_desc,  # box [BOX_N, BOX_P, BOX_Q, DEPTH]; of stride 2 [BOX_N, BOX_P, 1, BOX_Q, DEPTH]
+    w2_desc,  # [MID, DEPTH] of [MID, 9 * MID]
+    b2_ptr,
+    w3_desc,  # [CHUNK, MID] of [KO, MID]
+    projection_desc,  # [CHUNK, PROJECTED] of [KO, PROJECTED], or None
+    b3_ptr,
+    shortcut_desc,  # box of CHUNK channels of the residual, or of all PROJECTED channels of x
+    out_desc,  # box of CHUNK channels
+    w1_desc,  # [NEXT_MID, CHUNK] of [NEXT_MID, KO], or None
+    b1_ptr,
+    next_desc,  # box of NEXT_MID channels, or None
+    scale2_ptr,  # of 8 bits, one value a channel: for b, out, the projection and a_next
+    scale3_ptr,
+    projection_scale_ptr,
+    scale1_ptr,
+    b_scale,  # of 8 bits, one number
+    residual_scale,
+    out_scale,
+    next_scale,
+    TILES_P,
+    TILES_Q,
+    MID: tl.constexpr,
+    KO: tl.constexpr,
+    NEXT_MID: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
+    BOX_N: tl.constexpr,
+    BOX_P: tl.constexpr,
+    BOX_Q: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CONV_STAGES: tl.constexpr,
+    CHUNK_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    await_predecessor(DEPENDENT)
+    PIXELS: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    dtype: tl.constexpr = out_desc.dtype
+    SUM: tl.constexpr = tl.int32 if dtype == tl.int8 else tl.float32
+    wide: tl.constexpr = tl.float32 if WIDEN else dtype
+    tile = tl.program_id(0)
+    q = tile % TILES_Q * BOX_Q
+    p = tile // TILES_Q % TILES_P * BOX_P
+    n = tile // TILES_Q // TILES_P * BOX_N
+
+    acc = tl.zeros((MID, PIXELS), SUM)
+    for step in tl.range(0, 9 * (MID // DEPTH), num_stages=CONV_STAGES):
+        tap = step // (MID // DEPTH)
+        c = step % (MID // DEPTH) * DEPTH
+        r = tap // 3
+        s = tap % 3
+        if STRIDE == 1:
+            box = a_desc.load([n, p + r - 1, q + s - 1, c])
+        else:  # row 2p + r - 1 is row (r + 1) % 2 of pair p + (r + 1) // 2 - 1; columns alike
+            pair = q + (s + 1) // 2 - 1
+            column = (s + 1) % 2 * MID + c
+            box = a_desc.load([n, p + (r + 1) // 2 - 1, (r + 1) % 2, pair, column])
+        x = box.reshape(PIXELS, DEPTH).to(wide)
+        acc = tl.dot(w2_desc.load([0, tap * MID + c]).to(wide), x.T, acc, out_dtype=SUM)
+    # rounded here as a kernel of its own would store it
+    sum_b = _scaled(acc, scale2_ptr, b2_ptr, tl.arange(0, MID))
+    b = _finish(sum_b, b_scale, ACTIVATION, dtype).to(wide)
+
+    if PROJECTED > 0:
+        shortcut = shortcut_desc.load([n, p, q, 0]).reshape(PIXELS, PROJECTED).to(wide)
+    if NEXT_MID > 0:
+        acc_next = tl.zeros((NEXT_MID, PIXELS), SUM)
+    for k in tl.range(0, KO, CHUNK, num_stages=CHUNK_STAGES):
+        channels = k + tl.arange(0, CHUNK)
+        acc_out = tl.dot(w3_desc.load([k, 0]).to(wide), b, out_dtype=SUM)
+        if PROJECTED > 0 and projection_scale_ptr is None:
+            acc_out = tl.dot(projection_desc.load([k, 0]).to(wide), shortcut.T, acc_out)
+        v = _scaled(acc_out, scale3_ptr, b3_ptr, channels)
+        if PROJECTED == 0:
+            residual = shortcut_desc.load([n, p, q, k]).reshape(PIXELS, CHUNK).T.to(tl.float32)
+            if residual_scale is not None:
+                residual *= residual_scale
+            v += residual
+        elif projection_scale_ptr is not None:  # of 8 bits a sum of its own, for its own scales
+            acc_out = tl.dot(projection_desc.load([k, 0]), shortcut.T, out_dtype=SUM)
+            v += _scaled(acc_out, projection_scale_ptr, None, channels)
+        out = _finish(v, out_scale, ACTIVATION, dtype)
+        out_desc.store([n, p, q, k], out.T.reshape(BOX_N, BOX_P, BOX_Q, CHUNK))
+        if NEXT_MID > 0:
+            acc_next = tl.dot(w1_desc.load([0, k]).to(wide), out.to(wide), acc_next, out_dtype=SUM)
+    if NEXT_MID > 0:
+        sum_next = _scaled(acc_next, scale1_ptr, b1_ptr, tl.arange(0, NEXT_MID))
+        a_next = _finish(sum_next, next_scale, ACTIVATION, dtype)
+        next_desc.store([n, p, q, 0], a_next.T.reshape(BOX_N, BOX_P, BOX_Q, NEXT_MID))
