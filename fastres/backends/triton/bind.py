@@ -23,11 +23,12 @@ from fastres.backends.triton.plan import (
     LaunchMaxPool,
     LaunchStem,
     LaunchStemPool,
+    LinkScales,
     LoadInput,
     Plan,
     Scales,
 )
-from fastres.kernels.bottleneck_chain import chain_launch, chain_shape
+from fastres.kernels.bottleneck_chain import ChainScales, chain_launch, chain_shape
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
@@ -209,7 +210,25 @@ def _chain(step: LaunchChain, at: Tensors, constants: Packed, target: Target) ->
         shape=shape,
         target=target,
         activation=step.activation,
+        scales=_chain_scales(step.scales, constants),
         tile=step.tile,
+    )
+
+
+def _chain_scales(scales: LinkScales | None, constants: Packed) -> ChainScales | None:
+    if scales is None:
+        return None
+    w1 = None
+    if scales.weight1 is not None:
+        w1 = constants.products(scales.weight1, scales.target)
+    return ChainScales(
+        w2=constants.products(scales.weight2, scales.source),
+        w3=constants.products(scales.weight3, scales.inner),
+        w1=w1,
+        residual=scales.shortcut,
+        b=_inverse(scales.inner),
+        out=_inverse(scales.target),
+        a_next=_inverse(scales.next_target),
     )
 
 

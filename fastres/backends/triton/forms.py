@@ -260,13 +260,18 @@ class Reckoner:
 
     def _chain_reason(self, boundary: Boundary) -> str | None:
         precisions = {self._in(node) for node in boundary.nodes}
-        if not precisions <= {"fp16", "bf16"}:
-            return f"{' and '.join(sorted(precisions))} is not chained, only fp16 and bf16"
+        if len(precisions) > 1 or not precisions <= {"fp16", "bf16", "int8"}:
+            return f"{' and '.join(sorted(precisions))} is not chained, only fp16, bf16 or int8"
+        if "int8" in precisions and boundary.projection is not None:
+            return "a projection in int8 is rounded before it is added"
+        if "int8" in precisions and any(self._in_float(node) for node in boundary.nodes):
+            return "what an int8 chain gives, or adds, is in floating point"
         try:
             shape = self.chain_shape(boundary)
         except ValueError as error:
             return str(error)
-        return chain_tiles.refusal(shape, 2, self._target)
+        itemsize = OPERAND_OF[precisions.pop()].itemsize
+        return chain_tiles.refusal(shape, itemsize, self._target)
 
     def _apart(self, boundary: Boundary) -> Form:
         """The same nodes as kernels of their own."""

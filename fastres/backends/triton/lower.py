@@ -23,6 +23,7 @@ from fastres.backends.triton.plan import (
     LaunchMaxPool,
     LaunchStem,
     LaunchStemPool,
+    LinkScales,
     LoadInput,
     Norm,
     Place,
@@ -133,7 +134,7 @@ class _Planner:
             op = entry.op if isinstance(entry, Node) else None
             assert isinstance(op, Normalize | None)
             step = LoadInput(entry.name, value.name, entry.name, folded, op, scale)
-            self.tensors.written(step, entry.name)
+            self.tensors.written(step)
         for node in self.graph.nodes:
             if node.name not in self.tensors and node.name not in self.covered:
                 self._node(node)
@@ -182,7 +183,7 @@ class _Planner:
         if isinstance(op, Flatten):  # of [N, C, 1, 1]: the same bytes under another name
             self.tensors.alias(node.name, node.inputs[0])
         else:
-            self.tensors.written(self._step(node), node.name)
+            self.tensors.written(self._step(node))
 
     def _step(self, node: Node) -> AnyStep:
         op, name = node.op, node.name
@@ -333,19 +334,20 @@ class _Planner:
         shape = self.reckoner.chain_shape(boundary)
         assert isinstance(conv3.op, Conv2d)
         shortcut = conv3.inputs[1] if projection is None else projection.inputs[0]
-        self.tensors.place(conv3.name)
+        whole = is_int8(conv3)
+        self.tensors.place(conv3.name, int8=whole)
         if following is not None:
-            self.tensors.place(following.name)
+            self.tensors.place(following.name, int8=whole)
         return LaunchChain(
             node=conv3.name,
-            source=self.tensors.read(conv2.inputs[0]),
+            source=self.tensors.read(conv2.inputs[0], whole),
             target=conv3.name,
             weight2=conv2.params["weight"],
             bias2=conv2.params.get("bias"),
             weight3=conv3.params["weight"],
             biases3=_biases(conv3, projection),
             projection=None if projection is None else projection.params["weight"],
-            shortcut=self.tensors.read(shortcut),
+            shortcut=self.tensors.read(shortcut, whole),
             weight1=None if following is None else following.params["weight"],
             bias1=None if following is None else following.params.get("bias"),
             next_target=None if following is None else following.name,
@@ -353,6 +355,20 @@ class _Planner:
             shortcut_stride=shape.shortcut_stride,
             activation=conv3.op.epilogue.activation,
             tile=tile,
+            scales=self._link_scales(boundary) if whole else None,
+        )
+
+    def _link_scales(self, boundary: Boundary) -> LinkScales:
+        conv2, conv3, following = boundary.conv2, boundary.conv3, boundary.following
+        return LinkScales(
+            weight2=conv2.params["scale"],
+            weight3=conv3.params["scale"],
+            weight1=None if following is None else following.params["scale"],
+            source=self.scales[conv2.inputs[0]],
+            inner=self.scales[conv2.name],
+            target=self.scales[conv3.name],
+            next_target=None if following is None else self.scales[following.name],
+            shortcut=self.scales[conv3.inputs[1]],
         )
 
 

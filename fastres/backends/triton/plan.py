@@ -178,6 +178,26 @@ class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
         return (self.target, *((self.workspace,) if self.workspace else ()))
 
 
+class LinkScales(msgspec.Struct, frozen=True):
+    """Of a chain in int8: what steps stand for, and the names of the weights' scales.
+
+    Args:
+        weight2, weight3, weight1: scales by output channel.
+        source, inner, target, next_target: of what is read, of the 3x3's result, and of both that
+            are written.
+        shortcut: of what is added.
+    """
+
+    weight2: str
+    weight3: str
+    weight1: str | None
+    source: float
+    inner: float
+    target: float
+    next_target: float | None
+    shortcut: float
+
+
 class LaunchChain(_OneToOne, frozen=True, tag=True):
     """target = act([b; x] * weight3 + biases3 + shortcut), with b = act(source * weight2 + bias2)
     a 3x3 that is never stored; and next_target = act(target * weight1 + bias1).
@@ -200,6 +220,7 @@ class LaunchChain(_OneToOne, frozen=True, tag=True):
     shortcut_stride: int
     activation: ActivationKind | None
     tile: ChainTile
+    scales: LinkScales | None = None
 
     def reads(self) -> tuple[str, ...]:
         return (self.source, self.shortcut)

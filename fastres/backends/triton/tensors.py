@@ -63,6 +63,8 @@ class Tensors:
         whole = int8 and value in self._scales and value not in self._outputs
         self._real[value] = value
         self.places[value] = shape, torch.int8 if whole else self._dtype
+        if whole:
+            self._whole[value] = value
         return self._scales[value] if whole else None
 
     def fold(self, value: str, shape: Sizes) -> None:
@@ -80,16 +82,14 @@ class Tensors:
             if source in tensors:
                 tensors[value] = tensors[source]
 
-    def written(self, step: AnyStep, value: str) -> None:
-        """Adds the step that writes a value, and one to int8 where that is still to be done."""
+    def written(self, step: AnyStep) -> None:
+        """Adds a step, and one to int8 for what it writes where that is still to be done."""
         self.steps.append(step)
-        if value not in self._scales:
-            return
-        self._whole[value] = value
-        if self.places[value][1] != torch.int8:
-            whole = self._whole[value] = f"{value}.quantized"
-            self.places[whole] = self.places[value][0], torch.int8
-            self._cast(value, whole, Scales(target=self._scales[value]))
+        for value in step.writes():
+            if value in self._scales and value not in self._whole:
+                whole = self._whole[value] = f"{value}.quantized"
+                self.places[whole] = self.places[value][0], torch.int8
+                self._cast(value, whole, Scales(target=self._scales[value]))
 
     def read(self, value: str, int8: bool = False) -> str:
         """The tensor in which a kernel reads a value.

@@ -19,6 +19,7 @@ from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import (
     AnyStep,
     LaunchBoxConv2d,
+    LaunchChain,
     LaunchConv2d,
     LaunchElementwise,
     LaunchMaxPool,
@@ -36,7 +37,7 @@ from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Graph, MaxPool, Quantize
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.passes.quantise import quantise
-from fastres.kernels import reference, stem_pool_tiles
+from fastres.kernels import chain_tiles, reference, stem_pool_tiles
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import stem_shape
 from fastres.kernels.tiles import ConvTile
@@ -182,6 +183,23 @@ class TestRuns:
         y, plan = run(graph, images[:2], Tiles(Target.typical(90)))
         assert torch.equal(y, exact(graph, images[:2])[plain(graph).graph.outputs[0]])
         assert len(steps(plan, LaunchMaxPool)) == 1  # on int8, by the stem's own scale
+
+    def test_chains_bit_for_bit(
+        self, photo_batch: PhotoBatch, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of blocks without a projection; the last, whose result is fp16, stays in parts."""
+        images = photo_batch(8, 32)
+        net = fastres.models.ResNet(
+            fastres.models.Bottleneck, (3, 1, 1), planes=64, stem="cifar", num_classes=7, seed=0
+        )
+        fastres.models.settle(net, images)
+        graph, _ = quantised(Features(net).eval(), images)
+        monkeypatch.setattr(chain_tiles, "chain_seconds", lambda *sizes: 0.0)
+        y, plan = run(graph, images[:1], Tiles(Target.typical(90)))
+        chains = steps(plan, LaunchChain)
+        assert [step.node for step in chains] == ["net.layer1.1.conv3", "net.layer1.2.conv3"]
+        assert all(step.scales is not None for step in chains)  # type: ignore[union-attr]
+        assert torch.equal(y, exact(graph, images[:1])[plain(graph).graph.outputs[0]])
 
     def test_groups_bit_for_bit(self, photo_batch: PhotoBatch) -> None:
         images = photo_batch(8, 32)
