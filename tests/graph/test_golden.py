@@ -14,10 +14,15 @@ import torch
 import torchvision
 
 from fastres import models
+from fastres.calib.table import CalibrationTable, TensorRange
+from fastres.calib.thresholds import ALGORITHMS
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.capture import capture
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
+from fastres.graph.passes.quantise import Placement, quantise
+from fastres.graph.passes.split_residual import split_residual
+from fastres.graph.quantisable import fingerprints, observed
 from fastres.options import Input
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,10 +56,26 @@ def kept() -> Graph:
     return capture(Gate().eval(), [Input(((1, 4, 8, 8), (1, 4, 8, 8), (1, 4, 9, 9)))]).graph
 
 
+def quantised(placement: Placement) -> Graph:
+    """With thresholds of a power of two, so that no machine's rounding is in the dump."""
+    graph = bottleneck("v1.5")
+    structure, weights = fingerprints(graph)
+    names = observed(split_residual(graph))
+    ranges = {
+        name: TensorRange(127.0 / 2**i, dict.fromkeys(ALGORITHMS, 127.0 / 2**i))
+        for i, name in enumerate(names)
+    }
+    keep = ("layer2.1.conv2",)
+    table = CalibrationTable("minmax", 1, structure, weights, ranges, keep=keep)
+    return quantise(graph, table, placement)
+
+
 GRAPHS: dict[str, Callable[[], Graph]] = {
     "cifar20_a_optimised": cifar,
     "bottleneck_v1_optimised": lambda: bottleneck("v1"),
     "bottleneck_v1.5_optimised": lambda: bottleneck("v1.5"),
+    "bottleneck_v1.5_int8_skip": lambda: quantised("skip"),
+    "bottleneck_v1.5_int8_both": lambda: quantised("both"),
     "resnet18_captured": captured,
     "outside_the_ir_captured": kept,
 }
