@@ -234,6 +234,17 @@ def test_calibration_on_the_spot_and_from_a_file(
             torch.testing.assert_close(engine(x), wanted, rtol=0, atol=1e-5)
 
 
+def test_a_network_built_from_the_same_weights_takes_the_table(
+    small: nn.Module, data: Tensor, table: fastres.CalibrationTable
+) -> None:
+    graph = fastres.build(small.state_dict(), inputs=Input((1, 3, 32, 32)))
+    with (
+        fastres.compile(graph, calibration=table, backend="cpu") as built,
+        fastres.compile(small, data[:1], calibration=table, backend="cpu") as compiled,
+    ):
+        torch.testing.assert_close(built(data[:3]), compiled(data[:3]), rtol=0, atol=1e-5)
+
+
 def test_saved_engines_need_no_table(
     small: nn.Module, data: Tensor, table: fastres.CalibrationTable, tmp_path: Path
 ) -> None:
