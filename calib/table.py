@@ -88,14 +88,17 @@ class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["fastres-calibration"] = "fastres-calibration"
     schema: int = SCHEMA
 
-    def scale(self, name: str) -> float:
-        """The step of a tensor's int8, a float32: threshold / 127, and 1 for nothing but zeros.
+    def scale(self, name: str, most: int = STEPS) -> float:
+        """What 1 stands for in a tensor's 8 bits, a float32; 1 for nothing but zeros.
+
+        Args:
+            most: what the threshold becomes: 127 in int8, 448 in fp8 e4m3.
 
         Raises:
             KeyError: the table has no such tensor.
         """
         threshold = np.float32(self.tensors[name].thresholds[self.algorithm])
-        step = threshold / np.float32(STEPS)
+        step = threshold / np.float32(most)
         return float(step) if step > np.finfo(np.float32).tiny else 1.0
 
     def using(self, algorithm: Algorithm) -> CalibrationTable:

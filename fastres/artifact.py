@@ -46,6 +46,7 @@ from fastres.graph.ir import Graph
 from fastres.graph.specs import DTYPE_NAMES, DTYPES
 from fastres.options import (
     DTYPE_OF,
+    EIGHT_BITS,
     Hint,
     Input,
     OnUnsupported,
@@ -298,8 +299,7 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
         ignored_weights=contents.ignored_weights,
         tolerance=(
             f"relative to the RMS of a float64 oracle: at most twice PyTorch's own error in "
-            f"{'the quantised graph' if options.precision == 'int8' else options.precision}, or "
-            f"{floor:g}"
+            f"{'8 bits' if options.precision in EIGHT_BITS else options.precision}, or {floor:g}"
         ),
     )
 

@@ -23,6 +23,7 @@ from fastres.graph.ir import BatchNorm, Graph, identity
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.specs import spec_of
 from fastres.options import (
+    EIGHT_BITS,
     PRECISION_OF,
     Hint,
     Input,
@@ -69,9 +70,9 @@ def compile(
             ExportedProgram, which brings the sizes that it was exported for.
         backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "reference", or a list that
             is tried in order; what was passed over, and why, is in `engine.info`.
-        precision: "fp32", "tf32", "fp16", "bf16", "int8"; None takes that of the model's
-            parameters, or int8 with a calibration. Inputs and outputs keep the model's dtype
-            whatever the precision.
+        precision: "fp32", "tf32", "fp16", "bf16", "int8", "fp8" (triton, sm_89 and newer); None
+            takes that of the model's parameters, or int8 with a calibration. Inputs and outputs
+            keep the model's dtype whatever the precision.
         hint: "latency" gives one caller all cores, "throughput" serves several at a time.
         device: None takes the backend's own.
         max_batch_size: larger batches are run in parts, or refused with oversize="error".
@@ -94,8 +95,8 @@ def compile(
         tune: measure the kernels' tiles on this GPU for the usual input shapes, which takes minutes
             once; what is measured is kept, and an interrupted run goes on where it was.
         cache_dir: where measurements are kept; None takes `fastres` in the user's cache folder.
-        calibration: for int8: a table from `fastres.quantize`, the path of one, or batches of
-            inputs as the model takes them, from which one is made with the "mse" thresholds.
+        calibration: for int8 and fp8: a table from `fastres.quantize`, the path of one, or batches
+            of inputs as the model takes them, from which one is made with the "mse" thresholds.
 
     Returns:
         An `Engine`, called like the model.
@@ -163,16 +164,19 @@ def _settled(options: Options, calibration: object) -> Options:
     Raises:
         InputError: there is one without the other.
     """
-    if calibration is None and options.precision == "int8":
+    if calibration is None and options.precision in EIGHT_BITS:
         raise InputError(
-            "precision='int8' needs calibration=: a table from fastres.quantize, the path of one, "
-            "or batches of inputs"
+            f"precision={options.precision!r} needs calibration=: a table from fastres.quantize, "
+            "the path of one, or batches of inputs"
         )
-    if calibration is not None and options.precision not in (None, "int8"):
+    if calibration is not None and options.precision not in (None, *EIGHT_BITS):
         raise InputError(
-            f"calibration= is for precision='int8', not {options.precision!r}: leave one out"
+            "calibration= is for precision='int8' and 'fp8', not "
+            f"{options.precision!r}: leave one out"
         )
-    return options if calibration is None else replace(options, precision="int8")
+    return (
+        options if calibration is None else replace(options, precision=options.precision or "int8")
+    )
 
 
 def build(
@@ -281,7 +285,7 @@ def assemble(
     choice = choose(graph, options, precision, compiled)
     options = replace(options, precision=precision, device=choice.backend.device(options))
     if table is not None:
-        graph = choice.backend.quantise(graph, table)
+        graph = choice.backend.quantise(graph, table, precision)
     usual = tuple(i.usual for i in inputs)
     if options.max_batch_size is not None and options.oversize == "split":
         reason = why_not_split(graph, usual)
@@ -304,10 +308,10 @@ def assemble(
 
 def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowered:
     """The engine's graph anew from other weights, lowered to the same backend."""
-    if engine.options.precision == "int8":
+    if engine.options.precision in EIGHT_BITS:
         raise InputError(
-            "an int8 engine keeps its weights: its calibration was made with them. Calibrate the "
-            "model with the new ones and compile it again"
+            f"an {engine.options.precision} engine keeps its weights: its calibration was made "
+            "with them. Calibrate the model with the new ones and compile it again"
         )
     if not isinstance(state_dict, Mapping):
         raise InputError(f"state_dict is {type(state_dict).__name__}; expected names and tensors")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fastres.backends.base import Account, Choice, KernelInfo, Refusal
 from fastres.graph.ir import Conv2d, Dequantize, Graph, Linear, Quantize, op_name
+from fastres.options import EIGHT_BITS
 from fastres.text import json_text, render
 
 _NUMBERS = ("regs", "spill", "shared", "us")
@@ -57,12 +58,12 @@ class EngineInfo:
         return tuple(name for name, _ in counted.most_common())
 
     @property
-    def not_int8(self) -> tuple[NodeInfo, ...]:
-        """Of an int8 engine: convolutions and linear layers that run in something else."""
-        if self.precision != "int8":
+    def not_quantised(self) -> tuple[NodeInfo, ...]:
+        """Of an int8 or fp8 engine: convolutions and linear layers that run in something else."""
+        if self.precision not in EIGHT_BITS:
             return ()
         wanted = (op_name(Conv2d()), op_name(Linear()))
-        return tuple(n for n in self.nodes if n.op in wanted and n.precision != "int8")
+        return tuple(n for n in self.nodes if n.op in wanted and n.precision != self.precision)
 
     def to_dict(self) -> dict[str, Any]:
         account = msgspec.to_builtins(self.account)
@@ -85,9 +86,9 @@ class EngineInfo:
             lines.append(render(choice_table(self.account.choices)))
         if self.account.kernels:
             lines.append(render(kernel_table(self.account.kernels)))
-        if self.precision == "int8":
-            names = ", ".join(f"{node.name} ({node.precision})" for node in self.not_int8)
-            lines.append(f"layers not in int8: {names or 'none'}")
+        if self.precision in EIGHT_BITS:
+            names = ", ".join(f"{node.name} ({node.precision})" for node in self.not_quantised)
+            lines.append(f"layers not in {self.precision}: {names or 'none'}")
         lines += [f"fallback {node.name}: {node.reason}" for node in self.fallbacks]
         lines += [f"note: {note}" for note in self.account.notes]
         lines += [f"passed over: {reason}" for reason in self.passed_over]

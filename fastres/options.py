@@ -17,11 +17,12 @@ import torch
 
 from fastres.errors import InputError
 
-Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
 Hint = Literal["latency", "throughput"]
 Oversize = Literal["split", "error"]
 OnUnsupported = Literal["error", "fallback"]
 
+EIGHT_BITS: tuple[Precision, ...] = ("int8", "fp8")  # which need a calibration
 PRECISION_OF: dict[torch.dtype, Precision] = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -34,6 +35,7 @@ DTYPE_OF: dict[Precision, torch.dtype] = {  # of what is not quantised
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.float32,
+    "fp8": torch.float32,
 }
 Sizes = tuple[int, ...]
 ANY_BATCH = 1 << 16  # an engine takes any batch; what must hold for all is tried up to this one

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.graph.ir import Graph
-from fastres.options import DTYPE_OF, is_number
+from fastres.options import DTYPE_OF, EIGHT_BITS, is_number
 from fastres.parity_layers import Batch, LayerCheck, find_first, on_device
 from fastres.parity_report import Comparison, ParityReport, Policy, notes_on
 from fastres.references import GraphReference, ModelReference, PictureReference, Reference
@@ -41,8 +41,8 @@ def verify(
         error <= max(2 * error of the baseline, floor)
 
     for the largest and the RMS error relative to the oracle's RMS (`fastres.tolerances`). The
-    baseline of an int8 engine is its quantised graph in PyTorch: the engine may add nothing to what
-    quantisation costs. How much that is, SQNR, cosine and top-1 agreement say.
+    baseline of an int8 or fp8 engine is its quantised graph in PyTorch: the engine may add nothing
+    to what quantisation costs. How much that is, SQNR, cosine and top-1 agreement say.
 
     Args:
         reference: an nn.Module in eval(); a graph, whose meaning in PyTorch is then the oracle; or
@@ -77,13 +77,15 @@ def verify(
         )
     if engine is None and (layerwise or bisect):
         raise InputError("layerwise and bisect look inside an Engine; this candidate is none")
-    int8 = engine is not None and engine.options.precision == "int8"
-    if int8 and bisect:
-        raise InputError("bisect is for floating-point engines; layerwise shows an int8 one's SQNR")
+    quantised = engine is not None and engine.options.precision in EIGHT_BITS
+    if quantised and bisect:
+        raise InputError(
+            "bisect is for floating-point engines; layerwise shows where a quantised one loses SQNR"
+        )
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not (is_number(value) and value >= 0):
             raise InputError(f"{name} is {value!r}; it must be a number of at least 0")
-    policy = Policy(torch.float32, atol, rtol, int8)
+    policy = Policy(torch.float32, atol, rtol, quantised)
     check = _Check(_reference(reference, engine), candidate, policy)
     layers: LayerCheck | None = None
     for batch in _batches(data):
@@ -111,7 +113,7 @@ def verify(
         layers=layers.rows() if layers is not None else (),
         bisection=bisection,
         notes=notes,
-        quantised=int8,
+        quantised=quantised,
     )
 
 

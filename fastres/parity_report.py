@@ -59,7 +59,7 @@ class Policy:
     def __str__(self) -> str:
         if self.custom:
             return f"|candidate - oracle| <= {self.atol or 0:g} + {self.rtol or 0:g} * |oracle|"
-        name = "int8" if self.quantised else str(self.dtype).removeprefix("torch.")
+        name = "8 bits" if self.quantised else str(self.dtype).removeprefix("torch.")
         return f"error <= max(2 * error of PyTorch in {name}, floor), largest and RMS"
 
     def distance(self) -> Distance:

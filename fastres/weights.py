@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from fastres.errors import BuildError
-from fastres.graph.specs import DTYPE_NAMES
+from fastres.graph.specs import GIVEN_DTYPES
 from fastres.options import PathLike
 
 _PICKLED = (".pth", ".pt", ".bin")
@@ -73,7 +73,7 @@ def oddity(value: object) -> str:
         return "a nested tensor"
     if value.layout != torch.strided:
         return f"a tensor of {value.layout}"
-    return "" if value.dtype in DTYPE_NAMES else f"a tensor of {value.dtype}"
+    return "" if value.dtype in GIVEN_DTYPES else f"a tensor of {value.dtype}"
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -184,8 +184,10 @@ def requantise(v: torch.Tensor) -> torch.Tensor:
     return saturated(v).to(torch.int8)
 
 
-def saturated(v: torch.Tensor) -> torch.Tensor:
-    """What int8 makes of v, in v's dtype; NaN, for which int8 has nothing, stays."""
+def saturated(v: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """What int8, or fp8 e4m3, makes of v, in v's dtype; NaN, for which int8 has nothing, stays."""
+    if dtype == torch.float8_e4m3fn:
+        return v.clamp(-448, 448).to(dtype).to(v.dtype)
     return v.round().clamp(-128, 127)
 
 

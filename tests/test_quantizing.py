@@ -114,7 +114,7 @@ def test_ignored_takes_patterns(small: nn.Module, data: Tensor) -> None:
     table = fastres.quantize(small, data, algorithm="mse", ignored=["layer1.*", "fc"])
     assert table.keep == ("layer1.0.conv1", "layer1.0.conv2", "fc")
     with fastres.compile(small, data[:1], calibration=table) as engine:
-        left = {node.name.removesuffix(".main") for node in engine.info.not_int8}
+        left = {node.name.removesuffix(".main") for node in engine.info.not_quantised}
     assert left == set(table.keep)
     with pytest.raises(InputError, match="'stem' in ignored|ignored has 'stem'"):
         fastres.quantize(small, data, ignored=["stem"])
@@ -184,7 +184,7 @@ def test_every_layer_runs_in_int8(
     ran = {node.name: node.precision for node in info.nodes if node.op in ("conv2d", "linear")}
     assert len(ran) == 8
     assert set(ran.values()) == {"int8"}
-    assert info.not_int8 == ()
+    assert info.not_quantised == ()
     assert "layers not in int8: none" in str(info)
     assert "int8 products by" in str(info)
 
@@ -254,7 +254,7 @@ def test_saved_engines_need_no_table(
     with fastres.load(tmp_path / "e.fastres") as again:
         assert torch.equal(again(data), wanted)
         assert again.options.precision == "int8"
-        assert again.info.not_int8 == ()
+        assert again.info.not_quantised == ()
 
 
 def test_nan_and_infinities_on_the_cpu(
@@ -307,7 +307,9 @@ def test_precision_and_calibration_go_together(
 ) -> None:
     with pytest.raises(InputError, match="precision='int8' needs calibration="):
         fastres.compile(small, data[:1], precision="int8")
-    with pytest.raises(InputError, match="calibration= is for precision='int8', not 'bf16'"):
+    with pytest.raises(
+        InputError, match="calibration= is for precision='int8' and 'fp8', not 'bf16'"
+    ):
         fastres.compile(small, data[:1], precision="bf16", calibration=table)
     with pytest.raises(InputError, match="data is int"):
         fastres.compile(small, data[:1], calibration=5)  # type: ignore[arg-type]

@@ -162,8 +162,8 @@ class Backend(Protocol):
     def precision(self, wanted: Precision) -> str | None:
         """None if the precision is supported, else the reason why it is not."""
 
-    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
-        """The graph in int8, by the table's scales, as this backend wants it.
+    def quantise(self, graph: Graph, table: CalibrationTable, precision: Precision) -> Graph:
+        """The graph in int8 or fp8, by the table's scales, as this backend wants it.
 
         Raises:
             InputError: the table is not this graph's.

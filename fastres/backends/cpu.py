@@ -20,7 +20,7 @@ from fastres.backends.instructions import int8_instructions, sums_in_32_bits
 from fastres.backends.openvino_runtime import PRECISIONS, core, cpu_config, openvino, refusing
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
-from fastres.calib.table import STEPS, CalibrationTable
+from fastres.calib.table import CalibrationTable
 from fastres.errors import GraphError, missing
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph, MaxPool, Node, Pad
@@ -55,8 +55,9 @@ class CpuBackend:
             return "this processor has no bf16 instructions (AVX512_BF16 or AMX); use fp32"
         return None if wanted in PRECISIONS else f"cpu runs fp32, bf16 and int8, not {wanted}"
 
-    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
-        return quantise(graph, table, "both", STEPS if sums_in_32_bits() else REDUCED)
+    def quantise(self, graph: Graph, table: CalibrationTable, precision: Precision) -> Graph:
+        steps = None if sums_in_32_bits() else REDUCED
+        return quantise(graph, table, "both", weight_steps=steps)
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         users = graph.users()

@@ -33,9 +33,9 @@ from fastres.graph.ir import (
     Slice,
     Softmax,
 )
-from fastres.graph.passes.quantise import quantise
+from fastres.graph.passes.quantise import eight_bits, quantise
 from fastres.kernels import reference as meaning
-from fastres.options import PRECISION_OF, Options, Precision, Sizes
+from fastres.options import EIGHT_BITS, PRECISION_OF, Options, Precision, Sizes
 
 
 class ReferenceBackend:
@@ -51,11 +51,11 @@ class ReferenceBackend:
         return None
 
     def precision(self, wanted: Precision) -> str | None:
-        known = wanted in ("fp32", "int8")
-        return None if known else f"reference computes in fp32 and int8, not {wanted}"
+        known = wanted in ("fp32", *EIGHT_BITS)
+        return None if known else f"reference computes in fp32, int8 and fp8, not {wanted}"
 
-    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
-        return quantise(graph, table, "skip")
+    def quantise(self, graph: Graph, table: CalibrationTable, precision: Precision) -> Graph:
+        return quantise(graph, table, "skip", eight_bits(precision))
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         return ()
@@ -88,10 +88,10 @@ class ReferenceExecutable:
     ) -> None:
         self._graph = graph
         self._dtype = dtype
-        named = {t.dtype for t in graph.constants.values() if t.is_floating_point()}
+        named = {t.dtype for t in graph.constants.values() if _is_real(t)}
         self._instead = None if (named or {graph.floating_dtype}) == {dtype} else dtype
         self._constants = {
-            name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            name: tensor.to(device, dtype) if _is_real(tensor) else tensor.to(device)
             for name, tensor in graph.constants.items()
         }
         self._last_use = _last_uses(graph)
@@ -116,7 +116,13 @@ class ReferenceExecutable:
 
     def precisions(self) -> dict[str, str]:
         name = "fp64" if self._dtype == torch.float64 else PRECISION_OF[self._dtype]
-        return {node.name: "int8" if "scale" in node.params else name for node in self._graph.nodes}
+        whole = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+        return {
+            node.name: whole[self._constants[node.params["weight"]].dtype]
+            if "scale" in node.params
+            else name
+            for node in self._graph.nodes
+        }
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         times: list[NodeTime] = []
@@ -158,6 +164,11 @@ class ReferenceExecutable:
         return values
 
 
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether it is floating point, and no weight of 8 bits."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
 def _last_uses(graph: Graph) -> dict[str, list[str]]:
     """For each node, the values that nothing after it reads."""
     uses: dict[str, list[str]] = {node.name: [] for node in graph.nodes}
@@ -187,6 +198,8 @@ def evaluate(
     if isinstance(node.op, Normalize):
         op, made = node.op, dtype or node.spec.torch_dtype
         return meaning.normalize(inputs[0], op.mean, op.std, op.scale, op.flip, made)
+    if isinstance(node.op, Quantize):  # kept as floating-point numbers: NaN is not lost
+        return meaning.saturated(inputs[0] / node.op.scale, node.spec.torch_dtype)
     return _EVALUATE[type(node.op)](node.op, inputs, params)
 
 
@@ -249,7 +262,5 @@ _EVALUATE: dict[type, Callable[..., torch.Tensor]] = {
     Pad: lambda op, x, _: meaning.pad(x[0], op.before, op.after, op.value),
     Slice: lambda op, x, _: meaning.slice_(x[0], op.starts, op.stops, op.steps),
     Softmax: lambda op, x, _: meaning.softmax(x[0], op.dim),
-    # integers kept as floating-point numbers: NaN is not lost
-    Quantize: lambda op, x, _: meaning.saturated(x[0] / op.scale),
     Dequantize: lambda op, x, _: x[0] * op.scale,
 }

@@ -125,7 +125,9 @@ def _open(positionals: Sequence[str], request: Request) -> list[Target]:
 
 def _in(request: Request, precision: str | None) -> Request:
     """The request in one of its precisions; a calibration is for int8."""
-    table = request.calibration if precision in (None, "int8") else None
+    from fastres.options import EIGHT_BITS
+
+    table = request.calibration if precision in (None, *EIGHT_BITS) else None
     return replace(request, precision=precision, calibration=table)
 
 
@@ -151,6 +153,7 @@ def _lane(
     from torch import nn
 
     from fastres.benchmarking import Target as Timed
+    from fastres.options import EIGHT_BITS
     from fastres.peers import contenders
 
     engine = to_engine(target, request)
@@ -168,7 +171,7 @@ def _lane(
             ours=[ours],
             precision=engine.options.precision or "fp32",
             threads=request.threads,
-            quantised=engine.graph if engine.options.precision == "int8" else None,
+            quantised=engine.graph if engine.options.precision in EIGHT_BITS else None,
         )
     if ours.name in refused:
         raise ParityError(refused[ours.name])

@@ -73,7 +73,7 @@ def _facts(engine: Engine, name: str, seconds: float, saved: Path | None) -> dic
         "captured_nodes": len(engine.source.nodes),
         "input": str(engine.graph.inputs[0].spec),
         "outputs": [str(engine.graph.spec(o)) for o in engine.graph.outputs],
-        "not_int8": [f"{node.name}: {node.precision}" for node in info.not_int8],
+        "not_quantised": [f"{node.name}: {node.precision}" for node in info.not_quantised],
         "notes": list(info.account.notes),
         "fallbacks": [f"{node.name}: {node.reason}" for node in info.fallbacks],
         "passed_over": list(info.passed_over),
@@ -95,7 +95,7 @@ def _table(facts: dict[str, Any]) -> Table:
     table.add_row("nodes", f"{facts['nodes']} from {facts['captured_nodes']}: {operations}")
     table.add_row("input", facts["input"])
     table.add_row("output", ", ".join(facts["outputs"]))
-    for key in ("not_int8", "notes", "fallbacks", "passed_over"):
+    for key in ("not_quantised", "notes", "fallbacks", "passed_over"):
         if facts[key]:
             table.add_row(key.replace("_", " "), "\n".join(facts[key]))
     table.add_row("compiled in", f"{facts['compile_seconds']:.2f} s")

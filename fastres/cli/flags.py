@@ -35,13 +35,13 @@ Backend = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="fp32, tf32, fp16, bf16 or int8. Without it: that of the model's parameters, or int8 "
-        "with --calibration."
+        help="fp32, tf32, fp16, bf16, int8 or fp8. Without it: that of the model's parameters, or "
+        "int8 with --calibration."
     ),
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="For int8: the table that fastres calibrate made."),
+    typer.Option(metavar="FILE", help="For int8 and fp8: the table that fastres calibrate made."),
 ]
 BatchSize = Annotated[
     str | None, typer.Option(metavar="N[,N...]", help="One batch size, or several: 1,8.")

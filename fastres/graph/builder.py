@@ -33,7 +33,7 @@ from fastres.graph.ir import (
 )
 from fastres.graph.names import Namer
 from fastres.graph.shapes import node_shape
-from fastres.graph.specs import DTYPE_NAMES, Dim, Shape, Sym, TensorSpec
+from fastres.graph.specs import DTYPE_NAMES, GIVEN_DTYPES, Dim, Shape, Sym, TensorSpec
 from fastres.kernels.epilogue import ActivationKind
 from fastres.options import Input
 
@@ -62,7 +62,7 @@ def build_graph(
     if len(image.usual) != 4:
         raise BuildError(f"inputs is {list(image.usual)}; a picture is (N, C, H, W)")
     dtype = image.dtype or stem.dtype
-    if dtype not in DTYPE_NAMES or not dtype.is_floating_point:
+    if dtype not in GIVEN_DTYPES or not dtype.is_floating_point:
         raise BuildError(f"inputs is {dtype}; the network takes floating-point pictures")
     sizes: list[Dim] = list(image.usual)
     for i in (0, *image.ranged):

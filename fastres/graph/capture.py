@@ -21,7 +21,7 @@ from fastres.graph.ir import Aten, Conv2d, Graph, Linear, Node, Value
 from fastres.graph.names import Namer, place_of, wanted_name
 from fastres.graph.readers import PARTS, read, read_part
 from fastres.graph.shapes import node_shape
-from fastres.graph.specs import DTYPE_NAMES, Dim, Shape, Sym, TensorSpec
+from fastres.graph.specs import DTYPE_NAMES, GIVEN_DTYPES, Dim, Shape, Sym, TensorSpec
 from fastres.graph.symbols import Symbols
 from fastres.options import Input
 
@@ -345,6 +345,7 @@ def _keeps_state(name: str) -> CaptureError:
 
 
 def _dtype_name(dtype: torch.dtype, what: str) -> str:
-    if dtype not in DTYPE_NAMES:
-        raise CaptureError(f"{what} is {dtype}; supported are {', '.join(DTYPE_NAMES.values())}")
+    if dtype not in GIVEN_DTYPES:
+        known = ", ".join(name for d, name in DTYPE_NAMES.items() if d in GIVEN_DTYPES)
+        raise CaptureError(f"{what} is {dtype}; supported are {known}")
     return DTYPE_NAMES[dtype]

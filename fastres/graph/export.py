@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from fastres.errors import CaptureError
-from fastres.graph.specs import DTYPE_NAMES
+from fastres.graph.specs import GIVEN_DTYPES
 from fastres.graph.symbols import expression, is_fixed
 from fastres.options import ANY_BATCH, Input, usual_sizes
 from fastres.weights import is_finite
@@ -160,7 +160,7 @@ def check_finite(program: ExportedProgram) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
-        if tensor.dtype not in DTYPE_NAMES:
+        if tensor.dtype not in GIVEN_DTYPES:
             continue  # refused by name if anything reads it
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device: it has no values to compile")

@@ -28,7 +28,7 @@ class Conv2d(msgspec.Struct, frozen=True, tag=True):
     """y = epilogue(x * weight + bias); params weight [K, C/groups, R, S] and maybe bias [K].
 
     With `epilogue.residual` the node has a second input of the output's shape. With a parameter
-    scale [K] the weight is int8 and stands for weight * scale.
+    scale [K] the weight is quantised and stands for weight * scale.
     """
 
     stride: Pair = (1, 1)
@@ -119,7 +119,7 @@ class GlobalAvgPool(msgspec.Struct, frozen=True, tag=True):
 class Linear(msgspec.Struct, frozen=True, tag=True):
     """y = act(x @ weight.T + bias); params weight [K, C] and maybe bias [K].
 
-    With a parameter scale [K] the weight is int8 and stands for weight * scale.
+    With a parameter scale [K] the weight is quantised and stands for weight * scale.
     """
 
     activation: ActivationKind | None = None
@@ -160,13 +160,16 @@ class Softmax(msgspec.Struct, frozen=True, tag=True):
 
 
 class Quantize(msgspec.Struct, frozen=True, tag=True):
-    """q = round(x / scale), half to even, saturated to -128 to 127: int8 with zero point 0."""
+    """q = x / scale, rounded half to even and saturated: int8 with zero point 0, or fp8 e4m3.
+
+    int8 saturates at -128 and 127, e4m3 at -448 and 448; the node's spec says which it is.
+    """
 
     scale: float
 
 
 class Dequantize(msgspec.Struct, frozen=True, tag=True):
-    """y = q * scale of an int8 value."""
+    """y = q * scale of a quantised value."""
 
     scale: float
 
@@ -281,7 +284,8 @@ class Graph:
         """What the network computes in: the dtype of its weights, or of an input if it has none."""
         tensors = (t.dtype for t in self.constants.values())
         dtypes = (*tensors, *(value.spec.torch_dtype for value in self.inputs))
-        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+        real = (d for d in dtypes if d.is_floating_point and d.itemsize > 1)
+        return next(real, torch.float32)
 
     @property
     def normalize(self) -> Node | None:

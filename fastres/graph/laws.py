@@ -6,8 +6,8 @@
 4. Inputs are as many as the operation takes; parameters fill exactly the slots that it has.
 5. A variable size of a graph input is a bare symbol (N, H, W): an engine can only read those off.
 6. A Normalize makes a floating-point value of a graph input in uint8, which it alone reads.
-7. A Quantize makes int8 of a floating-point value, a Dequantize the reverse, by a finite positive
-   scale; a weight is int8 exactly where there is a scale, float32 [K].
+7. A Quantize makes 8 bits of a floating-point value, a Dequantize the reverse, by a finite positive
+   scale; a weight has 8 bits exactly where there is a scale, float32 [K].
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastres.graph.ir import (
     Quantize,
 )
 from fastres.graph.shapes import node_shape
-from fastres.graph.specs import Shape, Sym, TensorSpec, spec_of
+from fastres.graph.specs import EIGHT_BITS, Shape, Sym, TensorSpec, spec_of
 
 _SLOTS: dict[type, tuple[set[str], set[str]]] = {
     # operation: (slots that must be there, slots that may be)
@@ -105,20 +105,24 @@ def _check_quantised(graph: Graph, node: Node) -> None:
     assert isinstance(node.op, Quantize | Dequantize)
     read = graph.spec(node.inputs[0])
     whole, real = (node.spec, read) if isinstance(node.op, Quantize) else (read, node.spec)
-    if whole.dtype != "int8" or not real.torch_dtype.is_floating_point:
-        raise GraphError(f"{node.name} makes {node.spec} of {read}, expected int8 and floating")
+    if whole.dtype not in EIGHT_BITS or not _is_real(real):
+        raise GraphError(f"{node.name} makes {node.spec} of {read}, expected 8 bits and floating")
     if not (math.isfinite(node.op.scale) and node.op.scale > 0):
         raise GraphError(f"{node.name} has the scale {node.op.scale}, expected a positive number")
 
 
 def _check_weight(graph: Graph, node: Node) -> None:
     weight = graph.spec(node.params["weight"])
-    if ("scale" in node.params) != (weight.dtype == "int8"):
-        raise GraphError(f"{node.name} has the weight {weight}; int8 weights have a scale")
+    if ("scale" in node.params) != (weight.dtype in EIGHT_BITS):
+        raise GraphError(f"{node.name} has the weight {weight}; those of 8 bits have a scale")
     if "scale" in node.params:
         scale = graph.constants[node.params["scale"]]
         if spec_of(scale) != TensorSpec((weight.shape[0],)):
             raise GraphError(f"{node.name} has the scale {spec_of(scale)}, expected f32 by channel")
+
+
+def _is_real(spec: TensorSpec) -> bool:
+    return spec.torch_dtype.is_floating_point and spec.dtype not in EIGHT_BITS
 
 
 def _unique(graph: Graph, name: str, seen: dict[str, Shape]) -> None:

@@ -14,9 +14,12 @@ DTYPES: dict[str, torch.dtype] = {
     "int32": torch.int32,
     "uint8": torch.uint8,
     "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
     "bool": torch.bool,
 }
+EIGHT_BITS = ("int8", "float8_e4m3fn")  # what values are quantised to
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+GIVEN_DTYPES = frozenset(DTYPE_NAMES) - {torch.float8_e4m3fn}  # what models and inputs may be of
 
 
 class Sym(msgspec.Struct, frozen=True, tag=True):

@@ -35,7 +35,7 @@ def test_sections_are_kept_and_not_run_twice(tmp_path: Path) -> None:
     wanted = ["facts", "parity", "parity", "stem", "stem", "stem"]
     assert [row["section"] for row in found] == wanted
     assert found[0]["versions"]["triton"] and "PASSED" in found[1]["report"]
-    assert found[2]["name"].endswith("int8") and "PyTorch in int8" in found[2]["report"]
+    assert found[2]["name"].endswith("int8") and "PyTorch in 8 bits" in found[2]["report"]
     assert all(row["right"] for row in found[1:])
     again = run(tmp_path, *flags, "--only=facts,parity")
     assert again.returncode == 0 and rows(tmp_path) == found

@@ -60,7 +60,7 @@ def test_the_way_from_a_table_to_numbers(
     engine = tmp_path / "e.fastres"
     given = ("--weights", trained, "--calibration", table)
     made = run_json("compile", SMALL, *given, "--precision", "int8", "-o", engine)
-    assert made["precision"] == "int8" and made["not_int8"] == []
+    assert made["precision"] == "int8" and made["not_quantised"] == []
     assert any("int8 products by" in note for note in made["notes"])
     report = run_json("verify", SMALL, engine, "--weights", trained, "--layerwise")
     assert report["passed"] and report["quantised"] and len(report["layers"]) > 8
@@ -156,4 +156,5 @@ def test_tables_that_do_not_fit(run: Run, table: Path, trained: Path, tmp_path: 
     given = ("--weights", trained, "--calibration", tmp_path / "t.json")
     assert "is no calibration table" in run("compile", SMALL, *given, status=2).stderr
     given = ("--weights", trained, "--calibration", table, "--precision", "bf16")
-    assert "calibration= is for precision='int8'" in run("compile", SMALL, *given, status=2).stderr
+    text = run("compile", SMALL, *given, status=2).stderr
+    assert "calibration= is for precision='int8' and 'fp8'" in text

@@ -15,7 +15,7 @@ from fastres.backends.triton.stored_code import brings_code
 from fastres.calib.table import CalibrationTable
 from fastres.errors import BackendUnavailable, missing
 from fastres.graph.ir import Graph
-from fastres.graph.passes.quantise import quantise
+from fastres.graph.passes.quantise import eight_bits, quantise
 from fastres.graph.specs import Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
@@ -34,7 +34,7 @@ def _interpreting() -> bool:
 
 
 class TritonBackend:
-    """fp32, tf32, fp16, bf16 and int8 on GPUs from sm_80 on."""
+    """fp32, tf32, fp16, bf16 and int8 on GPUs from sm_80 on, fp8 from sm_89 on."""
 
     name = "triton"
 
@@ -61,8 +61,8 @@ class TritonBackend:
     def precision(self, wanted: Precision) -> str | None:
         return None if wanted in DTYPE_OF else f"triton runs {', '.join(DTYPE_OF)}, not {wanted}"
 
-    def quantise(self, graph: Graph, table: CalibrationTable) -> Graph:
-        return quantise(graph, table, "skip")
+    def quantise(self, graph: Graph, table: CalibrationTable, precision: Precision) -> Graph:
+        return quantise(graph, table, "skip", eight_bits(precision))
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         from fastres.backends.triton.refusals import refusals

@@ -300,7 +300,7 @@ def _global_avg_pool(step: LaunchGlobalAvgPool, at: Tensors) -> Launch:
 
 
 def _scales(scales: Scales | None, constants: Packed, residual: bool = True) -> dict[str, Any]:
-    """The arguments of a product of int8; none of a floating-point one.
+    """The arguments of a product of 8 bits; none of a floating-point one.
 
     Args:
         residual: whether the kernel can add something.

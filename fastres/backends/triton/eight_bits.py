@@ -1,7 +1,7 @@
 """A quantised graph without its Quantize and Dequantize nodes, and how its values lie in memory.
 
 The planner reads the plain graph, which has the shape of the floating-point one, so that regions
-and forms are found as ever. Beside it stands which values are read in int8, and by what scale.
+and forms are found as ever. Beside it stands which values are read in 8 bits, and by what scale.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from fastres.graph.passes.merging import rename_inputs
 from fastres.options import DTYPE_OF, Precision
 
 # What floating-point values are kept in: around int8 layers, what tensor cores are fast in.
-FLOAT_OF: dict[Precision, torch.dtype] = {**DTYPE_OF, "int8": torch.float16}
-FLOATS: dict[Precision, Precision] = {"int8": "fp16"}  # where that is another precision
+FLOAT_OF: dict[Precision, torch.dtype] = {**DTYPE_OF, "int8": torch.float16, "fp8": torch.float16}
+FLOATS: dict[Precision, Precision] = {"int8": "fp16", "fp8": "fp16"}  # where that is another one
 # What a problem's operands are of.
-OPERAND_OF: dict[Precision, torch.dtype] = {**DTYPE_OF, "int8": torch.int8}
+OPERAND_OF: dict[Precision, torch.dtype] = {
+    **DTYPE_OF,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Plain:
     """A graph without pairs of Quantize and Dequantize.
 
     Args:
-        scales: of every value that its readers read in int8; nobody but the caller of the network
+        scales: of every value that its readers read in 8 bits; nobody but the caller of the network
             reads it in floating point.
     """
 
@@ -51,11 +55,11 @@ def plain(graph: Graph) -> Plain:
     return Plain(graph.replace(nodes=tuple(nodes)), scales)
 
 
-def is_int8(node: Node) -> bool:
-    """Whether a convolution or linear layer multiplies int8 by int8."""
+def is_whole(node: Node) -> bool:
+    """Whether a convolution or linear layer multiplies 8 bits by 8 bits."""
     return "scale" in node.params
 
 
 def precision_of(node: Node, precision: Precision) -> Precision:
     """In which a node of a graph of this precision computes."""
-    return "int8" if is_int8(node) else FLOATS.get(precision, precision)
+    return precision if is_whole(node) else FLOATS.get(precision, precision)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fastres.backends.base import Choice
 from fastres.backends.triton.problems import AnyTile
+from fastres.errors import ArtifactError
 from fastres.graph.ir import Node
 
 Kind = Literal[
@@ -52,3 +53,11 @@ def choice_of(nodes: tuple[Node, ...], taken: Form, others: dict[str, str]) -> C
     names = tuple(node.name for node in nodes)
     time = 1e6 * taken.seconds
     return Choice(names, str(taken), time, taken.measured, taken.problem, others)
+
+
+def strange(node: Node) -> ArtifactError:
+    """That a stored plan was altered."""
+    return ArtifactError(
+        f"a stored plan has a form or a tile for {node.name} that it cannot have: copy the engine "
+        "anew"
+    )

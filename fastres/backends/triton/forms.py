@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Literal
 
 from fastres.backends.base import Choice
-from fastres.backends.triton.eight_bits import OPERAND_OF, precision_of
-from fastres.backends.triton.form import SEVERAL, Form, Kind, choice_of
+from fastres.backends.triton.eight_bits import OPERAND_OF, is_whole, precision_of
+from fastres.backends.triton.form import SEVERAL, Form, Kind, choice_of, strange
 from fastres.backends.triton.plan import (
     AnyStep,
     LaunchBoxConv2d,
@@ -26,7 +26,7 @@ from fastres.backends.triton.plan import (
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.regions import Boundary
 from fastres.backends.triton.table import Tiles
-from fastres.errors import ArtifactError, UnsupportedError
+from fastres.errors import UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Node
 from fastres.kernels import chain_tiles
 from fastres.kernels.boxes import Projection
@@ -36,7 +36,7 @@ from fastres.kernels.folding import stem_refusal, stem_shape
 from fastres.kernels.geometry import ConvShape, PoolShape, max_pool_cost, mergeable
 from fastres.kernels.stem_pool_tiles import StemPoolTile, stem_pool_refusal
 from fastres.kernels.tiles import ConvTile
-from fastres.options import Precision, Sizes
+from fastres.options import EIGHT_BITS, Precision, Sizes
 
 
 class Reckoner:
@@ -46,7 +46,7 @@ class Reckoner:
         shapes: of every value of the graph.
         tiles: the best tile of each problem on the target.
         recorded: a plan's steps by node, whose forms are taken over; None to choose.
-        scales: of the values that are read in int8.
+        scales: of the values that are read in 8 bits.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Reckoner:
             step = self._recorded.get(node.name)
             if isinstance(step, LaunchLinear) and problem.takes(step.tile, self._target):
                 return step.tile
-            raise _strange(node)
+            raise strange(node)
         form = self._form("pointers", problem)
         self.choices.append(choice_of((node,), form, {}))
         assert isinstance(form.tile, ConvTile)
@@ -122,7 +122,7 @@ class Reckoner:
                 return None
             if reason is None and problem.takes(step.tile, self._target):
                 return step.tile
-            raise _strange(pool)
+            raise strange(pool)
         if reason is not None or self._no_tile(problem):
             return None
         together = self._form("stem and pool", problem)
@@ -154,7 +154,7 @@ class Reckoner:
         if isinstance(step, LaunchStem):
             if possible and problem.takes(step.tile, self._target):
                 return step.tile
-            raise _strange(node)
+            raise strange(node)
         if not possible or self._no_tile(problem):
             return None
         folded = replace(self._form("pointers", problem), kind="folded stem")
@@ -225,7 +225,7 @@ class Reckoner:
         chained = boundary if step.next_target is not None else boundary.shorter or boundary
         possible = self._chain_reason(chained) is None
         if not (possible and self._chain_problem(chained).takes(step.tile, self._target)):
-            raise _strange(boundary.conv3)
+            raise strange(boundary.conv3)
         return chained, step.tile
 
     def chain_shape(self, boundary: Boundary) -> ChainShape:
@@ -260,12 +260,14 @@ class Reckoner:
 
     def _chain_reason(self, boundary: Boundary) -> str | None:
         precisions = {self._in(node) for node in boundary.nodes}
-        if len(precisions) > 1 or not precisions <= {"fp16", "bf16", "int8"}:
-            return f"{' and '.join(sorted(precisions))} is not chained, only fp16, bf16 or int8"
-        if "int8" in precisions and boundary.projection is not None:
-            return "a projection in int8 is rounded before it is added"
-        if "int8" in precisions and any(self._in_float(node) for node in boundary.nodes):
-            return "what an int8 chain gives, or adds, is in floating point"
+        if len(precisions) > 1 or not precisions <= {"fp16", "bf16", *EIGHT_BITS}:
+            return (
+                f"{' and '.join(sorted(precisions))} is not chained, only fp16, bf16, int8 or fp8"
+            )
+        if precisions & {*EIGHT_BITS} and boundary.projection is not None:
+            return "a projection in 8 bits is rounded before it is added"
+        if precisions & {*EIGHT_BITS} and any(self._in_float(node) for node in boundary.nodes):
+            return "what a chain of 8 bits gives, or adds, is in floating point"
         try:
             shape = self.chain_shape(boundary)
         except ValueError as error:
@@ -331,14 +333,14 @@ class Reckoner:
         residual = op.epilogue.residual and projection is None
         shape = replace(shape, groups=shape.groups // merged)
         precision = self._in(node)
-        floating = kind == "boxes" and precision == "int8" and self._in_float(node)
+        floating = kind == "boxes" and precision in EIGHT_BITS and self._in_float(node)
         return Problem(kind, shape, precision, self._projection(projection), residual, floating)
 
     def _in(self, node: Node) -> Precision:
         return precision_of(node, self._precision)
 
     def _in_float(self, node: Node) -> bool:
-        """Whether an int8 layer gives, or adds, something in floating point."""
+        """Whether a layer of 8 bits gives, or adds, something in floating point."""
         return not {node.name, *node.inputs[1:]} <= self._scales.keys() - {*self._graph.outputs}
 
     def _form(self, kind: Kind, problem: Problem) -> Form:
@@ -365,8 +367,8 @@ class Reckoner:
     def _box_reason(self, node: Node, plain: bool, projection: Node | None) -> str | None:
         if not plain:
             return "its residual is a strided view of another tensor (shortcut A)"
-        if projection is not None and "int8" in (self._in(node), self._in(projection)):
-            return "a projection in int8 is rounded before it is added"
+        if projection is not None and (is_whole(node) or is_whole(projection)):
+            return "a projection in 8 bits is rounded before it is added"
         return box_refusal(
             self.shape(node),
             OPERAND_OF[self._in(node)],
@@ -386,15 +388,8 @@ class Reckoner:
         elif isinstance(step, LaunchBoxConv2d) and not self._box_reason(node, plain, projection):
             if self._problem(node, "boxes", projection).takes(step.tile, self._target):
                 return Form("boxes", step.tile, 0.0)
-        raise _strange(node)
+        raise strange(node)
 
 
 def _kind(boundary: Boundary) -> Kind:
     return "chain" if boundary.following is not None else "chain without the next 1x1"
-
-
-def _strange(node: Node) -> ArtifactError:
-    return ArtifactError(
-        f"a stored plan has a form or a tile for {node.name} that it cannot have: copy the engine "
-        "anew"
-    )

@@ -8,7 +8,7 @@ import torch
 from msgspec.structs import replace
 
 from fastres.backends.triton.arena import place
-from fastres.backends.triton.eight_bits import FLOAT_OF, is_int8, plain
+from fastres.backends.triton.eight_bits import is_whole, plain
 from fastres.backends.triton.forms import Reckoner
 from fastres.backends.triton.overlap import has_dependent_launch, with_overlap
 from fastres.backends.triton.plan import (
@@ -43,7 +43,7 @@ from fastres.backends.triton.regions import (
 )
 from fastres.backends.triton.table import Tiles
 from fastres.backends.triton.tensors import Tensors
-from fastres.errors import ArtifactError
+from fastres.errors import ArtifactError, UnsupportedError
 from fastres.graph.ir import (
     Activation,
     Add,
@@ -86,7 +86,12 @@ def make_plan(
 
     Raises:
         ArtifactError: the recorded plan is not one of this graph's.
+        UnsupportedError: the target has no products of that precision.
     """
+    if precision == "fp8" and tiles.target.sm < 89:
+        raise UnsupportedError(
+            f"fp8 needs sm_89 or newer, this is sm_{tiles.target.sm}; use precision='int8'"
+        )
     if recorded is None:
         plan = _Planner(graph, input_shapes, precision, tiles, None).plan()
         return with_overlap(plan, tiles.target, dependent)
@@ -121,12 +126,12 @@ class _Planner:
         self.pooled: dict[str, tuple[Node, StemPoolTile]] = {}  # stems, by the name of a max pool
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
         self.merged: dict[str, Node] = {}  # by the name of a convolution: its projection
-        self.tensors = Tensors(self.shapes, self.scales, graph.outputs, FLOAT_OF[precision])
+        self.tensors = Tensors(self.shapes, self.scales, graph.outputs, precision)
 
     def plan(self) -> Plan:
         self._decide_regions()
         for value, entry in zip(self.graph.inputs, entries(self.graph), strict=True):
-            scale = self.tensors.place(entry.name, int8=len(self.shapes[entry.name]) == 4)
+            scale = self.tensors.place(entry.name, whole=len(self.shapes[entry.name]) == 4)
             folded = entry.name in self.folded
             if folded:
                 n, _, h, w = self.shapes[entry.name]
@@ -195,7 +200,7 @@ class _Planner:
             return self._conv2d(node, op)
         if isinstance(op, MaxPool):
             whole = name in self.scales and node.inputs[0] in self.scales
-            whole = self.tensors.place(name, int8=whole) is not None
+            whole = self.tensors.place(name, whole=whole) is not None
             source = self.tensors.read(node.inputs[0], whole)
             sizes = op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode
             return LaunchMaxPool(name, source, name, *sizes)
@@ -208,13 +213,13 @@ class _Planner:
             return self._elementwise(node)
         if isinstance(op, GlobalAvgPool):
             whole = node.inputs[0] in self.scales
-            scale = self.tensors.place(name, int8=whole)
+            scale = self.tensors.place(name, whole=whole)
             scales = Scales(self.scales[node.inputs[0]], target=scale) if whole else None
             return LaunchGlobalAvgPool(name, self.tensors.read(node.inputs[0], whole), name, scales)
         assert isinstance(op, Linear)
         scales, tile = self._layer(node), self.reckoner.linear(node)
         weight, bias = node.params["weight"], node.params.get("bias")
-        source = self.tensors.read(node.inputs[0], is_int8(node))
+        source = self.tensors.read(node.inputs[0], is_whole(node))
         return LaunchLinear(name, source, name, weight, bias, op.activation, tile, scales)
 
     def _stem(self, node: Node) -> LaunchStem | LaunchStemPool:
@@ -222,7 +227,7 @@ class _Planner:
         stem, together = self.pooled.get(node.name, (node, None))
         assert isinstance(stem.op, Conv2d)
         scales = self._layer(stem, target=node.name)
-        source = self.tensors.read(stem.inputs[0], is_int8(stem))
+        source = self.tensors.read(stem.inputs[0], is_whole(stem))
         weight, bias = stem.params["weight"], stem.params.get("bias")
         activation = stem.op.epilogue.activation
         operands = node.name, source, node.name, weight, bias, activation
@@ -232,10 +237,10 @@ class _Planner:
 
     def _elementwise(self, node: Node) -> LaunchElementwise:
         op, norm, residual = node.op, None, None
-        scale = self.tensors.place(node.name, int8=True)
-        source = self.tensors.read(node.inputs[0], int8=True)
+        scale = self.tensors.place(node.name, whole=True)
+        source = self.tensors.read(node.inputs[0], whole=True)
         if isinstance(op, Add):
-            residual = self.tensors.read(node.inputs[1], int8=True)
+            residual = self.tensors.read(node.inputs[1], whole=True)
         if isinstance(op, BatchNorm):
             names = node.params
             norm = Norm(names["mean"], names["var"], names.get("weight"), names.get("bias"), op.eps)
@@ -264,12 +269,12 @@ class _Planner:
         if op.epilogue.residual:
             view = view or ShortcutA(node.inputs[1], 1, 0, ())
             residual = view.source
-            source = self.tensors.read(view.source, is_int8(node))
+            source = self.tensors.read(view.source, is_whole(node))
             shortcut = Shortcut(source, view.stride, view.channel_offset)
         assert isinstance(form.tile, ConvTile)
         return LaunchConv2d(
             node=node.name,
-            source=self.tensors.read(node.inputs[0], is_int8(node)),
+            source=self.tensors.read(node.inputs[0], is_whole(node)),
             target=node.name,
             weight=node.params["weight"],
             bias=node.params.get("bias"),
@@ -290,12 +295,12 @@ class _Planner:
         shape = self.reckoner.shape(node)
         workspace = None
         if size := workspace_bytes(shape, tile):
-            parts = torch.int32 if is_int8(node) else torch.float32
+            parts = torch.int32 if self.precision == "int8" and is_whole(node) else torch.float32
             workspace = self.tensors.scratch(f"{node.name}:parts", size // 4, parts)
         residual = node.inputs[1] if op.epilogue.residual and not projection else None
         return LaunchBoxConv2d(
             node=node.name,
-            source=self.tensors.read(node.inputs[0], is_int8(node)),
+            source=self.tensors.read(node.inputs[0], is_whole(node)),
             target=node.name,
             weight=node.params["weight"],
             biases=_biases(node, projection),
@@ -306,7 +311,7 @@ class _Planner:
             projected=None if projection is None else self.tensors.read(projection.inputs[0]),
             projection=None if projection is None else projection.params["weight"],
             projection_stride=(1, 1) if projection is None else _stride(projection),
-            residual=None if residual is None else self.tensors.read(residual, is_int8(node)),
+            residual=None if residual is None else self.tensors.read(residual, is_whole(node)),
             activation=op.epilogue.activation,
             workspace=workspace,
             tile=tile,
@@ -322,8 +327,8 @@ class _Planner:
             residual: the value that it adds.
             target: the value that is written, where it is not the node's own.
         """
-        scale = self.tensors.place(target or node.name, int8=is_int8(node))
-        if not is_int8(node):
+        scale = self.tensors.place(target or node.name, whole=is_whole(node))
+        if not is_whole(node):
             return None
         added = 1.0 if residual is None else self.scales.get(residual, 1.0)
         return Scales(self.scales[node.inputs[0]], node.params["scale"], added, scale)
@@ -334,10 +339,10 @@ class _Planner:
         shape = self.reckoner.chain_shape(boundary)
         assert isinstance(conv3.op, Conv2d)
         shortcut = conv3.inputs[1] if projection is None else projection.inputs[0]
-        whole = is_int8(conv3)
-        self.tensors.place(conv3.name, int8=whole)
+        whole = is_whole(conv3)
+        self.tensors.place(conv3.name, whole=whole)
         if following is not None:
-            self.tensors.place(following.name, int8=whole)
+            self.tensors.place(following.name, whole=whole)
         return LaunchChain(
             node=conv3.name,
             source=self.tensors.read(conv2.inputs[0], whole),

@@ -24,9 +24,8 @@ _RANKS |= dict.fromkeys(("bias", "scale", "shift", "products"), 1)
 class Packed:
     """The constants of a graph as kernels read them, each made when it is first asked for.
 
-    Weights are rounded once to `dtype`, int8 ones stay; biases stay fp32, they are added to the
-    fp32 accumulator.
-    Any number of threads may ask.
+    Weights are rounded once to `dtype`, quantised ones stay; biases stay fp32, they are added to
+    the fp32 accumulator. Any number of threads may ask.
 
     Args:
         device: where the tensors are to lie; "meta" for tensors that are only to be compiled for.
@@ -110,7 +109,7 @@ class Packed:
         return self._once(("bias", *present), make)
 
     def products(self, name: str, factor: float) -> torch.Tensor:
-        """[K] fp32: what a product of int8 stands for, by output channel.
+        """[K] fp32: what a product of 8 bits stands for, by output channel.
 
         Args:
             name: of the weight's scales.
@@ -198,7 +197,7 @@ class Packed:
         return self._once(("factors", *factors), make)
 
     def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        dtype = weight.dtype if weight.dtype == torch.int8 else self._dtype
+        dtype = weight.dtype if weight.dtype.itemsize == 1 else self._dtype
         return weight.to(self._device, dtype).contiguous()
 
     def _once(self, key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -212,7 +211,7 @@ def _check_range(graph: Graph) -> None:
     for node in graph.nodes:
         if isinstance(node.op, Conv2d | Linear):
             weight = graph.constants[node.params["weight"]]
-            if not is_finite(weight.half()):
+            if weight.dtype.itemsize > 1 and not is_finite(weight.half()):
                 raise UnsupportedError(
                     f"{node.name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
                     "precision='bf16' or 'fp32'"

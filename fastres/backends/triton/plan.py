@@ -40,13 +40,13 @@ class Shortcut(msgspec.Struct, frozen=True):
 
 
 class Scales(msgspec.Struct, frozen=True):
-    """Of a step that reads int8: what one step of each of its tensors stands for.
+    """Of a step that reads 8 bits: what one step of each of its tensors stands for.
 
     Args:
         source: of what is multiplied, averaged or added to.
         weight: name of the weight's scales, one for each output channel; None without a weight.
         residual: of what is added; 1 of a floating-point one.
-        target: of an int8 result; None of a floating-point one.
+        target: of a quantised result; None of a floating-point one.
     """
 
     source: float = 1.0
@@ -76,7 +76,7 @@ class LoadInput(Step, frozen=True, tag=True):
         folded: 2x2 pixels are one of four times the channels, with a margin, as a stem reads them
             (`fastres.kernels.space_to_depth`).
         normalize: the input is decoded pictures, and this is done to them on the way.
-        scale: of an int8 target; None of a floating-point one.
+        scale: of a quantised target; None of a floating-point one.
     """
 
     source: str
@@ -179,7 +179,7 @@ class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
 
 
 class LinkScales(msgspec.Struct, frozen=True):
-    """Of a chain in int8: what steps stand for, and the names of the weights' scales.
+    """Of a chain in 8 bits: what steps stand for, and the names of the weights' scales.
 
     Args:
         weight2, weight3, weight1: scales by output channel.

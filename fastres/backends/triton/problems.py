@@ -38,7 +38,7 @@ class Problem:
         shape: a ChainShape for a chain, else a ConvShape; `stem_shape` of a stem with its pool.
         projection: of boxes: the 1x1 merged into the same accumulator.
         residual: of pointers and boxes: whether a tensor is added in the epilogue.
-        floating: of boxes in int8: whether the result, or what is added, is in fp16.
+        floating: of boxes in 8 bits: whether the result, or what is added, is in fp16.
     """
 
     kind: Kind

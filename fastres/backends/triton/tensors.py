@@ -1,6 +1,6 @@
 """The tensors of a plan in the making: where each value of the graph lies, in which element type.
 
-A value that is read in int8 is written so by the kernel that makes it, or else by one more kernel;
+A value that is read in 8 bits is written so by the kernel that makes it, or else by one more;
 where somebody wants it in floating point after all, it is turned back once.
 """
 
@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fastres.backends.triton.arena import Lifetime
+from fastres.backends.triton.eight_bits import FLOAT_OF, OPERAND_OF
 from fastres.backends.triton.plan import AnyStep, LaunchElementwise, Scales
-from fastres.options import Sizes
+from fastres.options import Precision, Sizes
 
 
 class Tensors:
@@ -21,9 +22,9 @@ class Tensors:
 
     Args:
         shapes: of every value of the graph, NCHW.
-        scales: of the values that are read in int8.
+        scales: of the values that are read in 8 bits.
         outputs: values that the network's caller gets, in floating point.
-        dtype: of the others.
+        precision: of the network.
     """
 
     def __init__(
@@ -31,14 +32,14 @@ class Tensors:
         shapes: Mapping[str, Sizes],
         scales: Mapping[str, float],
         outputs: Sequence[str],
-        dtype: torch.dtype,
+        precision: Precision,
     ) -> None:
         self.steps: list[AnyStep] = []
         self.places: dict[str, tuple[Sizes, torch.dtype]] = {}
         self._shapes, self._scales, self._outputs = shapes, scales, outputs
-        self._dtype = dtype
+        self._dtype, self._eight = FLOAT_OF[precision], OPERAND_OF[precision]
         self._real: dict[str, str] = {}  # a value → the tensor it was written to
-        self._whole: dict[str, str] = {}  # a value that is read in int8 → the tensor of that
+        self._whole: dict[str, str] = {}  # a value that is read in 8 bits → the tensor of that
 
     def __contains__(self, value: str) -> bool:
         return value in self._real
@@ -47,25 +48,25 @@ class Tensors:
         """The tensor that a value was written to."""
         return self._real[value]
 
-    def place(self, value: str, int8: bool = False) -> float | None:
+    def place(self, value: str, whole: bool = False) -> float | None:
         """A tensor for a value that is about to be written: NHWC for maps.
 
         Args:
-            int8: whether the kernel that writes it can round it to that.
+            whole: whether the kernel that writes it can round it to that.
 
         Returns:
-            The scale of an int8 tensor; None of a floating-point one.
+            The scale of a quantised tensor; None of a floating-point one.
         """
         shape = self._shapes[value]
         if len(shape) == 4:
             n, c, h, w = shape
             shape = (n, h, w, c)
-        whole = int8 and value in self._scales and value not in self._outputs
+        quantised = whole and value in self._scales and value not in self._outputs
         self._real[value] = value
-        self.places[value] = shape, torch.int8 if whole else self._dtype
-        if whole:
+        self.places[value] = shape, self._eight if quantised else self._dtype
+        if quantised:
             self._whole[value] = value
-        return self._scales[value] if whole else None
+        return self._scales[value] if quantised else None
 
     def fold(self, value: str, shape: Sizes) -> None:
         """Gives a value that was placed another shape."""
@@ -83,29 +84,29 @@ class Tensors:
                 tensors[value] = tensors[source]
 
     def written(self, step: AnyStep) -> None:
-        """Adds a step, and one to int8 for what it writes where that is still to be done."""
+        """Adds a step, and one to 8 bits for what it writes where that is still to be done."""
         self.steps.append(step)
         for value in step.writes():
             if value in self._scales and value not in self._whole:
                 whole = self._whole[value] = f"{value}.quantized"
-                self.places[whole] = self.places[value][0], torch.int8
+                self.places[whole] = self.places[value][0], self._eight
                 self._cast(value, whole, Scales(target=self._scales[value]))
 
-    def read(self, value: str, int8: bool = False) -> str:
+    def read(self, value: str, whole: bool = False) -> str:
         """The tensor in which a kernel reads a value.
 
         Args:
-            int8: whether it takes that, and then gets it of a value that is read so.
+            whole: whether it takes that, and then gets it of a value that is read so.
         """
         if value not in self._scales:
             return self._real[value]
-        if int8:
+        if whole:
             return self._whole[value]
         real = f"{value}.dequantized"
         if real not in self.places:
-            whole = self._whole[value]
-            self.places[real] = self.places[whole][0], self._dtype
-            self._cast(whole, real, Scales(self._scales[value]))
+            source = self._whole[value]
+            self.places[real] = self.places[source][0], self._dtype
+            self._cast(source, real, Scales(self._scales[value]))
         return real
 
     def lifetimes(self) -> list[Lifetime]:

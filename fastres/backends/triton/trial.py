@@ -112,7 +112,7 @@ class Trial:
         projection = self.problem.projection
         total = depth + (projection.channels if projection else 0)
         pixels = (n, shape.p, shape.q)
-        self._x = self._random(n, shape.h, shape.w, shape.c).relu_()
+        self._x = self._random(n, shape.h, shape.w, shape.c, positive=True)
         self._filters = self._random(k, shape.r, shape.s, shape.c // shape.groups, depth=total)
         self._bias = self._random(k, dtype=torch.float32)
         self._residual = self._random(*pixels, k) if self.problem.residual else None
@@ -122,7 +122,7 @@ class Trial:
         if projection is not None:
             self._stride2 = projection.stride
             h2, w2 = (p * s for p, s in zip(pixels[1:], projection.stride, strict=True))
-            self._x2 = self._random(n, h2, w2, projection.channels).relu_()
+            self._x2 = self._random(n, h2, w2, projection.channels, positive=True)
             self._weight2 = self._random(k, projection.channels, depth=total)
             self._matrix = torch.cat([self._matrix, self._weight2], 1)
         self._outputs = [self._random(*pixels, k)]
@@ -139,7 +139,7 @@ class Trial:
 
     def _make_chain(self, s: ChainShape) -> None:
         pixels = (s.n, s.p, s.q)
-        self._x = self._random(s.n, s.h, s.w, s.mid).relu_()
+        self._x = self._random(s.n, s.h, s.w, s.mid, positive=True)
         self._w2 = self._random(s.mid, 3, 3, s.mid, depth=9 * s.mid)
         self._w3 = self._random(s.ko, 1, 1, s.mid + s.projected, depth=s.mid + s.projected)
         self._w1 = self._random(s.next_mid, 1, 1, s.ko, depth=s.ko) if s.next_mid else None
@@ -147,7 +147,7 @@ class Trial:
         self._b1 = self._random(s.next_mid, dtype=torch.float32) if s.next_mid else None
         step = s.shortcut_stride
         sizes = (s.n, step * s.p, step * s.q, s.projected) if s.projected else (*pixels, s.ko)
-        self._shortcut = self._random(*sizes).relu_()
+        self._shortcut = self._random(*sizes, positive=True)
         self._outputs = [self._random(*pixels, s.ko)]
         if s.next_mid:
             self._outputs.append(self._random(*pixels, s.next_mid))
@@ -229,14 +229,19 @@ class Trial:
         return found
 
     def _random(
-        self, *sizes: int, depth: int | None = None, dtype: torch.dtype | None = None
+        self,
+        *sizes: int,
+        depth: int | None = None,
+        dtype: torch.dtype | None = None,
+        positive: bool = False,
     ) -> torch.Tensor:
+        """Normal values; of so many in a sum, scaled to keep its size; positive as after a ReLU."""
         if self._generator is None:
             return torch.empty(sizes, dtype=dtype or self._dtype, device=self.device)
         values = torch.randn(sizes, generator=self._generator, device=self.device)
         if depth is not None:
             values *= (2 / depth) ** 0.5
-        return values.to(dtype or self._dtype)
+        return (values.relu_() if positive else values).to(dtype or self._dtype)
 
 
 def _conv(

@@ -16,7 +16,7 @@ from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.backends.triton.table import Entry, Table
 from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.trial import Trial
-from fastres.backends.triton.trial_int8 import make_trial
+from fastres.backends.triton.trial_eight_bits import make_trial
 from fastres.kernels.cost import Target, target_of
 
 _TRIED = 16  # tiles a problem: the best by estimate

@@ -37,20 +37,32 @@ from fastres.graph.quantisable import (
     path,
     quantisable,
 )
-from fastres.graph.specs import TensorSpec
+from fastres.graph.specs import DTYPES, TensorSpec
 
 Placement = Literal["skip", "both"]
+EightBits = Literal["int8", "float8_e4m3fn"]
+LARGEST: dict[EightBits, int] = {"int8": STEPS, "float8_e4m3fn": 448}
 REDUCED = 63  # steps of a weight where pairs of products are summed in 16 bits: 2 * 255 * 64 < 2^15
 
 
+def eight_bits(precision: str) -> EightBits:
+    """The element type of a precision that needs a calibration."""
+    return "float8_e4m3fn" if precision == "fp8" else "int8"
+
+
 def quantise(
-    graph: Graph, table: CalibrationTable, placement: Placement, weight_steps: int = STEPS
+    graph: Graph,
+    table: CalibrationTable,
+    placement: Placement,
+    kind: EightBits = "int8",
+    weight_steps: int | None = None,
 ) -> Graph:
     """The quantised graph.
 
     Args:
         graph: optimised, as the table was made for.
-        weight_steps: the largest magnitude of an int8 weight: 127, or 63 (`REDUCED`).
+        kind: to what.
+        weight_steps: the largest magnitude of a weight: that of its type, or 63 (`REDUCED`).
 
     Raises:
         InputError: the table is for another graph or other weights, or lacks a tensor.
@@ -59,8 +71,8 @@ def quantise(
     if placement == "both":
         graph = split_residual(graph)
     names = calibration_names(graph)
-    taking = [node for node in graph.nodes if _takes_int8(graph, node, table, placement)]
-    scales = _scales(graph, taking, table, names)
+    taking = [node for node in graph.nodes if _takes_part(graph, node, table, placement)]
+    scales = _scales(graph, taking, table, names, LARGEST[kind])
     constants = dict(graph.constants)
     renamed = {name: f"{name}.dequantized" for name in scales}
     nodes: list[Node] = []
@@ -68,7 +80,7 @@ def quantise(
     def pair(name: str, spec: TensorSpec) -> None:
         if name in scales:
             whole = f"{name}.quantized"
-            eight = TensorSpec(spec.shape, "int8")
+            eight = TensorSpec(spec.shape, kind)
             nodes.append(Node(whole, Quantize(scales[name]), (name,), eight))
             nodes.append(Node(renamed[name], Dequantize(scales[name]), (whole,), spec))
 
@@ -79,7 +91,8 @@ def quantise(
         if node in taking and quantisable(node):
             entry = table.tensors.get(names.get(node.inputs[0], node.inputs[0]))
             means = () if entry is None else entry.means
-            changed = _with_int8_weight(node, constants, means, weight_steps)
+            most = LARGEST[kind] if weight_steps is None else weight_steps
+            changed = _with_quantised_weight(node, constants, means, kind, most)
         nodes.append(rename_inputs(changed, renamed))
         pair(node.name, node.spec)
     quantised = graph.replace(nodes=tuple(nodes), constants=constants)
@@ -111,14 +124,14 @@ def check_table(graph: Graph, table: CalibrationTable) -> None:
         )
 
 
-def _takes_int8(graph: Graph, node: Node, table: CalibrationTable, placement: Placement) -> bool:
+def _takes_part(graph: Graph, node: Node, table: CalibrationTable, placement: Placement) -> bool:
     if layer_of(node.name) in table.keep or not operands(graph, node):
         return False
     return not isinstance(node.op, Add) or placement == "both"
 
 
 def _scales(
-    graph: Graph, taking: list[Node], table: CalibrationTable, names: dict[str, str]
+    graph: Graph, taking: list[Node], table: CalibrationTable, names: dict[str, str], most: int
 ) -> dict[str, float]:
     """The scale of every value that these nodes read, and of those on the way to it."""
     scales: dict[str, float] = {}
@@ -131,25 +144,30 @@ def _scales(
                     f"the calibration table has no range of {wanted}, which {node.name} reads. "
                     "Make it again with fastres.quantize"
                 )
-            scales.update(dict.fromkeys((source, *rest), table.scale(wanted)))
+            scales.update(dict.fromkeys((source, *rest), table.scale(wanted, most)))
     return scales
 
 
-def _with_int8_weight(
-    node: Node, constants: dict[str, torch.Tensor], means: tuple[float, ...], steps: int
+def _with_quantised_weight(
+    node: Node,
+    constants: dict[str, torch.Tensor],
+    means: tuple[float, ...],
+    kind: EightBits,
+    most: int,
 ) -> Node:
-    """The node reading an int8 weight, its scale, and a corrected bias, which become constants."""
+    """The node reading a weight of 8 bits, its scale, and a corrected bias, all new constants."""
     name = node.params["weight"]
     weight = constants[name].float()
-    scale = weight.flatten(1).abs().amax(1) / steps
+    scale = weight.flatten(1).abs().amax(1) / most
     scale[scale <= torch.finfo(torch.float32).tiny] = 1.0  # nothing but zeros
     by_row = scale.view(-1, *[1] * (weight.ndim - 1))
-    whole = (weight / by_row).round_().clamp_(-steps, steps)
-    params = {**node.params, "weight": f"{name}.int8", "scale": f"{name}.scale"}
-    constants[params["weight"]] = whole.to(torch.int8)
+    whole = weight / by_row
+    whole = (whole.round_() if kind == "int8" else whole).clamp_(-most, most).to(DTYPES[kind])
+    params = {**node.params, "weight": f"{name}.{kind}", "scale": f"{name}.scale"}
+    constants[params["weight"]] = whole
     constants[params["scale"]] = scale
     if means:
-        moved = whole.mul_(by_row).sub_(weight).reshape(*weight.shape[:2], -1).sum(2)
+        moved = whole.float().mul_(by_row).sub_(weight).reshape(*weight.shape[:2], -1).sum(2)
         groups = node.op.groups if isinstance(node.op, Conv2d) else 1
         mean = torch.tensor(means, dtype=torch.float64).view(groups, -1)
         parts = zip(moved.double().chunk(groups), mean, strict=True)

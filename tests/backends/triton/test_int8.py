@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.triton.backend import TritonExecutable
-from fastres.backends.triton.eight_bits import FLOAT_OF, is_int8, plain
+from fastres.backends.triton.eight_bits import FLOAT_OF, is_whole, plain
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import (
@@ -33,6 +34,7 @@ from fastres.backends.triton.run import PlanRunner
 from fastres.backends.triton.table import Entry, Machine, Table, Tiles
 from fastres.calib.table import CalibrationTable
 from fastres.calibrating import collect
+from fastres.errors import UnsupportedError
 from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Graph, MaxPool, Quantize
 from fastres.graph.passes.pipeline import optimise
@@ -117,7 +119,7 @@ def exact(graph: Graph, x: Tensor) -> dict[str, Tensor]:
                 else reference.pad(taken, op.before, op.after)
             )
             continue
-        assert is_int8(node)
+        assert is_whole(node)
         target = source.scales.get(node.name)
         last = node.name in source.graph.outputs or target is None
         residual = values[node.inputs[1]] if node.op.epilogue.residual else None
@@ -261,7 +263,9 @@ class TestRuns:
         engine = fastres.compile(
             net, images[:2], calibration=table, backend="triton", device=DEVICE
         )
-        assert {n.name: n.precision for n in engine.info.not_int8} == dict.fromkeys(keep, "fp16")
+        assert {n.name: n.precision for n in engine.info.not_quantised} == dict.fromkeys(
+            keep, "fp16"
+        )
         report = fastres.verify(net, engine, images[:2])
         assert report.passed, str(report)
         executable = engine._lowered.executable
@@ -382,4 +386,59 @@ class TestBuilds:
         for kernel in products:
             assert wanted in kernel.instructions and banned not in kernel.instructions
         assert all(kernel.spilled == 0 for kernel in kernels)
-        assert engine.info.not_int8 == ()
+        assert engine.info.not_quantised == ()
+
+
+class TestFp8:
+    """Interpreted kernels round to fp8 wrongly: here they are compiled, and run on a GPU."""
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+    def test_parity(self, photo_batch: PhotoBatch) -> None:
+        images = photo_batch(8, 32)
+        net = cifar(images)
+        settings: dict[str, Any] = {"backend": "triton", "precision": "fp8"}
+        engine = fastres.compile(net, images[:2], calibration=[images], **settings)
+        report = fastres.verify(net, engine, images[:2])
+        assert report.passed, str(report)
+
+    @pytest.mark.compile
+    @pytest.mark.skipif(INTERPRETING, reason="the interpreter turns the compiler off")
+    @pytest.mark.parametrize(("target", "wanted"), [("sm_89", "QMMA"), ("sm_90", "QGMMA")])
+    def test_builds(self, photo_batch: PhotoBatch, target: str, wanted: str) -> None:
+        images = photo_batch(8, 32)
+        engine = fastres.compile(
+            cifar(images),
+            fastres.Input((8, 3, 32, 32)),
+            target=target,
+            precision="fp8",
+            calibration=[images],
+        )
+        kernels = engine.info.account.kernels
+        products = [k for k in kernels if k.kernel.startswith("conv2d")]
+        assert len(products) >= 4 and all(wanted in k.instructions for k in products)
+        assert all(k.spilled == 0 for k in kernels)
+        assert engine.info.not_quantised == () and "fp8" in engine.info.precisions
+
+    def test_older_gpus_are_refused(self, photo_batch: PhotoBatch) -> None:
+        images = photo_batch(8, 32)
+        graph, _ = quantised(cifar(images), images)
+        with pytest.raises(UnsupportedError, match="fp8 needs sm_89 or newer, this is sm_80"):
+            make_plan(graph, ((1, 3, 32, 32),), "fp8", Tiles(Target.typical(80)))
+
+    def test_the_reference_is_pytorchs_cast(self, photo_batch: PhotoBatch) -> None:
+        images = photo_batch(8, 32)
+        net = cifar(images)
+        settings: dict[str, Any] = {"backend": "reference", "precision": "fp8"}
+        engine = fastres.compile(net, images[:2], calibration=[images], **settings)
+        graph = engine.graph
+        node = graph["conv1"]
+        weight = graph.constants[node.params["weight"]]
+        assert weight.dtype == torch.float8_e4m3fn
+        assert weight.float().flatten(1).abs().amax(1).eq(448).all()
+        (x,) = (n for n in graph.nodes if n.name == "x.quantized")
+        scale = x.op.scale  # type: ignore[union-attr]
+        step = (images[:2] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        values = ReferenceExecutable(graph, torch.float32).values([images[:2]])
+        assert torch.equal(values["x.dequantized"], step)
+        assert fastres.verify(net, engine, images[:2]).outputs[0].sqnr_db > 5

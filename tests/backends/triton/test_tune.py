@@ -25,7 +25,7 @@ from fastres.backends.triton.table import (
     write_table,
 )
 from fastres.backends.triton.trial import Trial
-from fastres.backends.triton.trial_int8 import make_trial
+from fastres.backends.triton.trial_eight_bits import make_trial
 from fastres.backends.triton.tune import tune
 from fastres.errors import ArtifactError
 from fastres.kernels.boxes import BoxTile, Projection
@@ -170,7 +170,7 @@ class TestTuning:
             def difference(self) -> str | None:
                 return "output 0 is wrong" if times.get(self.tile) == "wrong" else None
 
-        monkeypatch.setattr(tuning, "Trial", FakeTrial)
+        monkeypatch.setattr(tuning, "make_trial", FakeTrial)
         monkeypatch.setattr(tuning, "milliseconds", lambda work, device: times.get(ran[-1], 9.0))
         return ran
 
@@ -260,3 +260,29 @@ def test_tf32_is_measured_by_its_own_rounding() -> None:
     rounded = trial_module._tf32(x)
     assert rounded[:4].tolist() == [1.0, 1 + 2**-10, 1 + 2**-10, 1.0]
     assert torch.all((rounded - x).abs() <= x.abs() * 2**-11) and rounded[5] == 0
+
+
+class TestFp8Trials:
+    """Interpreted kernels round to fp8 wrongly: here the comparison itself is tried."""
+
+    PROBLEM = Problem("boxes", POINTWISE, "fp8", residual=True)
+
+    def test_a_step_is_forgiven_and_two_are_not(self) -> None:
+        trial = make_trial(self.PROBLEM, CPU)
+        (out,) = trial._outputs
+        assert out.dtype == torch.float8_e4m3fn
+        trial.poison()
+        assert "not written" in str(trial.difference())
+        exact = trial._exact(torch.arange(len(out))).float()  # type: ignore[attr-defined]
+        assert exact.std() > 10
+        out.copy_(exact.to(out.dtype))
+        assert trial.difference() is None
+        out.copy_((exact * 1.3).to(out.dtype))
+        assert "values of the output are not the reference's" in str(trial.difference())
+
+    @pytest.mark.parametrize("sm", [89, 90])
+    def test_launches_are_there_to_compile(self, sm: int) -> None:
+        problem = self.PROBLEM if sm == 90 else replace(self.PROBLEM, kind="pointers")
+        trial = make_trial(problem, torch.device("meta"))
+        target = Target.typical(sm)
+        assert trial.launches(problem.candidates(target)[0], target)

@@ -86,7 +86,7 @@ def test_numbers_are_those_worked_out_by_hand(
     graph: Graph, placement: Placement, steps: int
 ) -> None:
     table = calibrated(graph)
-    after = quantise(graph, table, placement, steps)
+    after = quantise(graph, table, placement, weight_steps=steps)
 
     def fake(x: Tensor, name: str) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(x, table.scale(name), 0, -128, 127)

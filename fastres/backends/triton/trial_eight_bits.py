@@ -1,8 +1,9 @@
-"""A problem in int8 with operands: its outputs must be the reference's, bit for bit."""
+"""A problem in 8 bits with operands: int8 must be the reference's bit for bit, fp8 to a step."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.trial import Trial
@@ -12,12 +13,15 @@ from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem_pool_tiles import pooled
+from fastres.options import EIGHT_BITS
 
 _UNWRITTEN = -128  # which no ReLU gives
+_STEP = 0.126  # of e4m3, relative: 3 bits behind the point; a sum's own error besides
+_SMALL = 2.0**-6  # the smallest e4m3 of full precision
 
 
-class Int8Trial(Trial):
-    """Random bytes, with scales by which sums come to lie within the range of int8."""
+class EightBitTrial(Trial):
+    """Random operands, with scales by which sums come to lie within the range of the result."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
         super().__init__(problem, device)
@@ -25,16 +29,14 @@ class Int8Trial(Trial):
         assert not isinstance(shape, ChainShape)
         stem = problem.kind == "stem and pool"
         depth = 3 * 49 if stem else shape.r * shape.s * shape.c // shape.groups
-        k = shape.k
         if device.type == "meta":
-            scale = torch.empty(k, dtype=torch.float32, device=device)
+            scale = torch.empty(shape.k, dtype=torch.float32, device=device)
         else:  # a sum has the deviation 74^2 sqrt(depth) of uniform bytes
-            factors = torch.rand(k, generator=self._generator, device=device) + 0.5
+            factors = torch.rand(shape.k, generator=self._generator, device=device) + 0.5
             scale = factors * (50 / (74 * 74 * depth**0.5))
-        floating = problem.floating
-        if floating:
+        if problem.floating:
             self._outputs = [out.to(torch.float16) for out in self._outputs]
-        self._scales = {"scale": scale, "out_scale": 1.0 if floating else 0.75}
+        self._scales = {"scale": scale, "out_scale": 1.0 if problem.floating else 0.75}
         if problem.residual:
             self._scales["residual_scale"] = 0.5
 
@@ -44,10 +46,14 @@ class Int8Trial(Trial):
 
     def difference(self) -> str | None:
         (out,) = self._outputs
-        if bool((out == _UNWRITTEN).any()):
+        if bool((out.float() == _UNWRITTEN).any()):
             return "the output has elements that were not written"
         chosen = self.chosen()
-        wrong = int((out[chosen] != self._exact(chosen)).sum())
+        found, exact = out[chosen].float(), self._exact(chosen).float()
+        off = (found - exact).abs()
+        if self.problem.precision == "fp8":
+            off = off - _STEP * exact.abs().clamp_min(_SMALL)
+        wrong = int((off > 0).sum())
         return f"{wrong} values of the output are not the reference's" if wrong else None
 
     def _make_stem(self, s: ConvShape) -> None:
@@ -65,36 +71,41 @@ class Int8Trial(Trial):
         assert isinstance(shape, ConvShape)
         stem = self.problem.kind == "stem and pool"
         residual = None if self._residual is None else self._residual[chosen].permute(0, 3, 1, 2)
-        y = reference.conv2d_int8(
-            self._x[chosen].permute(0, 3, 1, 2),
-            self._filters.permute(0, 3, 1, 2),
-            self._scales["scale"],
-            self._bias,
-            stride=(2, 2) if stem else shape.stride,
-            padding=(3, 3) if stem else shape.padding,
-            dilation=(1, 1) if stem else shape.dilation,
-            groups=1 if stem else shape.groups,
-            residual=residual,
-            residual_scale=self._scales.get("residual_scale", 1.0),
-            activation="relu",
-            out_scale=self._scales["out_scale"],
-            dtype=self._outputs[0].dtype,
+        x, weight = (t.double().permute(0, 3, 1, 2) for t in (self._x[chosen], self._filters))
+        sizes = ((2, 2), (3, 3)) if stem else (shape.stride, shape.padding)
+        acc = F.conv2d(  # of bytes exact
+            x, weight, None, *sizes, *(() if stem else (shape.dilation, shape.groups))
         )
-        if stem:
-            y = reference.max_pool(y.float(), (3, 3), (2, 2), (1, 1)).to(y.dtype)
+        column, dtype = (1, -1, 1, 1), self._outputs[0].dtype
+        y = reference.finish_int8(
+            acc,
+            self._scales["scale"].view(column),
+            self._bias.view(column),
+            residual,
+            self._scales.get("residual_scale", 1.0),
+            "relu",
+            self._scales["out_scale"],
+            torch.float32 if dtype.itemsize == 1 else dtype,
+        )
+        y = reference.saturated(y, dtype) if dtype.itemsize == 1 else y
+        y = reference.max_pool(y, (3, 3), (2, 2), (1, 1)) if stem else y
         return y.permute(0, 2, 3, 1)
 
     def _random(
-        self, *sizes: int, depth: int | None = None, dtype: torch.dtype | None = None
+        self,
+        *sizes: int,
+        depth: int | None = None,
+        dtype: torch.dtype | None = None,
+        positive: bool = False,
     ) -> torch.Tensor:
-        """Bytes, whatever the depth; other types as ever."""
+        """Whole numbers, whatever the depth; other types as ever."""
         if dtype is not None or self._generator is None:
             return super()._random(*sizes, dtype=dtype)
-        return torch.randint(
-            -127, 128, sizes, generator=self._generator, device=self.device, dtype=torch.int8
-        )
+        least = 0 if positive else -127
+        whole = torch.randint(least, 128, sizes, generator=self._generator, device=self.device)
+        return whole.to(self._dtype)
 
 
 def make_trial(problem: Problem, device: torch.device) -> Trial:
     """The trial of a problem in its precision."""
-    return (Int8Trial if problem.precision == "int8" else Trial)(problem, device)
+    return (EightBitTrial if problem.precision in EIGHT_BITS else Trial)(problem, device)
