@@ -185,7 +185,9 @@ def requantise(v: torch.Tensor) -> torch.Tensor:
 
 
 def saturated(v: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """What int8, or fp8 e4m3, makes of v, in v's dtype; NaN, for which int8 has nothing, stays."""
+    """What 8 bits make of v, in v's dtype; NaN, for which integers have nothing, stays."""
+    if dtype == torch.uint8:
+        return v.round().clamp(0, 255)
     if dtype == torch.float8_e4m3fn:
         return v.clamp(-448, 448).to(dtype).to(v.dtype)
     return v.round().clamp(-128, 127)

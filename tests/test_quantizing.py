@@ -186,6 +186,7 @@ def test_every_layer_runs_in_int8(
     assert set(ran.values()) == {"int8"}
     assert info.not_quantised == ()
     assert "layers not in int8: none" in str(info)
+    assert next(node for node in info.nodes if node.name == "conv1").output.startswith("u8[")
     assert "int8 products by" in str(info)
 
 

@@ -57,7 +57,7 @@ class CpuBackend:
 
     def quantise(self, graph: Graph, table: CalibrationTable, precision: Precision) -> Graph:
         steps = None if sums_in_32_bits() else REDUCED
-        return quantise(graph, table, "both", weight_steps=steps)
+        return quantise(graph, table, "both", weight_steps=steps, unsigned=True)
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         users = graph.users()
@@ -142,7 +142,10 @@ class CpuExecutable:
 
     def precisions(self) -> dict[str, str]:
         """Read off the compiled model: what each node was compiled to run in."""
-        return self._plans.latest().precisions()
+        found = self._plans.latest().precisions()
+        if self._graph.normalize is not None:  # what it reads is bytes, what it computes is not
+            found[self._graph.normalize.name] = "fp32"
+        return found
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         return self._compile(_shapes(inputs), counters=True).profile(self._arrays(inputs))
@@ -232,8 +235,7 @@ class _Plan:
             info = op.rt_info
             if _text(info, "layerType") in ("Input", "Const", "Output"):
                 continue
-            # a picture's bytes become fp32
-            names = {"f32": "fp32", "f16": "fp16", "u8": "fp32", "i8": "int8"}
+            names = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
             name = names.get(_text(info, "runtimePrecision"))
             for origin in _origins(_text(info, "originalLayersNames")):
                 found.setdefault(origin, name or _text(info, "runtimePrecision"))

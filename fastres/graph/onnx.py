@@ -348,7 +348,10 @@ def _slice(w: _Writer, node: Node) -> None:
 def _quantize(w: _Writer, node: Node) -> None:
     assert isinstance(node.op, Quantize | Dequantize)
     scale = w.initializer(f"{node.name}/scale", _FLOAT, np.asarray(node.op.scale, np.float32))
-    point = w.initializer(f"{node.name}/zero", _INT8, np.asarray(0, np.int8))
+    quantised = node.spec if isinstance(node.op, Quantize) else w.graph.spec(node.inputs[0])
+    signed = quantised.dtype == "int8"
+    whole, zero = (_INT8, np.int8) if signed else (onnx.TensorProto.UINT8, np.uint8)
+    point = w.initializer(f"{node.name}/zero", whole, np.asarray(0, zero))
     kind = "QuantizeLinear" if isinstance(node.op, Quantize) else "DequantizeLinear"
     w.emit(kind, node.name, [*w.inputs(node), scale, point], node.name)
 

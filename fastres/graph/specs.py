@@ -17,7 +17,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "bool": torch.bool,
 }
-EIGHT_BITS = ("int8", "float8_e4m3fn")  # what values are quantised to
+EIGHT_BITS = ("int8", "uint8", "float8_e4m3fn")  # what values are quantised to
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 GIVEN_DTYPES = frozenset(DTYPE_NAMES) - {torch.float8_e4m3fn}  # what models and inputs may be of
 

@@ -18,6 +18,7 @@ Source: M. Nagel et al., Data-Free Quantization through Weight Equalization and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ from fastres.graph.passes.split_residual import split_residual
 from fastres.graph.quantisable import (
     calibration_names,
     fingerprints,
+    keeps_steps,
     layer_of,
     operands,
     path,
@@ -41,7 +43,7 @@ from fastres.graph.specs import DTYPES, TensorSpec
 
 Placement = Literal["skip", "both"]
 EightBits = Literal["int8", "float8_e4m3fn"]
-LARGEST: dict[EightBits, int] = {"int8": STEPS, "float8_e4m3fn": 448}
+_LARGEST = {"int8": STEPS, "uint8": 255, "float8_e4m3fn": 448}
 REDUCED = 63  # steps of a weight where pairs of products are summed in 16 bits: 2 * 255 * 64 < 2^15
 
 
@@ -56,6 +58,7 @@ def quantise(
     placement: Placement,
     kind: EightBits = "int8",
     weight_steps: int | None = None,
+    unsigned: bool = False,
 ) -> Graph:
     """The quantised graph.
 
@@ -63,6 +66,7 @@ def quantise(
         graph: optimised, as the table was made for.
         kind: to what.
         weight_steps: the largest magnitude of a weight: that of its type, or 63 (`REDUCED`).
+        unsigned: whether int8 values that a ReLU made may be uint8, twice as fine.
 
     Raises:
         InputError: the table is for another graph or other weights, or lacks a tensor.
@@ -72,7 +76,8 @@ def quantise(
         graph = split_residual(graph)
     names = calibration_names(graph)
     taking = [node for node in graph.nodes if _takes_part(graph, node, table, placement)]
-    scales = _scales(graph, taking, table, names, LARGEST[kind])
+    kinds = _kinds(graph, kind, unsigned)
+    scales = _scales(graph, taking, table, names, kinds)
     constants = dict(graph.constants)
     renamed = {name: f"{name}.dequantized" for name in scales}
     nodes: list[Node] = []
@@ -80,7 +85,7 @@ def quantise(
     def pair(name: str, spec: TensorSpec) -> None:
         if name in scales:
             whole = f"{name}.quantized"
-            eight = TensorSpec(spec.shape, kind)
+            eight = TensorSpec(spec.shape, kinds[name])
             nodes.append(Node(whole, Quantize(scales[name]), (name,), eight))
             nodes.append(Node(renamed[name], Dequantize(scales[name]), (whole,), spec))
 
@@ -91,7 +96,7 @@ def quantise(
         if node in taking and quantisable(node):
             entry = table.tensors.get(names.get(node.inputs[0], node.inputs[0]))
             means = () if entry is None else entry.means
-            most = LARGEST[kind] if weight_steps is None else weight_steps
+            most = _LARGEST[kind] if weight_steps is None else weight_steps
             changed = _with_quantised_weight(node, constants, means, kind, most)
         nodes.append(rename_inputs(changed, renamed))
         pair(node.name, node.spec)
@@ -130,8 +135,23 @@ def _takes_part(graph: Graph, node: Node, table: CalibrationTable, placement: Pl
     return not isinstance(node.op, Add) or placement == "both"
 
 
+def _kinds(graph: Graph, kind: EightBits, unsigned: bool) -> dict[str, str]:
+    """By the name of a value: what it is quantised to."""
+    found = {value.name: str(kind) for value in graph.inputs}
+    for node in graph.nodes:
+        activation = getattr(getattr(node.op, "epilogue", node.op), "activation", None)
+        source = found.get(node.inputs[0]) if keeps_steps(node) else None
+        whole = "uint8" if unsigned and kind == "int8" and activation == "relu" else kind
+        found[node.name] = source or whole
+    return found
+
+
 def _scales(
-    graph: Graph, taking: list[Node], table: CalibrationTable, names: dict[str, str], most: int
+    graph: Graph,
+    taking: list[Node],
+    table: CalibrationTable,
+    names: dict[str, str],
+    kinds: Mapping[str, str],
 ) -> dict[str, float]:
     """The scale of every value that these nodes read, and of those on the way to it."""
     scales: dict[str, float] = {}
@@ -144,7 +164,8 @@ def _scales(
                     f"the calibration table has no range of {wanted}, which {node.name} reads. "
                     "Make it again with fastres.quantize"
                 )
-            scales.update(dict.fromkeys((source, *rest), table.scale(wanted, most)))
+            scale = table.scale(wanted, _LARGEST[kinds[source]])
+            scales.update(dict.fromkeys((source, *rest), scale))
     return scales
 
 

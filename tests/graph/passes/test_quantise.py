@@ -82,13 +82,16 @@ def test_both_quantises_the_main_branch_too(graph: Graph) -> None:
 
 @pytest.mark.parametrize("placement", ["skip", "both"])
 @pytest.mark.parametrize("steps", [127, 63])
+@pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
 def test_numbers_are_those_worked_out_by_hand(
-    graph: Graph, placement: Placement, steps: int
+    graph: Graph, placement: Placement, steps: int, unsigned: bool
 ) -> None:
     table = calibrated(graph)
-    after = quantise(graph, table, placement, weight_steps=steps)
+    after = quantise(graph, table, placement, weight_steps=steps, unsigned=unsigned)
 
     def fake(x: Tensor, name: str) -> Tensor:
+        if unsigned and name == "a":  # what a ReLU gave
+            return torch.fake_quantize_per_tensor_affine(x, table.scale(name, 255), 0, 0, 255)
         return torch.fake_quantize_per_tensor_affine(x, table.scale(name), 0, -128, 127)
 
     def weight(name: str) -> tuple[Tensor, Tensor]:
@@ -114,6 +117,18 @@ def test_numbers_are_those_worked_out_by_hand(
     # a value at the edge between two steps may round either way: one step of 127, now and then
     torch.testing.assert_close(found, y, rtol=0, atol=2e-3 * float(y.abs().max()))
     assert (found - ReferenceExecutable(graph, torch.float32).run([x])[0]).abs().max() > 1e-3
+
+
+def test_only_what_a_relu_gave_is_unsigned(graph: Graph) -> None:
+    after = quantise(graph, calibrated(graph), "both", unsigned=True)
+    kinds = {n.inputs[0]: n.spec.dtype for n in after.nodes if isinstance(n.op, Quantize)}
+    assert kinds == {
+        "x": "int8",
+        "a": "uint8",
+        "max_pool2d": "uint8",
+        "b.main": "int8",
+        "mean": "int8",
+    }
 
 
 def test_weights_are_int8_with_a_scale_for_each_channel(graph: Graph) -> None:
