@@ -72,7 +72,7 @@ def test_a_pipe_gets_the_report_and_nothing_else(
         ((), "give a model"),
         (("SMALL", "--backend", "quantum"), "there are auto, cpu"),
         (("SMALL", "--precision", "fp12"), "supported are"),
-        (("SMALL", "--backend", "cpu", "--precision", "fp16"), "cpu runs fp32 and bf16"),
+        (("SMALL", "--backend", "cpu", "--precision", "fp16"), "cpu runs fp32, bf16 and int8"),
         (("SMALL", "--batch-size", "0,x"), "not an integer of at least 1"),
         (("SMALL", "--device", "toaster"), "toaster"),
         (("SMALL", "--on-unsupported", "pray"), "supported are"),

@@ -42,7 +42,7 @@ def test_a_request_names_the_flags_that_no_saved_engine_takes() -> None:
 def test_a_command_has_the_shared_flags_where_its_request_stands() -> None:
     seen = []
 
-    @takes_request(without="batch_size")
+    @takes_request(without=("batch_size",))
     def command(first: str = "", *, request: Request, as_json: Json = False) -> None:
         seen.append((first, request, as_json))
 
