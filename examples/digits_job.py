@@ -57,17 +57,17 @@ def show(console: Console, duration: float) -> None:
         table.add_column(column, justify="left" if column == "net" else "right", no_wrap=True)
     for name in NAMES:
         with console.status(f"{name}: calibrating, evaluating, timing"):
-            _rows(table, name, console, duration)
+            count = _rows(table, name, console, duration)
         table.add_section()
-    pictures = len(held_out()[1])
     table.caption = (
-        f"{pictures} digits that the networks have not seen, {len(KINDS)} kinds of damage to each; "
+        f"{count} digits that the networks have not seen, {len(KINDS)} kinds of damage to each; "
         "same: answers, right or wrong"
     )
     console.print(table)
 
 
-def _rows(table: Table, name: str, console: Console, duration: float) -> None:
+def _rows(table: Table, name: str, console: Console, duration: float) -> int:
+    """Adds a network's rows; returns how many pictures judged it."""
     engines = compiled(name, console)
     x, labels = inputs(name)
     classes = {precision: answers(engine, x) for precision, engine in engines.items()}
@@ -89,6 +89,7 @@ def _rows(table: Table, name: str, console: Console, duration: float) -> None:
         engine.close()
     for line in timed.unsteady:
         console.print(f"{name}, {line}")
+    return len(labels)
 
 
 def compiled(name: str, console: Console) -> dict[str, Engine]:
