@@ -306,10 +306,10 @@ def test_bad_folders_and_weights(small: tuple[nn.Module, Path], tmp_path: Path) 
     refuses("half.png cannot be read", "--calibration-images=1", kind=ValueError)
     Image.new("RGB", (50, 50)).save(val / "n2" / "half.png")
     refuses("has no train, and val has 8 pictures: too few", "--calibration-images=7")
-    pictures_in(tmp_path / "train", classes=2)
-    refuses("train has 2 classes and .*val 3")
     refuses("there is no file", file=tmp_path / "none.safetensors", kind=BuildError)
     refuses("there is no fastres:resnet21", "--model=resnet21")
+    pictures_in(tmp_path / "train", classes=2)
+    refuses("train has 2 classes and .*val 3")
 
 
 # ---------------------------------------------------------------- parity, wrong use
