@@ -59,12 +59,20 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Brief:
+    """The same for one version of the pictures."""
+
+    top1: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class Row:
     """One engine: by part (clean, damaged, all), and by version of the pictures."""
 
     name: str
     parts: dict[str, Figures]
-    versions: dict[str, Figures]
+    versions: dict[str, Brief]
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ class Section:
         lines = [render(_table(self), width=170)]
         if self.best is not None:
             lines.append(render(_verdicts(self), width=170))
+            lines += [render(_versions(self), width=170)] if DAMAGED in self.shown else []
         return "\n".join([*lines, *self.notes])
 
 
@@ -148,7 +157,10 @@ def section(
             Row(
                 name,
                 {part: figures(own[rows], base[rows], labels) for part, rows in parts.items()},
-                {v: figures(own[[i]], base[[i]], labels) for i, v in enumerate(versions)},
+                {
+                    version: Brief(float((mine == labels).mean()), float((mine == its).mean()))
+                    for version, mine, its in zip(versions, own, base, strict=True)
+                },
             )
             for name, own in answers.items()
         ),
@@ -206,11 +218,31 @@ def _verdicts(section: Section) -> Table:
                 part,
                 str(own.difference),
                 _judged(own.difference),
-                f"{own.agreement:.2%}",
+                f"{own.agreement:.3%}",
                 "yes" if own.agreement >= AGREEMENT else "NO",
                 *map(str, counts),
             )
         table.add_section()
+    return table
+
+
+def _versions(section: Section) -> Table:
+    """Where the answers differ: each version of the pictures by itself."""
+    table = Table(title=f"{section.network} on {section.backend}: version by version")
+    table.add_column("pictures", no_wrap=True)
+    wanted = [section.row(name) for name in (BASELINE, "bf16", AUTO)] + [section.best]
+    rows = [row for row in wanted if row is not None]
+    for row in rows:
+        table.add_column(row.name, justify="right", no_wrap=True)
+        if row.name != BASELINE:
+            table.add_column("same", justify="right", no_wrap=True)
+    for version in rows[0].versions:
+        cells = []
+        for row in rows:
+            found = row.versions[version]
+            cells += [f"{found.top1:.2%}"]
+            cells += [f"{found.agreement:.2%}"] if row.name != BASELINE else []
+        table.add_row(version, *cells)
     return table
 
 

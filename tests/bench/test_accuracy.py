@@ -104,13 +104,15 @@ def test_a_section_picks_and_judges() -> None:
     damaged = found.rows[2].parts["damaged"]
     assert damaged.top1 == 0.99 and damaged.agreement == 0.99 and damaged.lost == 10
     assert found.rows[2].versions["clean"].agreement == 1
+    assert found.rows[2].versions["rotate"].top1 == 0.99
     text = str(found)
+    assert "version by version" in text
     assert "-1.00 [-1.62, -0.38]" in text and "said" in text
     rows = {tuple(c.strip() for c in line.split("│")[1:7]) for line in text.splitlines()}
     best, own = f"{FIXED[0]} (best of five)", f"{AUTO} (own choice)"
-    assert (best, "all", "-0.50 [-0.81, -0.19]", "NO", "99.50%", "yes") in rows
-    assert (own, "damaged", "-5.00 [-6.35, -3.65]", "NO", "95.00%", "NO") in rows
-    assert (best, "clean", "+0.00 [-0.30, +0.30]", "yes", "100.00%", "yes") in rows
+    assert (best, "all", "-0.50 [-0.81, -0.19]", "NO", "99.500%", "yes") in rows
+    assert (own, "damaged", "-5.00 [-6.35, -3.65]", "NO", "95.000%", "NO") in rows
+    assert (best, "clean", "+0.00 [-0.30, +0.30]", "yes", "100.000%", "yes") in rows
 
 
 # ---------------------------------------------------------------- what is held apart
