@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 
 .PHONY: run test install dev lint types unit interpret bench gpu kernels clean
 
-run: install  ## install, then the main job: real photographs through ResNet-50 v1 and v1.5
+run: install  ## install, then the main job: photographs through ResNet-50, digits through trained nets
 	$(BIN)/python examples/main_job.py
 
 test: dev lint types interpret unit  ## install [dev], then lint, types and every test

@@ -1,4 +1,4 @@
-"""Labelled pictures to train on: scikit-learn's digits, CIFAR-10, or a folder; splits and folds.
+"""Labelled pictures to train on: handwritten digits, CIFAR-10, or a folder; splits and folds.
 
 Everything here is a function of its arguments: the same seed gives the same pictures in the same
 order, on any machine.
@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from fastres.calib.images import EXTENSIONS, Preprocess
-from fastres.errors import BackendUnavailable, InputError, missing
+from fastres.errors import InputError
 
+DIGITS = Path(__file__).parent / "digits" / "digits.npz"
 CIFAR_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 _RECORD = 1 + 3 * 32 * 32  # bytes: a label, then the red, green and blue planes
 _WHOLE = 16  # the digits' pixels count the black dots of a 4x4 cell
@@ -55,7 +56,7 @@ class Data:
 
 
 def digits(size: int = 32) -> Pictures:
-    """The 1,797 handwritten digits of scikit-learn, 8x8, scaled up bilinearly.
+    """The 1,797 handwritten digits that scikit-learn ships, 8x8, scaled up bilinearly.
 
     They do not mirror: a mirrored 2 is no 2, and a mirrored 5 is nearly one.
 
@@ -66,19 +67,18 @@ def digits(size: int = 32) -> Pictures:
         1,797 pictures of size x size with ten classes, three equal channels, black ground.
 
     Raises:
-        BackendUnavailable: scikit-learn cannot be imported.
+        InputError: their file is not beside this one.
 
     Source: E. Alpaydin and C. Kaynak, UCI, *Optical Recognition of Handwritten Digits*.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise BackendUnavailable(missing("scikit-learn", error)) from error
-    found = load_digits()
-    grey = (found.images * (255 / _WHOLE)).round().astype(np.uint8)
+    if not DIGITS.is_file():
+        raise InputError(f"there is no file {DIGITS}; README.md beside it says what makes it")
+    with np.load(DIGITS) as file:
+        found, labels = file["images"], file["labels"].astype(np.int64)
+    grey = (found * (255 / _WHOLE)).round().astype(np.uint8)
     scaled = [np.asarray(_scaled(picture, size)) for picture in grey]
     images = np.stack(scaled)[..., None].repeat(3, axis=3)
-    return Pictures(images, found.target.astype(np.int64), tuple("0123456789"), mirrors=False)
+    return Pictures(images, labels, tuple("0123456789"), mirrors=False)
 
 
 def load(path: str | os.PathLike[str] | None = None, size: int = 32) -> Data:
@@ -90,7 +90,6 @@ def load(path: str | os.PathLike[str] | None = None, size: int = 32) -> Data:
 
     Raises:
         InputError: there is nothing at the path, it is neither of these, or it is damaged.
-        BackendUnavailable: the digits are asked for and scikit-learn cannot be imported.
     """
     if path is None:
         return Data("digits", digits(size))

@@ -7,8 +7,8 @@
     python examples/train.py --folds 5 --fold 0                # leaves the first fifth for the test
     python examples/train.py --from WEIGHTS.safetensors --epochs 0 --corrupted   # evaluates only
 
-The digits are scikit-learn's (`pip install scikit-learn`). Weights go to a .safetensors file that
-`fastres.build` and the command line read; with them go mean and std, which deployment needs too.
+The digits lie in examples/digits. Weights go to a .safetensors file that `fastres.build` and the
+command line read; with them go mean and std, which deployment needs too.
 The last line of the output is a JSON object. On the CPU the same command with the same number of
 threads writes the same bytes.
 """

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from corruptions import KINDS, corrupted
-from datasets import Pictures, digits, folds, load, split
+from datasets import DIGITS, Pictures, digits, folds, load, split
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from fastres.errors import BackendUnavailable, InputError
+from fastres.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,16 @@ def test_digits(pictures: Pictures) -> None:
     assert not pictures.mirrors
 
 
-def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(BackendUnavailable, match="pip install scikit-learn"):
+def test_digits_are_those_of_scikit_learn() -> None:
+    found = load_digits()
+    with np.load(DIGITS) as file:
+        assert np.array_equal(file["images"], found.images)
+        assert np.array_equal(file["labels"], found.target)
+
+
+def test_digits_without_their_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets, "DIGITS", tmp_path / "none.npz")
+    with pytest.raises(InputError, match="no file .*none.npz; README.md beside it says"):
         digits()
 
 
