@@ -47,13 +47,15 @@ from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.passes.quantise import quantise
 from fastres.kernels.aot import KernelFacts, compile_launch, key_of
+from fastres.kernels.boxes import box_candidates, box_seconds
 from fastres.kernels.conv2d import conv2d_launch
+from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import target_of
-from fastres.kernels.folding import pack_stem_weight
+from fastres.kernels.folding import ROW, TAPS, pack_stem_weight, stem_shape
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.layout import to_nhwc
 from fastres.kernels.space_to_depth import space_to_depth
-from fastres.kernels.stem import stem_box_tile, stem_launch
+from fastres.kernels.stem import stem_launch
 from fastres.options import Options, Precision
 from fastres.tolerances import errors
 
@@ -264,7 +266,8 @@ def _problems(version: str, batch: int, run: Run) -> list[Problem]:
 def stem(run: Run) -> Iterator[Row]:
     """The 7x7 stem: over pixels, over folded pixels, and folded through overlapping boxes.
 
-    Whether the driver takes a tensor map whose pixels overlap is one of the first questions.
+    Whether the driver takes a tensor map whose pixels overlap is one of the first questions. That
+    form is no engine's: it multiplies the folding's zeros by NaN and infinities (`taps_jit`).
     """
     generator = torch.Generator(run.device).manual_seed(0)
     for batch in run.batch_sizes:
@@ -294,11 +297,17 @@ def _stem(form: str, x: Tensor, weight: Tensor, bias: Tensor, exact: Tensor, run
         launch = conv2d_launch(
             pixels, filters, bias, None, out, shape=shape, target=target, activation="relu"
         )
-    else:
-        boxed = form == "overlapping boxes"
-        tile = stem_box_tile(n, p, q, k, x.element_size(), target) if boxed else None
+    elif form == "folded":
         folded, filters = space_to_depth(x), pack_stem_weight(weight)
-        launch = stem_launch(folded, filters, bias, out, target=target, tile=tile)
+        launch = stem_launch(folded, filters, bias, out, target=target)
+    else:
+        folded, filters, shape = space_to_depth(x), pack_stem_weight(weight), stem_shape(n, p, q, k)
+        rows = folded.as_strided((n, p + TAPS - 1, q, ROW), folded.stride())
+        boxes = [box for box in box_candidates(shape, 2, target) if box.split_k == 1]
+        tile = min(boxes, key=lambda box: box_seconds(box, shape, 2, target))
+        (launch,) = conv2d_tma_launches(
+            rows, filters, bias, None, out, shape=shape, target=target, activation="relu", tile=tile
+        )
     launch.run()
     found = errors(out[:2].permute(0, 3, 1, 2), exact)
     if found.rms > 1e-3 or bool(torch.isnan(out).any()):

@@ -40,7 +40,7 @@ from fastres.backends.triton.table import (
 )
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
-from fastres.kernels.aot import KernelFacts, compile_launch, fits, key_of
+from fastres.kernels.aot import KernelFacts, compile_launch, fits, key_of, narrow_loads
 from fastres.kernels.aot_table_int8 import byte_cases, byte_faults
 from fastres.kernels.binary_build import Built
 from fastres.kernels.cost import Target
@@ -121,7 +121,7 @@ def faults(launch: Launch, facts: KernelFacts, sm: int, precision: Precision) ->
         found.append(f"{facts.unguarded} accesses before the wait for the kernel in front")
     x = launch.arguments.get("x_ptr")
     if isinstance(x, torch.Tensor) and launch.constants["C"] * x.element_size() % 16 == 0:
-        if narrow := facts.count("LDG", "U16"):
+        if narrow := narrow_loads(launch, facts):
             found.append(f"{narrow} loads of 2 bytes")
     multiplies = "BLOCK_K" in launch.constants or "DEPTH" in launch.constants
     if multiplies and precision != "fp32":

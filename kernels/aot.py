@@ -52,6 +52,7 @@ class KernelFacts:
         instructions: how often each machine instruction stands in the code, by its full name.
         unguarded: accesses to global memory that stand before the wait for the kernel in front
             (`fastres.kernels.dependent`): all of them in a kernel that does not wait.
+        narrow: 2-byte loads from global memory that stand before the last matrix instruction.
     """
 
     registers: int
@@ -61,6 +62,7 @@ class KernelFacts:
     num_warps: int
     instructions: Mapping[str, int]
     unguarded: int = 0
+    narrow: int = 0
 
     def count(self, *parts: str) -> int:
         """Instructions whose dotted name holds all the parts: count("LDG", "128")."""
@@ -97,6 +99,7 @@ def facts_of(kernel: CompiledKernel) -> KernelFacts:
     names = _INSTRUCTION.findall(code)
     instructions = Counter(names)
     before = takewhile(lambda name: not name.startswith("ACQBULK"), names)
+    last = max((i for i, name in enumerate(names) if MATRIX.match(name)), default=0)
     return KernelFacts(
         registers=int(_REGISTERS.findall(usage)[0]),
         spill_stores=_local_bytes(instructions, "STL"),
@@ -105,6 +108,7 @@ def facts_of(kernel: CompiledKernel) -> KernelFacts:
         num_warps=kernel.metadata.num_warps,
         instructions=dict(instructions),
         unguarded=sum(_GLOBAL.match(name) is not None for name in before),
+        narrow=sum(name.startswith("LDG.") and ".U16" in name for name in names[:last]),
     )
 
 
@@ -119,6 +123,17 @@ def key_of(launch: Launch) -> str:
         sorted(launch.options.items()),
     )
     return repr(parts)
+
+
+def narrow_loads(launch: Launch, facts: KernelFacts) -> int:
+    """Loads of 2 bytes, but for those of the path for NaN (`taps_jit`), which is behind a product.
+
+    A kernel that has such a path is not asked about what is read for its epilogue.
+    """
+    constants = launch.constants
+    if constants.get("FOLDED") or constants.get("MERGED", 1) != 1 or "TAPS" in constants:
+        return facts.narrow
+    return facts.count("LDG", "U16")
 
 
 def fits(facts: KernelFacts, sm: int) -> bool:

@@ -27,7 +27,7 @@ from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import avg_pool_launch, max_pool_launch
 from fastres.kernels.quantised import is_bytes
 from fastres.kernels.space_to_depth import space_to_depth_launch
-from fastres.kernels.stem import stem_box_tile, stem_launch
+from fastres.kernels.stem import stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
 
 
@@ -55,6 +55,7 @@ class Layer:
     taps: int = 1
     stride: int = 1
     groups: int = 1
+    merged: int = 1  # groups that are one product
     residual: bool = False
     activation: ActivationKind | None = "relu"
 
@@ -73,6 +74,7 @@ LAYERS = (
     Layer("layer4.1.conv2", 7, 512, 512, taps=3),
     CONV_1X1,
     Layer("resnext.layer1.0.conv2", 56, 128, 128, taps=3, groups=32),
+    Layer("resnext.layer1.0.conv2.merged", 56, 128, 128, taps=3, groups=32, merged=8),
     CLASSIFIER,
 )
 
@@ -209,10 +211,6 @@ def stem_cases(sm: int) -> Iterator[CompileCase]:
         yield CompileCase(f"conv1.folded-b{n}-fp16", launch)
         launch = stem_pool_launch(packed, weight, bias, meta(n, 56, 56, 64, dtype=half))
         yield CompileCase(f"conv1.folded+maxpool-b{n}-fp16", launch)
-        if sm >= 90:
-            box = stem_box_tile(n, 112, 112, 64, half.itemsize, target)
-            launch = stem_launch(packed, weight, bias, out, target=target, tile=box)
-            yield CompileCase(f"conv1.folded.boxes-b{n}-fp16", launch)
 
 
 def elementwise_cases() -> Iterator[CompileCase]:
@@ -265,16 +263,17 @@ def conv2d_case(
         s=layer.taps,
         stride=stride,
         padding=padding,
-        groups=layer.groups,
+        groups=layer.groups // layer.merged,
     )
     y_sizes = (batch, shape.p, shape.q, layer.k)
     launch = conv2d_launch(
         meta(batch, layer.size, layer.size, layer.c, dtype=dtype),
-        meta(layer.k, layer.taps, layer.taps, layer.c // layer.groups, dtype=dtype),
+        meta(layer.k, layer.taps, layer.taps, layer.c // shape.groups, dtype=dtype),
         meta(layer.k, dtype=torch.float32),
         meta(*y_sizes, dtype=dtype) if layer.residual else None,
         meta(*y_sizes, dtype=out_dtype or dtype),
         shape=shape,
+        merged=layer.merged,
         activation=layer.activation,
         allow_tf32=allow_tf32,
         target=target,

@@ -28,6 +28,7 @@ from fastres.kernels.quantised import (
     is_bytes,
     result_dtypes,
 )
+from fastres.kernels.taps_jit import without_zeros
 from fastres.kernels.tiles import ConvTile, choose_conv_tile, least_depth
 
 
@@ -55,6 +56,8 @@ def _conv2d_kernel(
     C: tl.constexpr,  # input channels of one group
     K: tl.constexpr,  # output channels of one group
     GROUPS: tl.constexpr,
+    MERGED: tl.constexpr,  # groups within each of these, with zeros for each other's channels
+    FOLDED: tl.constexpr,  # the filter is a stem's, folded, with zeros that are no taps
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -126,6 +129,30 @@ def _conv2d_kernel(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+
+    if (FOLDED or MERGED > 1) and ACC == tl.float32:
+        acc = without_zeros(
+            acc,
+            x_rows,
+            weight_ptr + (group * K).to(tl.int64) * (R * S * C),
+            pid % TILES_N * BLOCK_N,
+            row_ok,
+            h0,
+            w0,
+            H,
+            W,
+            stride_xh,
+            stride_xw,
+            C,
+            K,
+            R,
+            S,
+            DILATION_H,
+            DILATION_W,
+            PAD_H > 0 or PAD_W > 0,
+            MERGED,
+            FOLDED,
+        )
 
     channels = group * K + cols
     y_ok = row_ok[:, None] & col_ok[None, :]
@@ -216,7 +243,11 @@ def conv2d(
         RuntimeError: CPU tensors while Triton's interpreter is off.
     """
     check_nhwc("x", x, ANY_DTYPES)
-    shape = _shape(x, weight, stride, padding, dilation, groups)
+    if weight.ndim != 4:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [K, R, S, C/groups]")
+    n, h, w, c = x.shape
+    k, r, s, _ = weight.shape
+    shape = ConvShape(n, h, w, c, k, r, s, stride, padding, dilation, groups)
     y_shape = (shape.n, shape.p, shape.q, shape.k)
     if out is None:
         out = torch.empty(y_shape, dtype=x.dtype, device=x.device)
@@ -250,6 +281,8 @@ def conv2d_launch(
     *,
     shape: ConvShape,
     target: Target,
+    merged: int = 1,
+    folded: bool = False,
     residual_channel_offset: int = 0,
     activation: ActivationKind | None = None,
     scale: torch.Tensor | None = None,
@@ -263,6 +296,9 @@ def conv2d_launch(
     Args:
         shape: sizes of the convolution, as x and weight have them.
         target: the GPU it is meant for.
+        merged: groups within each of the shape's: weight holds zeros for each other's channels.
+        folded: weight is a stem's (`fastres.kernels.folding`), with zeros for its eighth row and
+            column. Neither kind of zero is multiplied by NaN or infinities in x.
 
     Raises:
         ValueError: operands that do not fit together.
@@ -272,6 +308,11 @@ def conv2d_launch(
     y_shape = (shape.n, shape.p, shape.q, shape.k)
     check_nhwc("x", x, ANY_DTYPES)
     check_product(x.dtype, shape.gemm.k, target)
+    if merged < 1 or weight_shape[3] % merged or shape.gemm.n % merged:
+        raise ValueError(
+            f"merged is {merged}, expected a divisor of {weight_shape[3]} input and "
+            f"{shape.gemm.n} output channels a group"
+        )
     check_like("x", x, x_shape, x, [x.dtype], contiguous=False)
     check_like("weight", weight, weight_shape, x, [x.dtype])
     check_like("out", out, y_shape, x, result_dtypes(x.dtype))
@@ -315,6 +356,8 @@ def conv2d_launch(
             "C": shape.c // shape.groups,
             "K": shape.k // shape.groups,
             "GROUPS": shape.groups,
+            "MERGED": merged,
+            "FOLDED": folded,
             "R": shape.r,
             "S": shape.s,
             "STRIDE_H": shape.stride[0],
@@ -338,21 +381,6 @@ def conv2d_launch(
         fp_fusion=not is_bytes(x.dtype),
         cost=conv2d_cost(shape, x.element_size(), residual_channels, out.element_size()),
     )
-
-
-def _shape(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> ConvShape:
-    if weight.ndim != 4:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [K, R, S, C/groups]")
-    n, h, w, c = x.shape
-    k, r, s, _ = weight.shape
-    return ConvShape(n, h, w, c, k, r, s, stride, padding, dilation, groups)
 
 
 def _residual_channels(

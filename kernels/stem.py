@@ -11,9 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from fastres.kernels.boxes import BoxTile, box_candidates, box_seconds
 from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.folding import FOLDED, ROW, TAPS, stem_shape
@@ -38,15 +36,15 @@ def stem(
     scale: torch.Tensor | None = None,
     out_scale: float = 1.0,
     out: torch.Tensor | None = None,
-    tile: ConvTile | BoxTile | None = None,
+    tile: ConvTile | None = None,
     allow_tf32: bool = False,
 ) -> torch.Tensor:
     """A 7x7 stride 2 padding 3 convolution of a folded picture, with bias and activation.
 
     y[n, p, q, k] = act(sum_rsc packed[n, p + r, q + s, c] * weight[k, 64r + 16s + c] + bias[k])
 
-    The folded filter has an eighth row and column of zeros, and zero times NaN or infinity is NaN:
-    a pixel that is either reaches one more row and column of outputs than through 7x7 taps.
+    The folded filter has an eighth row and column of zeros. A pixel that is NaN or infinite does
+    not meet them: it reaches the outputs that see it through the 7x7 taps, as in PyTorch.
 
     Args:
         packed: [N, P + 3, Q + 3, 16] fp16, bf16, fp32, int8 or fp8 e4m3, contiguous, from
@@ -55,8 +53,7 @@ def stem(
         bias: [K] fp32 or of that dtype, contiguous; fp32 for 8 bits.
         scale, out_scale: of 8 bits, as for `conv2d`.
         out: [N, P, Q, K] of that dtype, or a float for 8 bits, contiguous; allocated when None.
-        tile: how to cut the work, and which form to take, see `stem_launch`; a ConvTile chosen
-            from shape and device when None.
+        tile: how to cut the work; chosen from shape and device when None.
         allow_tf32: for fp32, tensor cores at reduced precision.
 
     Returns:
@@ -96,17 +93,13 @@ def stem_launch(
     activation: ActivationKind | None = "relu",
     scale: torch.Tensor | None = None,
     out_scale: float = 1.0,
-    tile: ConvTile | BoxTile | None = None,
+    tile: ConvTile | None = None,
     allow_tf32: bool = False,
 ) -> Launch:
     """The call `stem` makes, not yet made; tensors may be on the meta device.
 
     Args:
         target: the GPU it is meant for.
-        tile: a ConvTile loads through pointers; a BoxTile, for sm_90 and newer, through the copy
-            engine (see `stem_box_tile`). Its pixels are 128 bytes long and 32 apart; the reference
-            of `cuTensorMapEncodeTiled` has strides no shorter than what they step over, and no
-            driver has been asked yet, so that form is taken only on request.
 
     Raises:
         ValueError: operands that do not fit together.
@@ -115,55 +108,24 @@ def stem_launch(
     depth = TAPS * ROW
     check_like("weight", weight, (weight.shape[0], depth), packed, [packed.dtype])
     k = len(weight)
-    shape = stem_shape(n, p, q, k)
     # a row of 4 folded pixels at every folded pixel: neighbours share 3 of them
     rows = packed.as_strided((n, p + TAPS - 1, q, ROW), packed.stride())
-    if isinstance(tile, BoxTile) and n > 0:
-        if tile.split_k != 1:
-            raise ValueError(f"tile splits the depth into {tile.split_k} parts, expected 1")
-        (launch,) = conv2d_tma_launches(
-            rows,
-            weight,
-            bias,
-            None,
-            out,
-            shape=shape,
-            target=target,
-            activation=activation,
-            scale=scale,
-            out_scale=out_scale,
-            tile=tile,
-            allow_tf32=allow_tf32,
-        )
-    else:
-        launch = conv2d_launch(
-            rows,
-            weight.view(k, TAPS, 1, ROW),
-            bias,
-            None,
-            out,
-            shape=shape,
-            target=target,
-            activation=activation,
-            scale=scale,
-            out_scale=out_scale,
-            tile=None if isinstance(tile, BoxTile) else tile,
-            allow_tf32=allow_tf32,
-        )
+    launch = conv2d_launch(
+        rows,
+        weight.view(k, TAPS, 1, ROW),
+        bias,
+        None,
+        out,
+        shape=stem_shape(n, p, q, k),
+        folded=True,
+        target=target,
+        activation=activation,
+        scale=scale,
+        out_scale=out_scale,
+        tile=tile,
+        allow_tf32=allow_tf32,
+    )
     return replace(launch, cost=stem_cost(n, p, q, k, packed.element_size()))
-
-
-def stem_box_tile(n: int, p: int, q: int, k: int, itemsize: int, target: Target) -> BoxTile:
-    """The box of least estimated time for a stem of batch n, p x q output pixels and k channels.
-
-    Raises:
-        ValueError: a batch of 0, which has no boxes.
-    """
-    if n < 1:
-        raise ValueError(f"the batch is {n}, expected at least 1")
-    shape = stem_shape(n, p, q, k)
-    whole = [box for box in box_candidates(shape, itemsize, target) if box.split_k == 1]
-    return min(whole, key=lambda box: box_seconds(box, shape, itemsize, target))
 
 
 def output_pixels(packed: torch.Tensor) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from fastres.kernels.stem_pool_tiles import (
     pooled,
     stem_pool_refusal,
 )
+from fastres.kernels.taps_jit import without_zeros
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _stem_pool_kernel(
     pixel = tl.arange(0, 4 * BLOCK_P * BLOCK_Q)
     p = 2 * pp0 - 1 + pixel // (2 * BLOCK_Q)
     q = 2 * pq0 - 1 + pixel % (2 * BLOCK_Q)
-    inside = ((p >= 0) & (p < P) & (q >= 0) & (q < Q))[:, None]
+    inside = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
     k_ok = k < K
     x_stride = (Q + TAPS - 1) * C  # of rows of the folded picture
     x_rows = x_ptr + n * (P + TAPS - 1) * x_stride + (p * x_stride + q * C)
@@ -93,12 +94,36 @@ def _stem_pool_kernel(
     ACC: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros((4 * BLOCK_P * BLOCK_Q, BLOCK_K), ACC)
     for tap in range(TAPS):
-        a = tl.load(x_tile + tap * x_stride, mask=inside, other=0.0)
+        a = tl.load(x_tile + tap * x_stride, mask=inside[:, None], other=0.0)
         b = tl.load(weight_tile + tap * ROW, mask=k_ok[None, :], other=0.0)
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc, out_dtype=ACC)
+
+    if ACC == tl.float32:
+        acc = without_zeros(
+            acc,
+            x_rows,
+            weight_ptr,
+            pid % TILES_K * BLOCK_K,
+            inside,
+            p,
+            q,
+            P,
+            Q,
+            x_stride,
+            C,
+            ROW,
+            K,
+            TAPS,
+            1,
+            1,
+            1,
+            False,
+            1,
+            True,
+        )
 
     scale = None
     if scale_ptr is not None:
@@ -115,7 +140,7 @@ def _stem_pool_kernel(
         if OUT != tl.int8:
             v = v.to(OUT)
         v = v.to(tl.float16)
-    v = tl.where(inside, v, lowest(OUT))  # the pool's padding
+    v = tl.where(inside[:, None], v, lowest(OUT))  # the pool's padding
     if not WIDEN and not BYTES:
         v = v.to(OUT)
     v = tl.reshape(v, (BLOCK_P, 2, 2 * BLOCK_Q, BLOCK_K))
@@ -161,8 +186,7 @@ def stem_pool(
 
     y[n, i, j, k] = max over p in 2i-1..2i+1, q in 2j-1..2j+1 of stem[n, p, q, k]
 
-    with the stem of `fastres.kernels.stem`, rounded once; NaN wins, and reaches what it reaches
-    there.
+    with the stem of `fastres.kernels.stem`, rounded once; NaN wins.
 
     Args:
         packed: [N, P + 3, Q + 3, 16] fp16, bf16, int8 or fp8 e4m3, contiguous, from

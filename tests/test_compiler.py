@@ -30,7 +30,7 @@ def model(photo_batch: PhotoBatch) -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"precision": "fp8"}, "precision is 'fp8'; supported are None, 'fp32', 'tf32'"),
+        ({"precision": "fp4"}, "precision is 'fp4'; supported are None, 'fp32', 'tf32'"),
         ({"hint": "fast"}, "hint is 'fast'"),
         ({"oversize": "drop"}, "oversize is 'drop'"),
         ({"on_unsupported": "ignore"}, "on_unsupported is 'ignore'"),

@@ -137,8 +137,8 @@ class TestOptions:
         ("settings", "message"),
         [
             (
-                {"precision": "fp8"},
-                "precision is 'fp8'; supported are None, 'fp32', 'tf32', 'fp16'",
+                {"precision": "fp4"},
+                "precision is 'fp4'; supported are None, 'fp32', 'tf32', 'fp16'",
             ),
             ({"precision": torch.float16}, "precision is torch.float16; supported are"),
             ({"hint": "speed"}, "hint is 'speed'; supported are 'latency', 'throughput'"),

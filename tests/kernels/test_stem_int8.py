@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastres.kernels import reference
-from fastres.kernels.boxes import BoxTile
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.folding import pack_stem_weight
 from fastres.kernels.layout import cast, normalisation, to_nchw, to_nhwc, to_nhwc_launch
@@ -164,7 +163,7 @@ class Case:
     activation: ActivationKind | None = "relu"
     out_scale: float = 1 / 0.021
     dtype: torch.dtype = INT8  # of the output
-    tile: StemPoolTile | ConvTile | BoxTile | None = None
+    tile: StemPoolTile | ConvTile | None = None
 
 
 STEMS = (
@@ -214,7 +213,6 @@ def meaning(case: Case, x, weight, scale, bias) -> torch.Tensor:
     [
         *STEMS,
         Case("to-fp32", (1, 3, 20, 20), dtype=FP32, out_scale=1.0),
-        Case("boxes", (2, 3, 28, 28), tile=BoxTile(1, 8, 8, 64, 64, 4, 2)),
         Case("deep-blocks", (1, 3, 20, 20), tile=ConvTile(64, 64, 128, 4, 2)),
     ],
     ids=lambda case: case.name,

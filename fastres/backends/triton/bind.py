@@ -130,6 +130,7 @@ def _conv2d(
         at[step.target],
         shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, groups),
         target=target,
+        merged=step.merged,
         residual_channel_offset=offset,
         activation=step.activation,
         **_scales(step.scales, constants),

@@ -134,6 +134,21 @@ def test_groups(precision: Precision) -> None:
         assert any(step.merged > 1 for step in steps if isinstance(step, LaunchConv2d))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy of 0 * inf
+def test_not_finite_numbers_stay_in_their_group() -> None:
+    model = nn.Conv2d(32, 64, 3, 2, 1, groups=8).eval()
+    x = torch.randn(2, 32, 9, 7, generator=torch.Generator().manual_seed(1))
+    x[0, 5, 4, 3], x[0, 22, 0, 6] = float("nan"), float("inf")
+    with compile(model, x, "fp32") as engine:
+        executable = engine._lowered.executable
+        assert isinstance(executable, TritonExecutable)
+        (step,) = executable._runners.get((tuple(x.shape),)).plan.steps[1:]
+        assert isinstance(step, LaunchConv2d) and step.merged > 1
+        y, expected = engine(x), model(x)
+        assert not expected[0, :, 2:3, 1:2].isfinite().all() and expected[1].isfinite().all()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 class Elementwise(nn.Module):
     """Average pools, an addition of what no convolution makes, activations by themselves."""
 
