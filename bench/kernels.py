@@ -122,7 +122,7 @@ def faults(launch: Launch, facts: KernelFacts, sm: int, precision: Precision) ->
     x = launch.arguments.get("x_ptr")
     if isinstance(x, torch.Tensor) and launch.constants["C"] * x.element_size() % 16 == 0:
         if narrow := narrow_loads(launch, facts):
-            found.append(f"{narrow} loads of 2 bytes")
+            found.append(f"{narrow} loads of 1 or 2 bytes")
     multiplies = "BLOCK_K" in launch.constants or "DEPTH" in launch.constants
     if multiplies and precision != "fp32":
         wanted = MATRIX[sm]

@@ -36,6 +36,7 @@ _REGISTERS = re.compile(r"\bREG:(\d+)")
 _EVERY_ATTRIBUTE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 MATRIX = re.compile(r"U?T?C?[HIQ]G?MMA\b")
 _GLOBAL = re.compile(r"(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP|ATOMG?|REDG?|LD|ST)(?:\.|$)")
+_NARROW = re.compile(r"LDG\..*U(?:8|16)\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.M)
 
 
@@ -52,7 +53,7 @@ class KernelFacts:
         instructions: how often each machine instruction stands in the code, by its full name.
         unguarded: accesses to global memory that stand before the wait for the kernel in front
             (`fastres.kernels.dependent`): all of them in a kernel that does not wait.
-        narrow: 2-byte loads from global memory that stand before the last matrix instruction.
+        narrow: loads of 1 or 2 bytes from global memory before the last matrix instruction.
     """
 
     registers: int
@@ -108,7 +109,7 @@ def facts_of(kernel: CompiledKernel) -> KernelFacts:
         num_warps=kernel.metadata.num_warps,
         instructions=dict(instructions),
         unguarded=sum(_GLOBAL.match(name) is not None for name in before),
-        narrow=sum(name.startswith("LDG.") and ".U16" in name for name in names[:last]),
+        narrow=sum(_NARROW.match(name) is not None for name in names[:last]),
     )
 
 
@@ -126,14 +127,14 @@ def key_of(launch: Launch) -> str:
 
 
 def narrow_loads(launch: Launch, facts: KernelFacts) -> int:
-    """Loads of 2 bytes, but for those of the path for NaN (`taps_jit`), which is behind a product.
+    """Loads of 1 or 2 bytes, but for those of the path for NaN (`taps_jit`) behind a product.
 
     A kernel that has such a path is not asked about what is read for its epilogue.
     """
     constants = launch.constants
     if constants.get("FOLDED") or constants.get("MERGED", 1) != 1 or "TAPS" in constants:
         return facts.narrow
-    return facts.count("LDG", "U16")
+    return facts.count("LDG", "U8") + facts.count("LDG", "U16")
 
 
 def fits(facts: KernelFacts, sm: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastres.kernels.aot import MATRIX, TYPES, KernelFacts, fits
+from fastres.kernels.aot import MATRIX, TYPES, KernelFacts, fits, narrow_loads
 from fastres.kernels.aot_table import (
     BOXES,
     CHAINS,
@@ -66,7 +66,7 @@ def byte_faults(launch: Launch, facts: KernelFacts, sm: int) -> list[str]:
     if launch.constants.get("ACTIVATION") in (None, "relu") and (fused := facts.count("FFMA")):
         found.append(f"{fused} products and sums are rounded at once")
     picture = next(launch.tensors()).dtype == torch.uint8  # its pixels have three bytes
-    narrow = 0 if picture else facts.count("LDG", "U8") + facts.count("LDG", "U16")
+    narrow = 0 if picture else narrow_loads(launch, facts)
     if narrow:
         found.append(f"{narrow} loads of 1 or 2 bytes")
     return found
