@@ -8,6 +8,8 @@ both given the same images; and fastres in fp32 and bf16. Speeds are interleaved
 int8 engine's SQNR against fp32 stands beside its speed; the network is settled, not trained, so
 that says how the numbers are kept, not how accurate a trained network would be.
 
+NNCF is no part of the dev extra: pip install nncf.
+
 Source of the peers' settings: their documentation of post-training quantisation.
 """
 
