@@ -22,16 +22,17 @@ import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -56,8 +57,6 @@ def photographs(count: int, seed: int = 0) -> Tensor:
     """[N, 3, 224, 224] fp32: square cuts from the example photographs, normalised."""
     draw = np.random.default_rng(seed)
     preprocess = Preprocess(resize=SIZE, crop=SIZE)
-    from PIL import Image
-
     pictures = [Image.open(path).convert("RGB") for path in find_images(PHOTOS)]
     cuts = []
     for i in range(count):
@@ -188,16 +187,11 @@ def _onnx_bytes(model: nn.Module) -> bytes:
     return to_onnx(optimised(source.graph, CaptureError)).SerializeToString()
 
 
-class _quiet:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Peers print progress to stdout, which here is for figures."""
-
-    def __enter__(self) -> None:
-        self._before = sys.stdout
-        sys.stdout = open(os.devnull, "w")
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdout.close()
-        sys.stdout = self._before
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 seconds.setdefault(made.name, []).append(made.seconds)
                 found[made.name] = made
                 gc.collect()
-        exact = model.double()(images.double()[:64]) if given.images else None
+        with torch.no_grad():
+            exact = model.double()(images.double()[:64])
         model.float()
         floats = [
             Target(
@@ -260,12 +255,10 @@ def _has_bf16() -> bool:
     return CpuBackend().precision("bf16") is None
 
 
-def _sqnr(run: Callable[[Tensor], Tensor], images: Tensor, exact: Tensor | None) -> float:
+def _sqnr(run: Callable[[Tensor], Tensor], images: Tensor, exact: Tensor) -> float:
     distance = Distance()
-    if exact is None:
-        return float("nan")
     for x, y in zip(images.split(8), exact.split(8), strict=True):
-        distance.add(run(x).clone(), y.detach())
+        distance.add(run(x).clone(), y)
     return distance.sqnr_db
 
 

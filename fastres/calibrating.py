@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from fastres.calib.thresholds import Algorithm, thresholds
 from fastres.errors import InputError
 from fastres.graph.ir import Graph
 from fastres.graph.passes.split_residual import split_residual
-from fastres.graph.quantisable import calibration_names, fingerprints, observed
+from fastres.graph.quantisable import fingerprints, observed
 from fastres.options import Input
 from fastres.references import full_precision
 from fastres.weights import oddity
@@ -161,7 +160,7 @@ def collect(
     Memory does not grow with the data.
 
     Args:
-        graph: optimised.
+        graph: optimised, and fed what the model is: not one that normalises pictures.
         moved: called with the number of images done.
 
     Raises:
@@ -187,15 +186,13 @@ def collect(
     if not images:
         raise InputError("the calibration data is empty; give at least one image")
     structure, weights = fingerprints(graph)
-    names = calibration_names(graph)
     return CalibrationTable(
         algorithm=algorithm,
         samples=images,
         graph=structure,
         weights=weights,
         tensors={
-            names.get(name, name): _range(observer, with_means=wanted[name])
-            for name, observer in seen.items()
+            name: _range(observer, with_means=wanted[name]) for name, observer in seen.items()
         },
     )
 
@@ -243,8 +240,3 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 def shapes_of(batch: Batch) -> tuple[Input, ...]:
     """Inputs as the first batch has them."""
     return tuple(Input((max(1, len(x)), *x.shape[1:]), dtype=x.dtype) for x in batch)
-
-
-def without_dtype(inputs: Sequence[Input]) -> tuple[Input, ...]:
-    """The same, of the model's own dtype."""
-    return tuple(replace(entry, dtype=None) for entry in inputs)

@@ -136,19 +136,19 @@ def compile(
             "itself, or None for one that is called as the model is"
         )
     source = source_of(model, inputs)
+    table = None if calibration is None else table_of(calibration, source)
     if io_dtype is not None:
         source = taking_pictures(source, preprocess)
     if source.largest_batch is not None:
         limit = min(source.largest_batch, options.max_batch_size or source.largest_batch)
         options = replace(options, max_batch_size=limit)
-    graph = optimised(source.graph, CaptureError)
     engine = assemble(
-        graph,
+        optimised(source.graph, CaptureError),
         Origin(without_values(source.graph, source.weights), source.ignored_weights),
         options,
         source.inputs,
         preprocess,
-        table=None if calibration is None else table_of(calibration, graph, source.inputs),
+        table=table,
     )
     if verify:
         from fastres.parity import verify as check

@@ -22,7 +22,7 @@ from fastres.errors import CaptureError, InputError
 from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import quantise
 from fastres.graph.quantisable import quantisable
-from fastres.options import Input, PathLike, integer, is_number
+from fastres.options import PathLike, integer, is_number
 from fastres.source import Inputs, Model, Source, source_of
 from fastres.text import progress_bar
 from fastres.tolerances import Distance
@@ -113,8 +113,11 @@ def quantize(
     return search.table
 
 
-def table_of(calibration: Calibration, graph: Graph, inputs: Sequence[Input]) -> CalibrationTable:
+def table_of(calibration: Calibration, source: Source) -> CalibrationTable:
     """The table that `fastres.compile` was given, the path of, or the data for.
+
+    Args:
+        source: as the model is fed, whatever its engine will be.
 
     Raises:
         InputError: it is none of these, or cannot be read.
@@ -126,10 +129,13 @@ def table_of(calibration: Calibration, graph: Graph, inputs: Sequence[Input]) ->
             return CalibrationTable.load(calibration)
         except ValueError as error:
             raise InputError(str(error)) from error
-    batches = Batches(calibration, 512, inputs=len(inputs), preprocess=None, seed=0)
+    from fastres.compiler import optimised
+
+    batches = Batches(calibration, 512, inputs=len(source.inputs), preprocess=None, seed=0)
+    graph = optimised(source.graph, CaptureError)
     with progress_bar("calibrating") as moved:
         return collect(
-            graph, inputs, batches, DEFAULT, moved=lambda done: moved(done, batches.samples)
+            graph, source.inputs, batches, DEFAULT, moved=lambda done: moved(done, batches.samples)
         )
 
 

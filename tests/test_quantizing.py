@@ -289,6 +289,15 @@ def test_pictures_in_int8(small: nn.Module, data: Tensor) -> None:
     y = plain(floats)
     torch.testing.assert_close(fused(pictures), y, rtol=0, atol=0.05 * float(y.abs().max()))
     assert fastres.verify(small, fused, pictures).passed
+    on_the_spot = fastres.compile(
+        small,
+        floats[:1],
+        calibration=[floats],  # what the model is fed, not the engine: it is normalised once
+        backend="cpu",
+        preprocess=preprocess,
+        io_dtype=torch.uint8,
+    )
+    assert torch.equal(on_the_spot(pictures), fused(pictures))
 
 
 def test_half_precision_models_in_int8(small: nn.Module, data: Tensor) -> None:
