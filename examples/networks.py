@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,24 +15,12 @@ from torch import Tensor, nn
 
 from fastres import models
 from fastres.calib.images import Preprocess
-from fastres.cli.models import as_version
+from fastres.cli.models import reference
 from fastres.errors import BuildError, InputError
 from fastres.weights import read_weights
 
 Part = Literal["all", "last", "head"]
 _KEY = "fastres.training"  # one entry: safetensors writes several in an order of chance
-_SMALL = re.compile(r"(cifar|preact)_resnet(\d+)")
-_LARGE = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
 
 
 def network(name: str, classes: int = 10, seed: int = 0) -> nn.Module:
@@ -57,24 +44,12 @@ def network(name: str, classes: int = 10, seed: int = 0) -> nn.Module:
         return models.ResNet(
             models.Bottleneck, (3, 4, 6, 3), stem="cifar", planes=8, num_classes=classes, seed=seed
         )
-    plain, _, behind = name.removeprefix("fastres:").partition("@")
-    version = as_version(behind or None) or "v1.5"
-    if name.startswith("fastres:"):
-        small = _SMALL.fullmatch(plain)
-        try:
-            if small and small[1] == "cifar":
-                return models.cifar_resnet(int(small[2]), classes, version=version, seed=seed)
-            if small:
-                return models.preact_resnet(int(small[2]), classes, seed=seed)
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from error
-        if plain in _LARGE:
-            make: Callable[..., nn.Module] = getattr(models, plain)
-            return make(version=version, num_classes=classes, seed=seed)
-    raise InputError(
-        f"there is no network {name!r}; there are resnet20, bottleneck, and fastres: before "
-        f"cifar_resnet20 and preact_resnet20 with any depth of 6n + 2, {', '.join(_LARGE)}"
-    )
+    if not name.startswith("fastres:"):
+        raise InputError(
+            f"there is no network {name!r}; there are resnet20, bottleneck, and fastres: before a "
+            "name such as resnet18 or cifar_resnet32"
+        )
+    return reference(name.removeprefix("fastres:"), num_classes=classes, seed=seed)
 
 
 def take_over(model: nn.Module, path: str | os.PathLike[str], *, new_head: bool = False) -> bool:

@@ -81,7 +81,7 @@ def make(name: str, version: Version | None = None) -> nn.Module:
             f"--version is for fastres: models and for --weights alone, not for {name}"
         )
     makers: dict[str, Callable[[], nn.Module]] = {
-        "fastres": lambda: _fastres(rest, version),
+        "fastres": lambda: reference(rest, version),
         "torchvision": lambda: _torchvision(rest),
         "timm": lambda: _timm(rest),
     }
@@ -131,7 +131,16 @@ def is_fresh(model: nn.Module) -> bool:
     )
 
 
-def _fastres(text: str, version: Version | None) -> nn.Module:
+def reference(text: str, version: Version | None = None, **options: Any) -> nn.Module:
+    """One of `fastres.models`, in training mode.
+
+    Args:
+        text: NAME[@v1|@v1.5].
+        options: num_classes and seed, where they are not to be the network's own.
+
+    Raises:
+        InputError: there is no such network, or both say a version and not the same.
+    """
     from fastres import models
 
     name, at, behind = text.partition("@")
@@ -142,9 +151,9 @@ def _fastres(text: str, version: Version | None) -> nn.Module:
     cifar = _CIFAR.fullmatch(name)
     try:
         if cifar and cifar[1] == "cifar_resnet":
-            return models.cifar_resnet(int(cifar[2]), version=chosen)
+            return models.cifar_resnet(int(cifar[2]), version=chosen, **options)
         if cifar:
-            return models.preact_resnet(int(cifar[2]))
+            return models.preact_resnet(int(cifar[2]), **options)
     except ValueError as error:
         raise InputError(f"fastres:{name}: {error}") from error
     if name not in _IMAGENET:
@@ -152,7 +161,7 @@ def _fastres(text: str, version: Version | None) -> nn.Module:
             f"there is no fastres:{name}; there are {', '.join(_IMAGENET)}, and cifar_resnet20 and "
             "preact_resnet20 with any depth of 6n + 2"
         )
-    made: nn.Module = getattr(models, name)(version=chosen)
+    made: nn.Module = getattr(models, name)(version=chosen, **options)
     return made
 
 
