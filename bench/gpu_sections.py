@@ -19,6 +19,7 @@ import questions
 import torch
 import torch.nn.functional as F
 from compare import photographs
+from quantised import in_precision
 from torch import Tensor, nn
 
 import fastres
@@ -41,11 +42,8 @@ from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.tune import precompile, tune
 from fastres.bench_report import machine
 from fastres.benchmarking import Target, benchmark
-from fastres.calibrating import collect
 from fastres.graph.capture import capture
-from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
-from fastres.graph.passes.quantise import quantise
 from fastres.kernels.aot import KernelFacts, compile_launch, key_of
 from fastres.kernels.boxes import box_candidates, box_seconds
 from fastres.kernels.conv2d import conv2d_launch
@@ -165,7 +163,7 @@ def _compile(job: Job) -> int:
     _, net, version, precision, batch, target, size = job
     shape = (batch, 3, size, size)
     graph = optimise(capture(_make(net, version).eval(), [fastres.Input(shape)]).graph)
-    graph = _in_precision(graph, shape, precision)
+    graph = in_precision(graph, shape, precision)
     plan = make_plan(graph, (shape,), precision, Tiles(target))
     constants = Packed(graph, FLOAT_OF[precision], torch.device("meta"))
     known: dict[str, KernelFacts] = {}
@@ -173,16 +171,6 @@ def _compile(job: Job) -> int:
     for key, launch in {key_of(launch): launch for _, launch in launches}.items():
         known[key] = compile_launch(launch, target.sm)
     return len(known)
-
-
-def _in_precision(graph: Graph, shape: tuple[int, ...], precision: Precision) -> Graph:
-    """For int8 the quantised graph, by the ranges of one random picture: which kernels there are
-    does not depend on them."""
-    if precision != "int8":
-        return graph
-    one = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
-    table = collect(graph, [fastres.Input(shape)], [(one,)], "minmax")
-    return quantise(graph, table, "skip")
 
 
 def tests(run: Run) -> Iterator[Row]:
@@ -259,7 +247,7 @@ def _problems(version: str, batch: int, run: Run) -> list[Problem]:
     graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
     tiles = Tiles(tiles_for(Options(), run.device).target)
     for precision in FAST:
-        make_plan(_in_precision(graph, shape, precision), (shape,), precision, tiles)
+        make_plan(in_precision(graph, shape, precision), (shape,), precision, tiles)
     return tiles.asked()
 
 

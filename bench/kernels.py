@@ -4,8 +4,7 @@ python bench/kernels.py [--quick] [--sm 80,90] [--out FILE.json] [--tables DIR] 
 
 A tile whose kernel spills or does not fit gives way to the next, which is said. Checked for each
 kernel of the plans that come out: no spills, shared memory within the target's, the matrix
-instruction that the target is to have, no 2-byte loads where channels come in eights. Kernels of
-8 bits, which no plan has yet, are those of `fastres.kernels.aot_table_int8`. The exit
+instruction that the target is to have, no 2-byte loads where channels come in eights. The exit
 status is 1 if one fails. Triton's cache makes a second run quick. --tables writes what came out as
 tables of tiles, which fastres ships for GPUs that it has not been measured on.
 """
@@ -23,10 +22,12 @@ from typing import Any
 
 import torch
 import triton
+from quantised import in_precision
 
 import fastres
 from fastres import models
 from fastres.backends.triton.cross import compiled_plan, launches_of, spill_limit
+from fastres.backends.triton.eight_bits import FLOAT_OF
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.table import (
@@ -40,17 +41,18 @@ from fastres.backends.triton.table import (
 )
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
-from fastres.kernels.aot import KernelFacts, compile_launch, fits, key_of, narrow_loads
-from fastres.kernels.aot_table_int8 import byte_cases, byte_faults
+from fastres.kernels.aot import KernelFacts, fits, key_of, narrow_loads
+from fastres.kernels.aot_table_int8 import byte_faults
 from fastres.kernels.binary_build import Built
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
-from fastres.options import DTYPE_OF, Precision
+from fastres.kernels.quantised import is_bytes
+from fastres.options import Precision
 
 SMS = (80, 86, 89, 90, 100, 120)
 BATCHES = (1, 32, 256)
 NETS = ("resnet18", "resnet50@v1", "resnet50@v1.5", "resnet152@v1.5", "resnext50_32x4d")
-OTHERS: tuple[Precision, ...] = ("bf16", "tf32", "fp32")  # on one network; fp16 on all
+OTHERS: tuple[Precision, ...] = ("bf16", "tf32", "fp32", "fp8")  # on one network; fp16 on all
 MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
@@ -63,8 +65,8 @@ class Case:
     batch: int
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """All of them, or a few that hold every kernel family."""
+def cases(sm: int, quick: bool) -> Iterator[Case]:
+    """All of a target's, or a few that hold every kernel family."""
     if quick:
         yield Case("resnet50@v1.5", "fp16", 256)
         yield Case("resnet50@v1.5", "fp16", 1)
@@ -72,8 +74,11 @@ def cases(quick: bool) -> Iterator[Case]:
     for net in NETS:
         for batch in BATCHES:
             yield Case(net, "fp16", batch)
+    for batch in BATCHES:
+        yield Case("resnet50@v1.5", "int8", batch)
     for precision in OTHERS:
-        yield Case("resnet50@v1.5", precision, 32)
+        if precision != "fp8" or sm >= 89:
+            yield Case("resnet50@v1.5", precision, 32)
 
 
 def graph_of(net: str) -> Graph:
@@ -89,8 +94,9 @@ def kernels(
 ) -> tuple[Plan, list[tuple[str, str, Launch]]]:
     """The network's plan; and its launches: the node each is for, the kernel's key, the call."""
     shape = (case.batch, 3, 224, 224)
+    graph = in_precision(graph, (1, 3, 64, 64), case.precision)
     plan, _ = compiled_plan(graph, (shape,), case.precision, tiles, known)
-    constants = Packed(graph, DTYPE_OF[case.precision], torch.device("meta"))
+    constants = Packed(graph, FLOAT_OF[case.precision], torch.device("meta"))
     return plan, [
         (node, key_of(launch), launch)
         for node, launch in launches_of(plan, constants, tiles.target)
@@ -115,10 +121,12 @@ def faults(launch: Launch, facts: KernelFacts, sm: int, precision: Precision) ->
     found = []
     if max(facts.spill_stores, facts.spill_loads) > spill_limit(sm):
         found.append(f"{facts.spill_stores} bytes spilled")
-    if not fits(facts, sm):
-        found.append(f"{facts.shared_bytes} bytes of shared memory")
     if launch.dependent and facts.unguarded:
         found.append(f"{facts.unguarded} accesses before the wait for the kernel in front")
+    if is_bytes(next(launch.tensors()).dtype):
+        return found + byte_faults(launch, facts, sm)
+    if not fits(facts, sm):
+        found.append(f"{facts.shared_bytes} bytes of shared memory")
     x = launch.arguments.get("x_ptr")
     if isinstance(x, torch.Tensor) and launch.constants["C"] * x.element_size() % 16 == 0:
         if narrow := narrow_loads(launch, facts):
@@ -145,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sm in map(int, given.sm.split(",")):
         tiles, known, seen = Tiles(Target.typical(sm)), dict[str, Built](), set[str]()
         chosen: set[str] = set()
-        for case in cases(given.quick):
+        for case in cases(sm, given.quick):
             graph = graphs.setdefault(case.net, graph_of(case.net))
             plan, launches = kernels(graph, case, tiles, known)
             chosen.update(choice.problem for choice in plan.choices)
@@ -157,9 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if found := rows[-1]["faults"]:
                     bad += 1
                     print(f"sm_{sm} {case.net} {case.batch} {case.precision} {node}: {found}")
-        if not given.quick:
-            rows += (eight := byte_rows(sm))
-            bad += sum(bool(row["faults"]) for row in eight)
         for why in tiles.banned.values():
             print(f"sm_{sm}, gave way to another tile: {why}")
         count = sum(row["sm"] == sm for row in rows)
@@ -173,32 +178,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bad > 0)
 
 
-def byte_rows(sm: int) -> list[dict[str, Any]]:
-    """The kernels of 8 bits for one target, layer by layer."""
-    rows = []
-    for case in byte_cases(sm):
-        facts = compile_launch(case.launch, sm)
-        found = byte_faults(case.launch, facts, sm)
-        if (spilled := max(facts.spill_stores, facts.spill_loads)) > spill_limit(sm):
-            found.append(f"{spilled} bytes spilled")
-        if found:
-            print(f"sm_{sm} {case.name}: {found}")
-        rows.append({"sm": sm, "node": case.name, **_facts(case.launch, facts), "faults": found})
-    return rows
-
-
 def _row(case: Case, node: str, launch: Launch, facts: KernelFacts, sm: int) -> dict[str, Any]:
-    found = faults(launch, facts, sm, case.precision)
-    return {"sm": sm, **vars(case), "node": node, **_facts(launch, facts), "faults": found}
-
-
-def _facts(launch: Launch, facts: KernelFacts) -> dict[str, Any]:
     blocks = {k: v for k, v in launch.constants.items() if k.startswith(("BLOCK", "BOX", "CHUNK"))}
     return {
+        "sm": sm,
+        **vars(case),
+        "node": node,
         "kernel": launch.kernel.__name__,
         "tile": {**blocks, "warps": launch.num_warps, "stages": launch.num_stages},
         "registers": facts.registers,
         "shared_bytes": facts.shared_bytes,
+        "faults": faults(launch, facts, sm, case.precision),
     }
 
 

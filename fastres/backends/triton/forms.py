@@ -127,7 +127,7 @@ class Reckoner:
             return None
         together = self._form("stem and pool", problem)
         stem = min(
-            self._form("pointers", Problem("pointers", stem_shape(*sizes), precision)),
+            self._form("folded stem", Problem("folded stem", stem_shape(*sizes), precision)),
             self._form("pointers", self._problem(node, "pointers")),
             key=lambda form: form.seconds,
         )
@@ -147,9 +147,8 @@ class Reckoner:
         if self._recorded is not None and not isinstance(step, LaunchStem):
             return None
         filters = (shape.r, shape.s), shape.stride, shape.padding
-        problem = Problem(
-            "pointers", stem_shape(shape.n, shape.p, shape.q, shape.k), self._in(node)
-        )
+        folding = stem_shape(shape.n, shape.p, shape.q, shape.k)
+        problem = Problem("folded stem", folding, self._in(node))
         possible = stem_refusal(shape.c, shape.h, shape.w, *filters) is None
         if isinstance(step, LaunchStem):
             if possible and problem.takes(step.tile, self._target):
@@ -157,7 +156,7 @@ class Reckoner:
             raise strange(node)
         if not possible or self._no_tile(problem):
             return None
-        folded = replace(self._form("pointers", problem), kind="folded stem")
+        folded = self._form("folded stem", problem)
         plain = self._form("pointers", self._problem(node, "pointers"))
         if plain.seconds <= folded.seconds:
             return None  # the choice is written down where it is planned as a convolution
@@ -316,7 +315,7 @@ class Reckoner:
         """With as many groups in one product as is quickest: a narrow one leaves a tile empty."""
         shape = self.shape(node)
         forms = (
-            replace(self._form("pointers", self._problem(node, "pointers", merged=n)), merged=n)
+            self._form("pointers", self._problem(node, "pointers", merged=n))
             for n in mergeable(shape.groups, shape.c // shape.groups)
         )
         return min(forms, key=lambda form: (not form.measured, form.seconds))
@@ -334,7 +333,8 @@ class Reckoner:
         shape = replace(shape, groups=shape.groups // merged)
         precision = self._in(node)
         floating = kind == "boxes" and precision in EIGHT_BITS and self._in_float(node)
-        return Problem(kind, shape, precision, self._projection(projection), residual, floating)
+        projected = self._projection(projection)
+        return Problem(kind, shape, precision, projected, residual, floating, merged)
 
     def _in(self, node: Node) -> Precision:
         return precision_of(node, self._precision)
@@ -348,7 +348,9 @@ class Reckoner:
             best = self._tiles.best(problem)
         except ValueError as error:
             raise UnsupportedError(str(error)) from error
-        return Form(kind, best.tile, best.seconds, best.measured, problem.key)
+        return Form(
+            kind, best.tile, best.seconds, best.measured, problem.key, merged=problem.merged
+        )
 
     def _no_tile(self, problem: Problem) -> str | None:
         """Why a problem cannot be run; None if it can."""

@@ -19,10 +19,11 @@ from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile
 from fastres.options import Precision
 
-Kind = Literal["pointers", "boxes", "chain", "stem and pool"]
+Kind = Literal["pointers", "folded stem", "boxes", "chain", "stem and pool"]
 AnyTile = ConvTile | BoxTile | ChainTile | StemPoolTile
 TILE_OF: dict[Kind, type[AnyTile]] = {
     "pointers": ConvTile,
+    "folded stem": ConvTile,
     "boxes": BoxTile,
     "chain": ChainTile,
     "stem and pool": StemPoolTile,
@@ -31,14 +32,15 @@ TILE_OF: dict[Kind, type[AnyTile]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A convolution through pointers or boxes, a chain, or a stem with its max pool.
+    """A convolution through pointers or boxes, a chain, or a stem with or without its max pool.
 
     Args:
         kind: which kernel.
-        shape: a ChainShape for a chain, else a ConvShape; `stem_shape` of a stem with its pool.
+        shape: a ChainShape for a chain, else a ConvShape; `stem_shape` of both kinds of stem.
         projection: of boxes: the 1x1 merged into the same accumulator.
         residual: of pointers and boxes: whether a tensor is added in the epilogue.
         floating: of boxes in 8 bits: whether the result, or what is added, is in fp16.
+        merged: of pointers: groups within each of the shape's, as `conv2d_launch` has them.
     """
 
     kind: Kind
@@ -47,6 +49,7 @@ class Problem:
     projection: Projection | None = None
     residual: bool = False
     floating: bool = False
+    merged: int = 1
 
     @cached_property
     def key(self) -> str:
@@ -60,6 +63,8 @@ class Problem:
             more += " residual"
         if self.floating:
             more += " floating"
+        if self.merged > 1:
+            more += f" merged={self.merged}"
         return f"{self.kind} {self.precision} {text}{more}"
 
     @property

@@ -19,6 +19,7 @@ from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import Launch
 from fastres.kernels.space_to_depth import space_to_depth
+from fastres.kernels.stem import stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
 from fastres.kernels.stem_pool_tiles import StemPoolTile, pooled
 from fastres.kernels.tiles import ConvTile
@@ -45,7 +46,7 @@ class Trial:
         shape = problem.shape
         if isinstance(shape, ChainShape):
             self._make_chain(shape)
-        elif problem.kind == "stem and pool":
+        elif self._is_stem:
             self._make_stem(shape)
         else:
             self._make_convolution(shape)
@@ -67,6 +68,11 @@ class Trial:
             operands = self._folded, self._matrix, self._bias, self._outputs[0]
             return (stem_pool_launch(*operands, tile=tile, **self._scales),)
         assert isinstance(tile, ConvTile)
+        narrow = self.problem.precision == "tf32"
+        if self.problem.kind == "folded stem":
+            operands = self._folded, self._matrix, self._bias, self._outputs[0]
+            more = {"tile": tile, "target": target, "allow_tf32": narrow, **self._scales}
+            return (stem_launch(*operands, **more),)
         launch = conv2d_launch(
             self._x,
             self._filters,
@@ -75,9 +81,10 @@ class Trial:
             self._outputs[0],
             shape=shape,
             target=target,
+            merged=self.problem.merged,
             activation="relu",
             tile=tile,
-            allow_tf32=self.problem.precision == "tf32",
+            allow_tf32=narrow,
             **self._scales,
         )
         return (launch,)
@@ -131,11 +138,21 @@ class Trial:
         self._x = self._random(s.n, 2 * s.p, 2 * s.q, 3)
         self._filters = self._random(s.k, 7, 7, 3, depth=3 * 49)
         self._bias = self._random(s.k, dtype=torch.float32)
-        self._outputs = [self._random(s.n, pooled(s.p), pooled(s.q), s.k)]
+        self._outputs = [self._random(*self._stem_pixels(s), s.k)]
         self._matrix = pack_stem_weight(self._filters.permute(0, 3, 1, 2))
         self._folded = self._random(*packed_shape(s.n, 2 * s.p, 2 * s.q))
         if self._generator is not None:
             space_to_depth(self._x.permute(0, 3, 1, 2), out=self._folded)
+
+    @property
+    def _is_stem(self) -> bool:
+        return self.problem.kind in ("folded stem", "stem and pool")
+
+    def _stem_pixels(self, s: ConvShape) -> tuple[int, int, int]:
+        """N, P and Q of what a stem gives."""
+        if self.problem.kind == "folded stem":
+            return s.n, s.p, s.q
+        return s.n, pooled(s.p), pooled(s.q)
 
     def _make_chain(self, s: ChainShape) -> None:
         pixels = (s.n, s.p, s.q)
@@ -199,9 +216,12 @@ class Trial:
             return self._chain_reference(shape, chosen, dtype)
         narrow = self.problem.precision == "tf32"
         x = self._x[chosen]
-        if self.problem.kind == "stem and pool":
-            y = _conv(x, self._filters, dtype, (2, 2), (3, 3)) + self._bias.to(dtype)
-            return [F.max_pool2d(y.relu().permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)]
+        if self._is_stem:
+            y = _conv(x, self._filters, dtype, (2, 2), (3, 3), narrow=narrow)
+            y = (y + self._bias.to(dtype)).relu()
+            if self.problem.kind == "folded stem":
+                return [y]
+            return [F.max_pool2d(y.permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)]
         y = _conv(x, self._filters, dtype, shape.stride, shape.padding, shape, narrow)
         if self._x2 is not None:
             weight2 = self._weight2[:, None, None, :]

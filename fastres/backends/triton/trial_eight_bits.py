@@ -12,7 +12,6 @@ from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.space_to_depth import space_to_depth
-from fastres.kernels.stem_pool_tiles import pooled
 from fastres.options import EIGHT_BITS
 
 _UNWRITTEN = -128  # which no ReLU gives
@@ -27,8 +26,7 @@ class EightBitTrial(Trial):
         super().__init__(problem, device)
         shape = problem.shape
         assert not isinstance(shape, ChainShape)
-        stem = problem.kind == "stem and pool"
-        depth = 3 * 49 if stem else shape.r * shape.s * shape.c // shape.groups
+        depth = 3 * 49 if self._is_stem else shape.r * shape.s * shape.c // shape.groups
         if device.type == "meta":
             scale = torch.empty(shape.k, dtype=torch.float32, device=device)
         else:  # a sum has the deviation 74^2 sqrt(depth) of uniform bytes
@@ -60,7 +58,7 @@ class EightBitTrial(Trial):
         self._x = self._random(s.n, 2 * s.p, 2 * s.q, 3)
         self._filters = self._random(s.k, 7, 7, 3)
         self._bias = self._random(s.k, dtype=torch.float32)
-        self._outputs = [self._random(s.n, pooled(s.p), pooled(s.q), s.k)]
+        self._outputs = [self._random(*self._stem_pixels(s), s.k)]
         self._matrix = pack_stem_weight(self._filters.permute(0, 3, 1, 2))
         self._folded = self._random(*packed_shape(s.n, 2 * s.p, 2 * s.q))
         if self._generator is not None:
@@ -69,12 +67,11 @@ class EightBitTrial(Trial):
     def _exact(self, chosen: torch.Tensor) -> torch.Tensor:
         shape = self.problem.shape
         assert isinstance(shape, ConvShape)
-        stem = self.problem.kind == "stem and pool"
         residual = None if self._residual is None else self._residual[chosen].permute(0, 3, 1, 2)
         x, weight = (t.double().permute(0, 3, 1, 2) for t in (self._x[chosen], self._filters))
-        sizes = ((2, 2), (3, 3)) if stem else (shape.stride, shape.padding)
+        sizes = ((2, 2), (3, 3)) if self._is_stem else (shape.stride, shape.padding)
         acc = F.conv2d(  # of bytes exact
-            x, weight, None, *sizes, *(() if stem else (shape.dilation, shape.groups))
+            x, weight, None, *sizes, *(() if self._is_stem else (shape.dilation, shape.groups))
         )
         column, dtype = (1, -1, 1, 1), self._outputs[0].dtype
         y = reference.finish_int8(
@@ -88,7 +85,8 @@ class EightBitTrial(Trial):
             torch.float32 if dtype.itemsize == 1 else dtype,
         )
         y = reference.saturated(y, dtype) if dtype.itemsize == 1 else y
-        y = reference.max_pool(y, (3, 3), (2, 2), (1, 1)) if stem else y
+        if self.problem.kind == "stem and pool":
+            y = reference.max_pool(y, (3, 3), (2, 2), (1, 1))
         return y.permute(0, 2, 3, 1)
 
     def _random(

@@ -216,7 +216,7 @@ class TestRuns:
     ) -> None:
         images = photo_batch(8, 40)
         graph, _ = quantised(Features(narrow(images)).eval(), images)
-        problem = Problem("pointers", stem_shape(2, 20, 20, 16), "int8")
+        problem = Problem("folded stem", stem_shape(2, 20, 20, 16), "int8")
         tile = Entry(dict(vars(ConvTile(64, 16, 64, 4, 3))), 1e-9)
         tables = [Table(Machine("a GPU", 1, "", ""), {problem.key: tile})]
         if together:

@@ -125,7 +125,7 @@ class TestMore:
     @pytest.mark.parametrize(
         ("problem", "tile", "step"),
         [
-            ("pointers", ConvTile(64, 16, 16, 4, 3), LaunchStem),
+            ("folded stem", ConvTile(64, 16, 16, 4, 3), LaunchStem),
             ("stem and pool", StemPoolTile(4, 16, 16, 4, 3), LaunchStemPool),
         ],
         ids=["by itself", "with its pool"],

@@ -200,7 +200,7 @@ def test_where_no_tile_of_a_form_is_left_another_form_is_taken(batch: int) -> No
     graph, shapes, tiles = bottleneck("v1.5"), ((batch, 3, 224, 224),), Tiles(HOPPER.target)
     usual = {type(step) for step in make_plan(graph, shapes, "fp16", tiles).steps}
     for problem in list(tiles.asked()):
-        if problem.kind != "pointers":
+        if problem.kind not in ("pointers", "folded stem"):
             for tile in problem.candidates(tiles.target):
                 tiles.ban(problem.key, tile, "it does not compile")
     plan = make_plan(graph, shapes, "fp16", tiles)

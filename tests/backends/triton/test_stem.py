@@ -42,7 +42,7 @@ def graph_of(size: int = 40) -> Graph:
 
 def measured(n: int, p: int, q: int, precision: str = "fp32") -> Tiles:
     """Tables in which the folded stem is by far the fastest."""
-    problem = Problem("pointers", stem_shape(n, p, q, 16), precision)  # type: ignore[arg-type]
+    problem = Problem("folded stem", stem_shape(n, p, q, 16), precision)  # type: ignore[arg-type]
     table = Table(Machine("a GPU", 1, "", ""), {problem.key: Entry(dict(vars(TILE)), 0.001)})
     return Tiles(Target(90, 1), [table])
 

@@ -43,12 +43,15 @@ POINTERS = Problem("pointers", POINTWISE, "fp16")
 BOXES = Problem("boxes", POINTWISE, "fp16", residual=True)
 CHAIN = Problem("chain", ChainShape(2, 4, 4, 64, 256, 64), "fp16")
 POOLED = Problem("stem and pool", stem_shape(2, 12, 20, 32), "fp16")
+FOLDED = Problem("folded stem", stem_shape(2, 12, 20, 32), "fp16")
 MERGED = Problem("boxes", POINTWISE, "fp16", Projection(64, (2, 2)))
+GROUPS = Problem("pointers", ConvShape(2, 6, 6, 64, 32, 3, 3, (1, 1), (1, 1), (1, 1), 2), "fp16")
 EIGHT_BITS = [
     Problem("pointers", POINTWISE, "int8", residual=True),
     Problem("boxes", POINTWISE, "int8"),
     Problem("boxes", POINTWISE, "int8", residual=True, floating=True),
     Problem("stem and pool", stem_shape(2, 12, 20, 32), "int8"),
+    Problem("folded stem", stem_shape(2, 12, 20, 32), "int8"),
 ]
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
@@ -58,6 +61,7 @@ interpreted = pytest.mark.skipif(
 class TestProblems:
     def test_keys_tell_problems_apart_and_read_well(self) -> None:
         problems = [POINTERS, BOXES, CHAIN, MERGED, replace(POINTERS, precision="bf16")]
+        problems += [FOLDED, replace(FOLDED, kind="pointers"), GROUPS, replace(GROUPS, merged=2)]
         problems.append(replace(POINTERS, shape=replace(POINTWISE, stride=(2, 2))))
         assert len({p.key for p in problems}) == len(problems)
         assert BOXES.key.startswith("boxes fp16 n=2 h=4 w=4 c=64") and "residual" in BOXES.key
@@ -218,6 +222,9 @@ class TestTrials:
             CHAIN,
             MERGED,
             POOLED,
+            FOLDED,
+            replace(FOLDED, precision="tf32"),
+            replace(GROUPS, merged=4),
             replace(BOXES, precision="tf32"),
             Problem(
                 "pointers", ConvShape(1, 5, 5, 32, 16, 3, 3, (2, 2), (1, 1), (1, 1), 2), "fp32"
@@ -236,6 +243,18 @@ class TestTrials:
         for launch in trial.launches(tile, Target(90, 1)):
             launch.run()
         assert trial.difference() is None
+
+    @pytest.mark.parametrize(
+        ("problem", "argument", "value"),
+        [(FOLDED, "FOLDED", True), (replace(GROUPS, merged=4), "MERGED", 4)],
+        ids=lambda x: str(getattr(x, "kind", x)),
+    )
+    def test_stored_zeros_are_told_from_taps_as_in_a_plan(
+        self, problem: Problem, argument: str, value: object
+    ) -> None:
+        """What is timed is the kernel that runs, with its test for NaN."""
+        (launch,) = Trial(problem, CPU).launches(problem.candidates(HOPPER)[0], HOPPER)
+        assert launch.constants[argument] == value
 
     def test_a_wrong_result_is_seen(self) -> None:
         trial = Trial(POINTERS, CPU)
