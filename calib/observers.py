@@ -1,7 +1,9 @@
 """What calibration keeps of a tensor: largest magnitude, histogram of magnitudes, channel means.
 
 All of it streams: an observer's memory does not grow with the data, and as its histogram's range is
-a power of two that doubles when it must, the order and size of batches change nothing in it.
+a power of two that doubles when it must, the order and size of batches change nothing in it. The
+largest magnitude and the means are of all values; the histogram is of all channels at some pixels,
+which lie evenly over each map: neighbours say much the same, and counting is what takes long.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from fastres.calib.thresholds import Histogram
 
 BINS = 4096  # of which at least half are used, as the range is less than twice the largest value
+COUNTED = 1 << 16  # values of a map that the histogram takes at least, if it has so many
 _LARGEST = 1e30  # sums of as many as there are do not overflow fp32
 
 
@@ -38,9 +41,8 @@ class Observer:
             ValueError: it holds NaN or infinities, or values beyond 1e30.
         """
         rest = [d for d in range(x.ndim) if d != 1]
-        # as it lies in memory, so that nothing is copied
-        flat = (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).reshape(-1)
-        low, high = (float(v) for v in flat.aminmax())
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2) if x.ndim == 4 else x[:, None]
+        low, high = (float(v) for v in pixels.reshape(-1).aminmax())  # as they lie in memory
         if not math.isfinite(low) or not math.isfinite(high):
             raise ValueError("it holds NaN or infinite values")
         largest = max(-low, high)
@@ -49,13 +51,14 @@ class Observer:
         sums = x.sum(rest, dtype=torch.float32).double()
         self._sums = sums if self._sums is None else self._sums + sums
         self.values += x.numel()
+        counted = pixels[:, :: _step(*x.shape[1:])]
         if largest == 0:
-            self.zeros += x.numel()
+            self.zeros += counted.numel()
             return
         self.largest = max(self.largest, largest)
         self._widen(largest)
-        magnitudes = flat if low >= 0 else flat.abs()
-        counts = torch.histc(magnitudes.float(), BINS, 0, self._limit)
+        magnitudes = counted.float() if low >= 0 else counted.float().abs()
+        counts = torch.histc(magnitudes, BINS, 0, self._limit)
         self._counts += counts.numpy(force=True).astype(np.int64)
 
     def _widen(self, largest: float) -> None:
@@ -70,7 +73,7 @@ class Observer:
 
     @property
     def histogram(self) -> Histogram:
-        """Of magnitudes; those of batches that were all zero are in the first bin."""
+        """Of the magnitudes counted; those of batches that were all zero are in the first bin."""
         counts = self._counts.copy()
         counts[0] += self.zeros
         return Histogram(counts, self._limit / BINS, self.largest)
@@ -81,3 +84,14 @@ class Observer:
         if self._sums is None:
             raise ValueError("nothing was observed")
         return (self._sums * (len(self._sums) / self.values)).float().cpu()
+
+
+def _step(channels: int, height: int = 1, width: int = 1) -> int:
+    """Every how-manyth pixel of a map is counted.
+
+    It has no divisor in common with the width, so that pixels of all columns are.
+    """
+    step = max(1, channels * height * width // COUNTED)
+    while math.gcd(step, width) > 1:
+        step -= 1
+    return step

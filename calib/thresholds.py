@@ -19,6 +19,7 @@ LEVELS = 128  # magnitudes of a symmetric int8
 _STEP = 8  # candidates of a search are this many bins apart: 0.4 % of the range or less
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -79,23 +80,10 @@ def entropy(histogram: Histogram) -> float:
     used = len(counts)
     if used <= LEVELS:
         return histogram.largest
-    best, threshold = np.inf, histogram.largest
-    beyond = np.concatenate([np.cumsum(counts[::-1])[::-1], [0.0]])
-    for end in (*range(LEVELS, used, _STEP), used):
-        inside = counts[:end]
-        if not inside.any():
-            continue
-        wanted = inside.copy()
-        wanted[np.flatnonzero(inside)[-1]] += beyond[end]
-        level = np.arange(end) * LEVELS // end
-        sums = np.bincount(level, inside, LEVELS)
-        occupied = inside > 0
-        spread = sums / np.maximum(1, np.bincount(level, occupied, LEVELS))
-        found = np.where(occupied, spread[level], 0.0)
-        divergence = _divergence(wanted, found)
-        if divergence < best:
-            best, threshold = divergence, min(end * width, histogram.largest)
-    return threshold
+    ends = np.array([*range(LEVELS, used, _STEP), used])
+    ends = ends[_up_to(counts)[ends] > 0]
+    best = int(np.argmin(_divergences(counts, ends)))
+    return float(min(ends[best] * width, histogram.largest))
 
 
 def mse(histogram: Histogram) -> float:
@@ -113,23 +101,47 @@ def mse(histogram: Histogram) -> float:
     return threshold
 
 
-def _coarse(histogram: Histogram) -> tuple[np.ndarray[Any, np.dtype[np.float64]], float]:
+def _coarse(histogram: Histogram) -> tuple[Floats, float]:
     """Pairs of bins joined, up to the largest value: 1025 to 2048 bins of a full observer's."""
     counts = histogram.counts.reshape(-1, 2).sum(1)
     used = max(1, int(np.flatnonzero(counts)[-1]) + 1)
     return counts[: max(2, used)].astype(np.float64), 2 * histogram.width
 
 
-def _divergence(
-    wanted: np.ndarray[Any, np.dtype[np.float64]], found: np.ndarray[Any, np.dtype[np.float64]]
-) -> float:
-    """sum p log(p / q) of both made to sum to 1; infinite where q cannot be what p is."""
-    total = found.sum()
-    p = wanted / wanted.sum()
-    there = p > 0
-    if total == 0 or (found[there] == 0).any():
-        return float("inf")
-    return float(np.sum(p[there] * np.log(p[there] * total / found[there])))
+def _divergences(counts: Floats, ends: np.ndarray[Any, np.dtype[np.int64]]) -> Floats:
+    """sum p log(p / q) for each end, p and q made to sum to 1.
+
+    p is counts[:end] with what lies beyond added to its last occupied bin; q is counts[:end] in 128
+    levels, each spread evenly over its occupied bins. q is the same all over a level, so sums over
+    bins are differences of running sums at the edges of levels: sum p log p over all bins, less
+    sum p log q over levels.
+    """
+    occupied = counts > 0
+    below, bins = _up_to(counts), _up_to(occupied.astype(np.float64))
+    logs = _up_to(_times_log(counts, counts))
+    last = np.maximum.accumulate(np.where(occupied, np.arange(len(counts)), -1))[ends - 1]
+    inside, beyond = below[ends], below[-1] - below[ends]
+
+    edges = -(-np.arange(LEVELS + 1) * ends[:, None] // LEVELS)  # rounded up: the first bin of each
+    sums, spread_over = np.diff(below[edges]), np.diff(bins[edges])
+    height = sums / np.maximum(1, spread_over)
+    of_last = np.take_along_axis(height, (last * LEVELS // ends)[:, None], 1)[:, 0]
+
+    there = counts[last]
+    p_log_p = logs[ends] - _times_log(there, there) + _times_log(there + beyond, there + beyond)
+    p_log_q = _times_log(sums, height).sum(1) + _times_log(beyond, of_last)
+    total = below[-1]
+    return (p_log_p - p_log_q) / total - np.log(total) + np.log(inside)
+
+
+def _up_to(values: Floats) -> Floats:
+    """[n + 1]: element i is the sum of the first i values."""
+    return np.concatenate([[0.0], np.cumsum(values)])
+
+
+def _times_log(factor: Floats, x: Floats) -> Floats:
+    """factor log(x), 0 where factor is."""
+    return factor * np.log(np.where(factor > 0, x, 1.0))
 
 
 ALGORITHMS: Mapping[Algorithm, Callable[[Histogram], float]] = {

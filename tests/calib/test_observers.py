@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres.calib.observers import BINS, Observer
+from fastres.calib.observers import BINS, COUNTED, Observer
 
 
 def seen(*batches: Tensor) -> Observer:
@@ -78,3 +78,28 @@ def test_what_is_no_number_is_refused(values: Tensor, bad: float) -> None:
 def test_nothing_seen_has_no_means() -> None:
     with pytest.raises(ValueError, match="nothing was observed"):
         _ = Observer().means
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_of_large_maps_pixels_are_counted_evenly(layout: torch.memory_format) -> None:
+    """With the largest and the means of all; and the same whatever shares the batch."""
+    torch.manual_seed(0)
+    images = torch.randn(3, 64, 112, 112)
+    images[1, 5, 60, 61], images[2, :, :, 56:] = -9.0, 3.5
+    images = images.to(memory_format=layout)
+    one_by_one = seen(*images.split(1))
+    together = seen(images)
+    assert np.array_equal(one_by_one.histogram.counts, together.histogram.counts)
+    assert together.largest == 9.0
+    torch.testing.assert_close(together.means, images.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    counted = int(together.histogram.counts.sum())
+    assert 3 * COUNTED <= counted < images.numel() / 8
+    share = together.histogram.counts[int(3.5 / together.histogram.width)] / counted
+    assert share == pytest.approx(1 / 6, rel=0.02)  # half of one image of three: all columns
+    exact = float(torch.quantile(images[0].abs().flatten()[: 1 << 23], 0.999))
+    assert seen(images[:1]).histogram.quantile(0.999) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(512, 7, 7), (16, 32, 32), (128, 32, 32)])
+def test_of_small_maps_all_values_are_counted(size: tuple[int, int, int]) -> None:
+    assert seen(torch.rand(2, *size)).histogram.counts.sum() == 2 * np.prod(size)
