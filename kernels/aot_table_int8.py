@@ -65,9 +65,9 @@ def byte_faults(launch: Launch, facts: KernelFacts, sm: int) -> list[str]:
         found.append(fault)
     if launch.constants.get("ACTIVATION") in (None, "relu") and (fused := facts.count("FFMA")):
         found.append(f"{fused} products and sums are rounded at once")
-    picture = next(launch.tensors()).dtype == torch.uint8  # its pixels have three bytes
-    narrow = 0 if picture else narrow_loads(launch, facts)
-    if narrow:
+    x = next(launch.tensors())  # a picture's pixels have three bytes, also where it is quantised
+    picture = x.dtype == torch.uint8 or launch.constants.get("C", 16) % 16
+    if narrow := 0 if picture else narrow_loads(launch, facts):
         found.append(f"{narrow} loads of 1 or 2 bytes")
     return found
 

@@ -43,6 +43,7 @@ from fastres.kernels.epilogue import ActivationKind
 OPSET = 20
 IR_VERSION = 10
 _FLOAT = onnx.TensorProto.FLOAT
+_HALF = onnx.TensorProto.FLOAT16
 _INT8 = onnx.TensorProto.INT8
 _ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "gelu": "Gelu", "hardswish": "HardSwish"}
 
@@ -66,28 +67,33 @@ def refusal(node: Node) -> str | None:
     return None
 
 
-def to_onnx(graph: Graph, *, weights_as_inputs: bool = False) -> onnx.ModelProto:
-    """Writes a graph as a float32 ONNX model with the same inputs, outputs and symbolic sizes.
+def to_onnx(
+    graph: Graph, *, half: bool = False, weights_as_inputs: bool = False
+) -> onnx.ModelProto:
+    """Writes a graph as an ONNX model with the same inputs, outputs and symbolic sizes, in float32.
 
     Pictures that a Normalize reads are an input in uint8 [N, H, W, 3]. What is quantised becomes
     QuantizeLinear and DequantizeLinear, int8 with zero point 0; weights stay int8.
 
     Args:
         graph: lawful; every node one that `refusal` has nothing against.
+        half: compute in float16 between the inputs and the outputs, which stay float32; in a
+            quantised graph only the layers that are not, as scales would lose digits.
         weights_as_inputs: leave the constants' values out and declare them as further inputs of
             the same names, for a runtime that can take them without a copy.
     """
-    writer = _Writer(graph)
+    writer = _Writer(graph, half)
     for node in graph.nodes:
         _WRITERS[type(node.op)](writer, node)
+    writer.widen_outputs()
     proto = helper.make_graph(
         writer.nodes,
         "fastres",
         [_input_info(graph, value) for value in graph.inputs]
-        + [_value_info(name, graph.spec(name)) for name in writer.read if weights_as_inputs],
+        + [_value_info(name, graph.spec(name)) for name, _ in writer.read if weights_as_inputs],
         [_value_info(name, graph.spec(name)) for name in graph.outputs],
         writer.initializers
-        + [_weight(graph, name) for name in writer.read if not weights_as_inputs],
+        + [_weight(graph, *read) for read in writer.read if not weights_as_inputs],
     )
     opset = helper.make_opsetid("", OPSET)
     return helper.make_model(
@@ -116,10 +122,18 @@ def _dim(size: Dim) -> int | str:
     return size if isinstance(size, int) else str(size)
 
 
-def _weight(graph: Graph, name: str) -> onnx.TensorProto:
+def _weight(graph: Graph, name: str, kind: int) -> onnx.TensorProto:
     array = as_array(graph.constants[name])
-    kind = _INT8 if array.dtype == np.int8 else _FLOAT
-    return helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
+    if array.dtype == np.int8:
+        kind = _INT8
+    elif kind == _HALF:
+        array = array.astype(np.float16)
+    return helper.make_tensor(_named(name, kind), kind, array.shape, array.tobytes(), raw=True)
+
+
+def _named(name: str, kind: int) -> str:
+    """The name of a value, or of its copy in float16."""
+    return f"{name}/half" if kind == _HALF else name
 
 
 def as_array(constant: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -131,21 +145,61 @@ def as_array(constant: torch.Tensor) -> np.ndarray[Any, Any]:
 class _Writer:
     """Collects nodes, small initializers, and the names of the constants that are read."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, half: bool) -> None:
         self.graph = graph
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.read: dict[str, None] = {}  # a set that keeps its order
+        self.read: dict[tuple[str, int], None] = {}  # a set that keeps its order
+        self._half = half
+        self._quantised = any(isinstance(node.op, Quantize) for node in graph.nodes)
+        self._cast: set[str] = set()
 
-    def constant(self, name: str) -> str:
-        self.read[name] = None
-        return name
+    def kind(self, node: Node) -> int:
+        """The floating-point type that a node computes in."""
+        narrow = self._half and not isinstance(node.op, Normalize)
+        if self._quantised:
+            narrow &= isinstance(node.op, Conv2d | Linear) and "scale" not in node.params
+        return _HALF if narrow else _FLOAT
+
+    def constant(self, name: str, kind: int) -> str:
+        self.read[name, kind] = None
+        return name if self.graph.constants[name].dtype == torch.int8 else _named(name, kind)
 
     def inputs(self, node: Node) -> list[str]:
-        return [self.constant(n) if n in self.graph.constants else n for n in node.inputs]
+        """The values that a node reads, in the type that it computes in."""
+        kind = self.kind(node)
+        return [
+            self.constant(name, kind) if name in self.graph.constants else self._as(name, kind)
+            for name in node.inputs
+        ]
+
+    def _as(self, name: str, kind: int) -> str:
+        if self.graph.spec(name).dtype in ("int8", "uint8") or self._kind_of(name) == kind:
+            return name
+        result = f"{name}/{'half' if kind == _HALF else 'float'}"
+        if result not in self._cast:
+            self._cast.add(result)
+            self.emit("Cast", f"{result}/cast", [name], result, to=kind)
+        return result
+
+    def _kind_of(self, name: str) -> int:
+        return self.kind(self.graph[name]) if name in self.graph else _FLOAT
+
+    def widen_outputs(self) -> None:
+        """Float16 results that the graph returns bear another name within, and are cast."""
+        for name in self.graph.outputs:
+            if self._kind_of(name) != _HALF:
+                continue
+            inner = f"{name}/inner"
+            for node in self.nodes:
+                for names in (node.input, node.output):
+                    for i, found in enumerate(names):
+                        names[i] = inner if found == name else found
+            self.emit("Cast", f"{name}/widen", [inner], name, to=_FLOAT)
 
     def params(self, node: Node, *slots: str) -> list[str]:
-        return [self.constant(node.params[slot]) for slot in slots if slot in node.params]
+        kind = self.kind(node)
+        return [self.constant(node.params[slot], kind) for slot in slots if slot in node.params]
 
     def weight(self, node: Node) -> str:
         """The weight, dequantised where it is int8."""
@@ -161,10 +215,16 @@ class _Writer:
 
     def filled(self, node: Node, slot: str, value: float, length: int) -> str:
         """A parameter, or a vector of `value` where the layer has none."""
+        kind = self.kind(node)
         if slot in node.params:
-            return self.constant(node.params[slot])
-        array = np.full(length, value, np.float32)
-        return self.initializer(f"{node.name}/{slot}", _FLOAT, array)
+            return self.constant(node.params[slot], kind)
+        return self.number(node, slot, np.full(length, value))
+
+    def number(self, node: Node, slot: str, values: np.ndarray[Any, Any]) -> str:
+        """An initializer of the type that a node computes in."""
+        kind = self.kind(node)
+        array = values.astype(np.float16 if kind == _HALF else np.float32)
+        return self.initializer(f"{node.name}/{slot}", kind, array)
 
     def ints(self, node: Node, slot: str, values: Sequence[int]) -> str:
         array = np.asarray(values, np.int64)
@@ -219,8 +279,8 @@ def _normalize(w: _Writer, node: Node) -> None:
     w.emit("Transpose", f"{name}/transpose", [value], f"{name}/planes", perm=(0, 3, 1, 2))
     w.emit("Cast", f"{name}/cast", [f"{name}/planes"], f"{name}/pixels", to=_FLOAT)
     a, b = (
-        w.initializer(f"{name}/{kind}", _FLOAT, np.asarray(v, np.float32).reshape(1, 3, 1, 1))
-        for kind, v in zip("ab", node.op.factors, strict=True)
+        w.number(node, slot, np.asarray(v).reshape(1, 3, 1, 1))
+        for slot, v in zip("ab", node.op.factors, strict=True)
     )
     w.emit("Mul", f"{name}/scale", [f"{name}/pixels", a], f"{name}/scaled")
     w.emit("Add", name, [f"{name}/scaled", b], name)
@@ -327,7 +387,7 @@ def _concat(w: _Writer, node: Node) -> None:
 def _pad(w: _Writer, node: Node) -> None:
     assert isinstance(node.op, Pad)
     pads = w.ints(node, "pads", (*node.op.before, *node.op.after))
-    value = w.initializer(f"{node.name}/value", _FLOAT, np.asarray(node.op.value, np.float32))
+    value = w.number(node, "value", np.asarray(node.op.value))
     w.emit("Pad", node.name, [*w.inputs(node), pads, value], node.name, mode="constant")
 
 
@@ -347,7 +407,7 @@ def _slice(w: _Writer, node: Node) -> None:
 
 def _quantize(w: _Writer, node: Node) -> None:
     assert isinstance(node.op, Quantize | Dequantize)
-    scale = w.initializer(f"{node.name}/scale", _FLOAT, np.asarray(node.op.scale, np.float32))
+    scale = w.number(node, "scale", np.asarray(node.op.scale))
     quantised = node.spec if isinstance(node.op, Quantize) else w.graph.spec(node.inputs[0])
     signed = quantised.dtype == "int8"
     whole, zero = (_INT8, np.int8) if signed else (onnx.TensorProto.UINT8, np.uint8)
