@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import numpy as np
 
+from fastres.calib.files import write_whole
 from fastres.calib.thresholds import ALGORITHMS, Algorithm
 
 SCHEMA = 1
@@ -115,20 +115,10 @@ class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: the file cannot be written.
         """
-        where = Path(path)
-        temporary = ""
         try:
-            with tempfile.NamedTemporaryFile(dir=where.parent, delete=False) as file:
-                temporary = file.name
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, where)
+            write_whole(Path(path), self.to_json())
         except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            raise ValueError(f"{where} cannot be written: {error.strerror}") from error
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationTable:

@@ -131,7 +131,8 @@ def _divergences(counts: Floats, ends: np.ndarray[Any, np.dtype[np.int64]]) -> F
     p_log_p = logs[ends] - _times_log(there, there) + _times_log(there + beyond, there + beyond)
     p_log_q = _times_log(sums, height).sum(1) + _times_log(beyond, of_last)
     total = below[-1]
-    return (p_log_p - p_log_q) / total - np.log(total) + np.log(inside)
+    found: Floats = (p_log_p - p_log_q) / total - np.log(total) + np.log(inside)
+    return found
 
 
 def _up_to(values: Floats) -> Floats:

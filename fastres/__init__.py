@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastres.compiler import compile as compile
     from fastres.engine import Engine as Engine
     from fastres.engine import Prediction as Prediction
+    from fastres.exporting import export as export
     from fastres.graph.builder import ResNetSpec as ResNetSpec
     from fastres.options import Input as Input
     from fastres.parity import verify as verify
@@ -36,6 +37,7 @@ _HOMES = {
     "load": "fastres.artifact",
     "verify": "fastres.parity",
     "quantize": "fastres.quantizing",
+    "export": "fastres.exporting",
     "benchmark": "fastres.benchmarking",
     "summary": "fastres.summaries",
     "Engine": "fastres.engine",

@@ -34,7 +34,7 @@ from fastres.options import (
     Precision,
     as_device,
 )
-from fastres.quantizing import Calibration, table_of
+from fastres.quantizing import Calibration, settled_precision, table_of
 from fastres.source import Inputs, Model, examples, source_of, taking_pictures
 from fastres.weights import is_finite, oddity, read_weights
 
@@ -125,7 +125,7 @@ def compile(
     if target is not None and verify is True:
         raise InputError(f"verify needs a {target} GPU to run on: load the engine there and verify")
     check_names(options.backend)
-    options = _settled(options, calibration)
+    options = replace(options, precision=settled_precision(options.precision, calibration))
     if not isinstance(preprocess, Preprocess | None):
         raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
     if not isinstance(verify, bool):
@@ -156,27 +156,6 @@ def compile(
         reference = model if isinstance(model, torch.nn.Module) else source.graph
         check(reference, engine, examples(source)).raise_if_failed()
     return engine
-
-
-def _settled(options: Options, calibration: object) -> Options:
-    """Precision and calibration go together.
-
-    Raises:
-        InputError: there is one without the other.
-    """
-    if calibration is None and options.precision in EIGHT_BITS:
-        raise InputError(
-            f"precision={options.precision!r} needs calibration=: a table from fastres.quantize, "
-            "the path of one, or batches of inputs"
-        )
-    if calibration is not None and options.precision not in (None, *EIGHT_BITS):
-        raise InputError(
-            "calibration= is for precision='int8' and 'fp8', not "
-            f"{options.precision!r}: leave one out"
-        )
-    return (
-        options if calibration is None else replace(options, precision=options.precision or "int8")
-    )
 
 
 def build(

@@ -22,7 +22,7 @@ from fastres.errors import CaptureError, InputError
 from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import quantise
 from fastres.graph.quantisable import quantisable
-from fastres.options import PathLike, integer, is_number
+from fastres.options import EIGHT_BITS, PathLike, Precision, integer, is_number
 from fastres.source import Inputs, Model, Source, source_of
 from fastres.text import progress_bar
 from fastres.tolerances import Distance
@@ -111,6 +111,24 @@ def quantize(
     if max_drop is not None:
         search.keep_layers(max_drop)
     return search.table
+
+
+def settled_precision(precision: Precision | None, calibration: object) -> Precision | None:
+    """The precision meant, where a calibration means int8.
+
+    Raises:
+        InputError: there is an 8-bit precision without calibration, or the other way round.
+    """
+    if calibration is None and precision in EIGHT_BITS:
+        raise InputError(
+            f"precision={precision!r} needs calibration=: a table from fastres.quantize, the path "
+            "of one, or batches of inputs"
+        )
+    if calibration is not None and precision not in (None, *EIGHT_BITS):
+        raise InputError(
+            f"calibration= is for precision='int8' and 'fp8', not {precision!r}: leave one out"
+        )
+    return precision if calibration is None else precision or "int8"
 
 
 def table_of(calibration: Calibration, source: Source) -> CalibrationTable:

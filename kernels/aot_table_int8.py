@@ -66,7 +66,8 @@ def byte_faults(launch: Launch, facts: KernelFacts, sm: int) -> list[str]:
     if launch.constants.get("ACTIVATION") in (None, "relu") and (fused := facts.count("FFMA")):
         found.append(f"{fused} products and sums are rounded at once")
     x = next(launch.tensors())  # a picture's pixels have three bytes, also where it is quantised
-    picture = x.dtype == torch.uint8 or launch.constants.get("C", 16) % 16
+    channels = launch.constants.get("C")
+    picture = x.dtype == torch.uint8 or (isinstance(channels, int) and channels % 16 > 0)
     if narrow := 0 if picture else narrow_loads(launch, facts):
         found.append(f"{narrow} loads of 1 or 2 bytes")
     return found

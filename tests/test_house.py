@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.source",
         "fastres.calibrating",
         "fastres.quantizing",
+        "fastres.exporting",
     ),
     ("fastres.cli",),
     ("fastres.__main__",),
@@ -53,7 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 ONLY_IN = {  # package → the modules that may import it
     "triton": ("fastres.kernels", "fastres.backends.triton"),
     "openvino": ("fastres.backends.openvino_runtime",),
-    "onnx": ("fastres.graph.onnx",),
+    "onnx": ("fastres.graph.onnx", "fastres.graph.onnx_writer"),
     "onnxruntime": ("fastres.peers",),
     "torchvision": ("fastres.cli",),
     "timm": ("fastres.cli",),

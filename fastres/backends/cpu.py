@@ -24,6 +24,7 @@ from fastres.calib.table import CalibrationTable
 from fastres.errors import GraphError, missing
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph, MaxPool, Node, Pad
+from fastres.graph.onnx_writer import as_array
 from fastres.graph.passes.quantise import REDUCED, quantise
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision, Sizes
@@ -104,7 +105,7 @@ def _read(graph: Graph) -> Any:
     for parameter in model.get_parameters():
         name = parameter.friendly_name
         if name in graph.constants:
-            array = onnx_form.as_array(graph.constants[name])
+            array = as_array(graph.constants[name])
             constant = openvino().op.Constant(array, shared_memory=True)
             constant.friendly_name = name
             parameter.output(0).replace(constant.output(0))

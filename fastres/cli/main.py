@@ -18,6 +18,7 @@ from fastres.cli.bench import bench
 from fastres.cli.calibrate import calibrate
 from fastres.cli.compile import compile_model
 from fastres.cli.doctor import doctor
+from fastres.cli.export import export
 from fastres.cli.inspect import inspect_engine
 from fastres.cli.output import complain
 from fastres.cli.predict import predict
@@ -78,6 +79,7 @@ app = typer.Typer(
 )
 app.command("compile")(compile_model)
 app.command("calibrate")(calibrate)
+app.command("export")(export)
 app.command("verify")(verify)
 app.command("bench")(bench)
 app.command("inspect")(inspect_engine)

@@ -6,12 +6,10 @@ where one graph node becomes several, so that a runtime's own report can be read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import onnx
-import torch
 from onnx import helper
 
 from fastres.graph.ir import (
@@ -37,15 +35,11 @@ from fastres.graph.ir import (
     Value,
     op_name,
 )
+from fastres.graph.onnx_writer import ACTIVATIONS, FLOAT, HALF, INT8, Writer, as_array, named
 from fastres.graph.specs import Dim, TensorSpec
-from fastres.kernels.epilogue import ActivationKind
 
 OPSET = 20
 IR_VERSION = 10
-_FLOAT = onnx.TensorProto.FLOAT
-_HALF = onnx.TensorProto.FLOAT16
-_INT8 = onnx.TensorProto.INT8
-_ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "gelu": "Gelu", "hardswish": "HardSwish"}
 
 
 def refusal(node: Node) -> str | None:
@@ -82,7 +76,7 @@ def to_onnx(
         weights_as_inputs: leave the constants' values out and declare them as further inputs of
             the same names, for a runtime that can take them without a copy.
     """
-    writer = _Writer(graph, half)
+    writer = Writer(graph, half)
     for node in graph.nodes:
         _WRITERS[type(node.op)](writer, node)
     writer.widen_outputs()
@@ -114,7 +108,7 @@ def _input_info(graph: Graph, value: Value) -> onnx.ValueInfoProto:
 
 
 def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
-    kind = _INT8 if spec.dtype == "int8" else _FLOAT
+    kind = INT8 if spec.dtype == "int8" else FLOAT
     return helper.make_tensor_value_info(name, kind, list(map(_dim, spec.shape)))
 
 
@@ -125,131 +119,13 @@ def _dim(size: Dim) -> int | str:
 def _weight(graph: Graph, name: str, kind: int) -> onnx.TensorProto:
     array = as_array(graph.constants[name])
     if array.dtype == np.int8:
-        kind = _INT8
-    elif kind == _HALF:
+        kind = INT8
+    elif kind == HALF:
         array = array.astype(np.float16)
-    return helper.make_tensor(_named(name, kind), kind, array.shape, array.tobytes(), raw=True)
+    return helper.make_tensor(named(name, kind), kind, array.shape, array.tobytes(), raw=True)
 
 
-def _named(name: str, kind: int) -> str:
-    """The name of a value, or of its copy in float16."""
-    return f"{name}/half" if kind == _HALF else name
-
-
-def as_array(constant: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A constant as the ONNX form has it: int8 weights, and all else in float32."""
-    tensor = constant.detach().contiguous()
-    return (tensor if tensor.dtype == torch.int8 else tensor.float()).numpy()
-
-
-class _Writer:
-    """Collects nodes, small initializers, and the names of the constants that are read."""
-
-    def __init__(self, graph: Graph, half: bool) -> None:
-        self.graph = graph
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
-        self.read: dict[tuple[str, int], None] = {}  # a set that keeps its order
-        self._half = half
-        self._quantised = any(isinstance(node.op, Quantize) for node in graph.nodes)
-        self._cast: set[str] = set()
-
-    def kind(self, node: Node) -> int:
-        """The floating-point type that a node computes in."""
-        narrow = self._half and not isinstance(node.op, Normalize)
-        if self._quantised:
-            narrow &= isinstance(node.op, Conv2d | Linear) and "scale" not in node.params
-        return _HALF if narrow else _FLOAT
-
-    def constant(self, name: str, kind: int) -> str:
-        self.read[name, kind] = None
-        return name if self.graph.constants[name].dtype == torch.int8 else _named(name, kind)
-
-    def inputs(self, node: Node) -> list[str]:
-        """The values that a node reads, in the type that it computes in."""
-        kind = self.kind(node)
-        return [
-            self.constant(name, kind) if name in self.graph.constants else self._as(name, kind)
-            for name in node.inputs
-        ]
-
-    def _as(self, name: str, kind: int) -> str:
-        if self.graph.spec(name).dtype in ("int8", "uint8") or self._kind_of(name) == kind:
-            return name
-        result = f"{name}/{'half' if kind == _HALF else 'float'}"
-        if result not in self._cast:
-            self._cast.add(result)
-            self.emit("Cast", f"{result}/cast", [name], result, to=kind)
-        return result
-
-    def _kind_of(self, name: str) -> int:
-        return self.kind(self.graph[name]) if name in self.graph else _FLOAT
-
-    def widen_outputs(self) -> None:
-        """Float16 results that the graph returns bear another name within, and are cast."""
-        for name in self.graph.outputs:
-            if self._kind_of(name) != _HALF:
-                continue
-            inner = f"{name}/inner"
-            for node in self.nodes:
-                for names in (node.input, node.output):
-                    for i, found in enumerate(names):
-                        names[i] = inner if found == name else found
-            self.emit("Cast", f"{name}/widen", [inner], name, to=_FLOAT)
-
-    def params(self, node: Node, *slots: str) -> list[str]:
-        kind = self.kind(node)
-        return [self.constant(node.params[slot], kind) for slot in slots if slot in node.params]
-
-    def weight(self, node: Node) -> str:
-        """The weight, dequantised where it is int8."""
-        weight, *scale = self.params(node, "weight", "scale")
-        if not scale:
-            return weight
-        zeros = np.zeros(self.graph.constants[weight].shape[0], np.int8)
-        point = self.initializer(f"{node.name}/weight_zero", _INT8, zeros)
-        value = f"{node.name}/weight"
-        inputs = [weight, *scale, point]
-        self.emit("DequantizeLinear", f"{node.name}/dequantize", inputs, value, axis=0)
-        return value
-
-    def filled(self, node: Node, slot: str, value: float, length: int) -> str:
-        """A parameter, or a vector of `value` where the layer has none."""
-        kind = self.kind(node)
-        if slot in node.params:
-            return self.constant(node.params[slot], kind)
-        return self.number(node, slot, np.full(length, value))
-
-    def number(self, node: Node, slot: str, values: np.ndarray[Any, Any]) -> str:
-        """An initializer of the type that a node computes in."""
-        kind = self.kind(node)
-        array = values.astype(np.float16 if kind == _HALF else np.float32)
-        return self.initializer(f"{node.name}/{slot}", kind, array)
-
-    def ints(self, node: Node, slot: str, values: Sequence[int]) -> str:
-        array = np.asarray(values, np.int64)
-        return self.initializer(f"{node.name}/{slot}", onnx.TensorProto.INT64, array)
-
-    def initializer(self, name: str, kind: int, array: np.ndarray[Any, Any]) -> str:
-        tensor = helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True)
-        self.initializers.append(tensor)
-        return name
-
-    def emit(self, kind: str, name: str, inputs: Sequence[str], output: str, **attrs: Any) -> None:
-        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=name, **attrs))
-
-    def activate(self, node: Node, kind: ActivationKind | None, source: str) -> None:
-        """Ends a graph node: applies its activation and gives the result the node's name."""
-        if kind is None:
-            self.nodes[-1].output[0] = node.name
-        elif kind == "silu":
-            self.emit("Sigmoid", f"{node.name}/sigmoid", [source], f"{node.name}/gate")
-            self.emit("Mul", f"{node.name}/silu", [source, f"{node.name}/gate"], node.name)
-        else:
-            self.emit(_ACTIVATIONS[kind], f"{node.name}/{kind}", [source], node.name)
-
-
-def _conv2d(w: _Writer, node: Node) -> None:
+def _conv2d(w: Writer, node: Node) -> None:
     op = node.op
     assert isinstance(op, Conv2d)
     value = f"{node.name}/conv"
@@ -269,7 +145,7 @@ def _conv2d(w: _Writer, node: Node) -> None:
     w.activate(node, op.epilogue.activation, value)
 
 
-def _normalize(w: _Writer, node: Node) -> None:
+def _normalize(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Normalize)
     name, (value,) = node.name, w.inputs(node)
     if node.op.flip:
@@ -277,7 +153,7 @@ def _normalize(w: _Writer, node: Node) -> None:
         w.emit("Gather", f"{name}/flip", [value, order], f"{name}/flipped", axis=3)
         value = f"{name}/flipped"
     w.emit("Transpose", f"{name}/transpose", [value], f"{name}/planes", perm=(0, 3, 1, 2))
-    w.emit("Cast", f"{name}/cast", [f"{name}/planes"], f"{name}/pixels", to=_FLOAT)
+    w.emit("Cast", f"{name}/cast", [f"{name}/planes"], f"{name}/pixels", to=FLOAT)
     a, b = (
         w.number(node, slot, np.asarray(v).reshape(1, 3, 1, 1))
         for slot, v in zip("ab", node.op.factors, strict=True)
@@ -286,7 +162,7 @@ def _normalize(w: _Writer, node: Node) -> None:
     w.emit("Add", name, [f"{name}/scaled", b], name)
 
 
-def _batch_norm(w: _Writer, node: Node) -> None:
+def _batch_norm(w: Writer, node: Node) -> None:
     assert isinstance(node.op, BatchNorm)
     channels = w.graph.constants[node.params["mean"]].shape[0]
     scale, shift = w.filled(node, "weight", 1.0, channels), w.filled(node, "bias", 0.0, channels)
@@ -295,26 +171,26 @@ def _batch_norm(w: _Writer, node: Node) -> None:
     w.activate(node, node.op.activation, f"{node.name}/norm")
 
 
-def _activation(w: _Writer, node: Node) -> None:
+def _activation(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Activation)
     kind = node.op.kind
     if kind == "silu":
         w.activate(node, kind, w.inputs(node)[0])
     else:
-        w.emit(_ACTIVATIONS[kind], node.name, w.inputs(node), node.name)
+        w.emit(ACTIVATIONS[kind], node.name, w.inputs(node), node.name)
 
 
-def _add(w: _Writer, node: Node) -> None:
+def _add(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Add)
     w.emit("Add", node.name, w.inputs(node), f"{node.name}/sum")
     w.activate(node, node.op.activation, f"{node.name}/sum")
 
 
-def _mul(w: _Writer, node: Node) -> None:
+def _mul(w: Writer, node: Node) -> None:
     w.emit("Mul", node.name, w.inputs(node), node.name)
 
 
-def _max_pool(w: _Writer, node: Node) -> None:
+def _max_pool(w: Writer, node: Node) -> None:
     op = node.op
     assert isinstance(op, MaxPool)
     pads = (*op.padding, *op.padding)
@@ -331,7 +207,7 @@ def _max_pool(w: _Writer, node: Node) -> None:
     )
 
 
-def _avg_pool(w: _Writer, node: Node) -> None:
+def _avg_pool(w: Writer, node: Node) -> None:
     op = node.op
     assert isinstance(op, AvgPool)
     w.emit(
@@ -347,7 +223,7 @@ def _avg_pool(w: _Writer, node: Node) -> None:
     )
 
 
-def _global_avg_pool(w: _Writer, node: Node) -> None:
+def _global_avg_pool(w: Writer, node: Node) -> None:
     assert isinstance(node.op, GlobalAvgPool)
     out = node.name if node.op.keepdim else f"{node.name}/pooled"
     w.emit("GlobalAveragePool", node.name, w.inputs(node), out)
@@ -355,7 +231,7 @@ def _global_avg_pool(w: _Writer, node: Node) -> None:
         w.emit("Flatten", f"{node.name}/flatten", [out], node.name, axis=1)
 
 
-def _linear(w: _Writer, node: Node) -> None:
+def _linear(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Linear)
     weight, bias = w.weight(node), w.params(node, "bias")
     value = f"{node.name}/linear"
@@ -370,7 +246,7 @@ def _linear(w: _Writer, node: Node) -> None:
     w.activate(node, node.op.activation, value)
 
 
-def _flatten(w: _Writer, node: Node) -> None:
+def _flatten(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Flatten)
     if node.op.start_dim == 1:
         w.emit("Flatten", node.name, w.inputs(node), node.name, axis=1)
@@ -379,19 +255,19 @@ def _flatten(w: _Writer, node: Node) -> None:
         w.emit("Reshape", node.name, [*w.inputs(node), shape], node.name)
 
 
-def _concat(w: _Writer, node: Node) -> None:
+def _concat(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Concat)
     w.emit("Concat", node.name, w.inputs(node), node.name, axis=node.op.dim)
 
 
-def _pad(w: _Writer, node: Node) -> None:
+def _pad(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Pad)
     pads = w.ints(node, "pads", (*node.op.before, *node.op.after))
     value = w.number(node, "value", np.asarray(node.op.value))
     w.emit("Pad", node.name, [*w.inputs(node), pads, value], node.name, mode="constant")
 
 
-def _slice(w: _Writer, node: Node) -> None:
+def _slice(w: Writer, node: Node) -> None:
     op = node.op
     assert isinstance(op, Slice)
     end = np.iinfo(np.int64).max
@@ -405,23 +281,23 @@ def _slice(w: _Writer, node: Node) -> None:
     w.emit("Slice", node.name, [*w.inputs(node), *operands], node.name)
 
 
-def _quantize(w: _Writer, node: Node) -> None:
+def _quantize(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Quantize | Dequantize)
     scale = w.number(node, "scale", np.asarray(node.op.scale))
     quantised = node.spec if isinstance(node.op, Quantize) else w.graph.spec(node.inputs[0])
     signed = quantised.dtype == "int8"
-    whole, zero = (_INT8, np.int8) if signed else (onnx.TensorProto.UINT8, np.uint8)
+    whole, zero = (INT8, np.int8) if signed else (onnx.TensorProto.UINT8, np.uint8)
     point = w.initializer(f"{node.name}/zero", whole, np.asarray(0, zero))
     kind = "QuantizeLinear" if isinstance(node.op, Quantize) else "DequantizeLinear"
     w.emit(kind, node.name, [*w.inputs(node), scale, point], node.name)
 
 
-def _softmax(w: _Writer, node: Node) -> None:
+def _softmax(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Softmax)
     w.emit("Softmax", node.name, w.inputs(node), node.name, axis=node.op.dim)
 
 
-_WRITERS: dict[type, Callable[[_Writer, Node], None]] = {
+_WRITERS: dict[type, Callable[[Writer, Node], None]] = {
     Conv2d: _conv2d,
     Normalize: _normalize,
     BatchNorm: _batch_norm,

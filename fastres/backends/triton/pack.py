@@ -11,10 +11,10 @@ import torch
 
 from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
-from fastres.graph.ir import Conv2d, Graph, Linear, Normalize
+from fastres.graph.ir import Graph, Normalize
 from fastres.kernels.folding import pack_stem_weight
 from fastres.kernels.geometry import mergeable
-from fastres.weights import is_finite
+from fastres.weights import beyond_half
 
 Key: TypeAlias = tuple[str | float | None, ...]
 _RANKS = dict.fromkeys(("filters", "grouped", "matrix", "stem"), 4) | {"rows": 2}
@@ -208,11 +208,8 @@ class Packed:
 
 
 def _check_range(graph: Graph) -> None:
-    for node in graph.nodes:
-        if isinstance(node.op, Conv2d | Linear):
-            weight = graph.constants[node.params["weight"]]
-            if weight.dtype.itemsize > 1 and not is_finite(weight.half()):
-                raise UnsupportedError(
-                    f"{node.name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
-                    "precision='bf16' or 'fp32'"
-                )
+    if (name := beyond_half(graph)) is not None:
+        raise UnsupportedError(
+            f"{name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
+            "precision='bf16' or 'fp32'"
+        )

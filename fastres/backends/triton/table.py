@@ -21,6 +21,7 @@ import msgspec
 import torch
 
 from fastres.backends.triton.problems import TILE_OF, AnyTile, Problem
+from fastres.calib.files import write_whole
 from fastres.errors import ArtifactError
 from fastres.kernels.cost import Target
 
@@ -183,9 +184,7 @@ def write_table(path: Path, table: Table) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_bytes(table.to_json())
-        part.replace(path)
+        write_whole(path, table.to_json())
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error}") from error
 

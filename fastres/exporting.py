@@ -1,0 +1,105 @@
+"""fastres.export: a model as an ONNX file, for runtimes other than ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from fastres.calib.files import write_whole
+from fastres.calib.images import Preprocess
+from fastres.compiler import optimised
+from fastres.errors import CaptureError, InputError, UnsupportedError
+from fastres.graph import onnx as onnx_form
+from fastres.graph.ir import Graph
+from fastres.graph.passes.quantise import quantise
+from fastres.options import PathLike
+from fastres.quantizing import Calibration, settled_precision, table_of
+from fastres.source import Inputs, Model, source_of, taking_pictures
+from fastres.weights import beyond_half
+
+Placement = Literal["tensorrt", "openvino"]
+ExportPrecision = Literal["fp32", "fp16", "int8"]
+_LIMIT = 2**31  # bytes of one protobuf message
+
+
+def export(
+    model: Model,
+    path: PathLike,
+    *,
+    inputs: Inputs | None = None,
+    precision: ExportPrecision | None = None,
+    calibration: Calibration | None = None,
+    placement: Placement = "tensorrt",
+    preprocess: Preprocess | None = None,
+    io_dtype: torch.dtype | None = None,
+) -> Graph:
+    """Writes a model as ONNX, with BatchNorms folded, for trtexec and other runtimes.
+
+    Inputs and outputs are float32 whatever the precision, with N, and H and W where they are
+    ranged, as free sizes. In int8 pairs of QuantizeLinear and DequantizeLinear stand where values
+    are rounded: symmetric, zero point 0, activations per tensor, weights per output channel; layers
+    that the table keeps are float16.
+
+    Args:
+        model: as `fastres.compile` takes it, as are inputs, calibration, preprocess and io_dtype.
+        path: the file; written whole or not at all.
+        precision: "fp32", "fp16" or "int8"; None is fp32, or int8 with a calibration.
+        placement: in int8, whose way of rounding residual additions: "tensorrt" rounds what is
+            added to a convolution, "openvino" also what the convolution gives, and has uint8 behind
+            a ReLU. Each runtime is fast with its own only.
+
+    Returns:
+        The graph that was written.
+
+    Raises:
+        CaptureError: as `fastres.compile`.
+        InputError: an argument is out of range, or the file cannot be written.
+        UnsupportedError: an operation has no ONNX form, or weights do not fit into float16.
+    """
+    if precision is not None and precision not in get_args(ExportPrecision):
+        raise InputError(f"precision is {precision!r}; ONNX is written in fp32, fp16 and int8")
+    if placement not in get_args(Placement):
+        raise InputError(f"placement is {placement!r}; there are tensorrt and openvino")
+    settled_precision(precision, calibration)
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is {type(path).__name__}; give the path of the file to write")
+    source = source_of(model, inputs)
+    table = None if calibration is None else table_of(calibration, source)
+    if io_dtype is not None:
+        source = taking_pictures(source, preprocess)
+    graph = optimised(source.graph, CaptureError)
+    if table is not None:
+        ours = placement == "openvino"
+        graph = quantise(graph, table, "both" if ours else "skip", unsigned=ours)
+    data = as_onnx(graph, half=precision == "fp16" or table is not None)
+    try:
+        write_whole(Path(path), data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    return graph
+
+
+def as_onnx(graph: Graph, *, half: bool) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        UnsupportedError: see `export`.
+    """
+    refused = [(node.name, onnx_form.refusal(node)) for node in graph.nodes]
+    reasons = [f"  {name}: {why}" for name, why in refused if why is not None]
+    if reasons:
+        listed = "\n".join(reasons)
+        raise UnsupportedError(f"{len(reasons)} of {len(graph.nodes)} nodes cannot be:\n{listed}")
+    if half and (name := beyond_half(graph)) is not None:
+        raise UnsupportedError(
+            f"{name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use 'fp32'"
+        )
+    proto = onnx_form.to_onnx(graph, half=half)
+    if proto.ByteSize() >= _LIMIT:
+        raise UnsupportedError(
+            f"the network takes {proto.ByteSize()} bytes; an ONNX file holds up to {_LIMIT}"
+        )
+    return bytes(proto.SerializeToString(deterministic=True))
