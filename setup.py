@@ -9,6 +9,7 @@ setup(
         "fastres.graph.passes",
         "fastres.backends",
         "fastres.backends.triton",
+        "fastres.backends.tensorrt",
         "fastres.cli",
         "fastres.calib",
         "fastres.kernels",

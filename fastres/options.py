@@ -206,6 +206,12 @@ class Options:
         return self.threads or len(os.sched_getaffinity(0))
 
 
+def cache_folder(cache_dir: str | None) -> Path:
+    """`cache_dir`, else `fastres` in $XDG_CACHE_HOME or in ~/.cache."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres"
+    return usual if cache_dir is None else Path(cache_dir)
+
+
 def integer(name: str, value: Any, *, least: int = 1, most: int = LARGEST) -> int:
     """A count that a caller gave, be it Python's integer or NumPy's.
 

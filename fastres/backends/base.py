@@ -14,7 +14,7 @@ from fastres.errors import BackendUnavailable
 from fastres.graph.ir import Graph
 from fastres.options import Options, Precision, Sizes
 
-HERE_ONLY = "it builds for this machine only; target= is for the triton backend"
+HERE_ONLY = "it builds for this machine only; target= is for triton and tensorrt"
 
 
 def elsewhere(target: str) -> BackendUnavailable:
@@ -148,6 +148,7 @@ class Backend(Protocol):
     """Turns graphs into executables, or says why not."""
 
     name: str
+    checked: bool  # whether what it builds is compared with the model unless the caller objects
 
     def unavailable(
         self, target: str | None = None, compiled: CompiledParts | None = None

@@ -37,6 +37,7 @@ class CpuBackend:
     """fp32 and int8 everywhere, bf16 where the processor has instructions for it."""
 
     name = "cpu"
+    checked = False
 
     def unavailable(
         self, target: str | None = None, compiled: CompiledParts | None = None

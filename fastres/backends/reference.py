@@ -42,6 +42,7 @@ class ReferenceBackend:
     """Correct and slow; the oracle for every other backend."""
 
     name = "reference"
+    checked = False
 
     def unavailable(
         self, target: str | None = None, compiled: CompiledParts | None = None

@@ -31,9 +31,16 @@ def _triton() -> Backend:
     return TritonBackend()
 
 
+def _tensorrt() -> Backend:
+    from fastres.backends.tensorrt.backend import TensorRtBackend
+
+    return TensorRtBackend()
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "cpu": _cpu,
     "triton": _triton,
+    "tensorrt": _tensorrt,
     "reference": _reference,
 }
 

@@ -37,6 +37,7 @@ class TritonBackend:
     """fp32, tf32, fp16, bf16 and int8 on GPUs from sm_80 on, fp8 from sm_89 on."""
 
     name = "triton"
+    checked = False
 
     def unavailable(
         self, target: str | None = None, compiled: CompiledParts | None = None

@@ -8,7 +8,6 @@ has not run yet holds estimates: the best tiles of those that compile for it wit
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from fastres.backends.triton.problems import TILE_OF, AnyTile, Problem
 from fastres.calib.files import write_whole
 from fastres.errors import ArtifactError
 from fastres.kernels.cost import Target
+from fastres.options import cache_folder
 
 TYPICAL = {90: "NVIDIA H200"}  # GPUs that tables are shipped for, by the names drivers give them
 
@@ -190,9 +190,8 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def cache_path(machine: Machine, cache_dir: str | None = None) -> Path:
-    """Where the user's own measurements lie: `cache_dir`, else $XDG_CACHE_HOME or ~/.cache."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres"
-    return (usual if cache_dir is None else Path(cache_dir)) / machine.file
+    """Where the user's own measurements lie."""
+    return cache_folder(cache_dir) / machine.file
 
 
 def shipped(machine: Machine) -> Table:

@@ -1,0 +1,1 @@
+"""The TensorRT backend: Graph → ONNX → an engine that TensorRT builds."""

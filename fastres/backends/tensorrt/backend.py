@@ -1,0 +1,84 @@
+"""The TensorRT backend: strongly typed ONNX in, an engine for one range of shapes out."""
+
+from __future__ import annotations
+
+import torch
+
+from fastres.backends.base import CompiledParts, Refusal
+from fastres.backends.shape_cache import Shapes
+from fastres.backends.tensorrt.api import Api, find_api
+from fastres.backends.tensorrt.executable import TensorRtExecutable, architecture_of
+from fastres.calib.table import CalibrationTable
+from fastres.errors import BackendUnavailable
+from fastres.graph import onnx as onnx_form
+from fastres.graph.ir import Graph
+from fastres.graph.passes.quantise import quantise
+from fastres.options import Options, Precision
+
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "fp16", "int8")
+
+
+class TensorRtBackend:
+    """fp32, tf32, fp16 and int8 on NVIDIA GPUs, by TensorRT or TensorRT for RTX."""
+
+    name = "tensorrt"
+    checked = True  # two builds of one network may differ in their numbers
+
+    def unavailable(
+        self, target: str | None = None, compiled: CompiledParts | None = None
+    ) -> str | None:
+        api = find_api(target)
+        if isinstance(api, str):
+            return api
+        if target is not None:
+            return _unbuildable(api, target)
+        if not torch.cuda.is_available():
+            return (
+                "there is no NVIDIA GPU (torch.cuda.is_available() is False); target='sm_86' "
+                "builds an engine for one that is not here"
+            )
+        own = architecture_of(torch.device("cuda", torch.cuda.current_device()))
+        if api.is_rtx and api.architecture(own) is None:
+            known = ", ".join(api.architectures)
+            return f"{api} runs on {known}, and this GPU is {own}; pip install tensorrt"
+        return None
+
+    def precision(self, wanted: Precision) -> str | None:
+        if wanted in _PRECISIONS:
+            return None
+        return f"tensorrt runs {', '.join(_PRECISIONS)}, not {wanted}"
+
+    def quantise(self, graph: Graph, table: CalibrationTable, precision: Precision) -> Graph:
+        return quantise(graph, table, "skip")
+
+    def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
+        reasons = ((node.name, onnx_form.refusal(node)) for node in graph.nodes)
+        return tuple(Refusal(name, reason) for name, reason in reasons if reason is not None)
+
+    def lower(
+        self,
+        graph: Graph,
+        options: Options,
+        shapes: Shapes,
+        compiled: CompiledParts | None = None,
+    ) -> TensorRtExecutable:
+        api = find_api(options.target)
+        if isinstance(api, str):
+            raise BackendUnavailable(api)
+        return TensorRtExecutable(api, graph, options, self.device(options), shapes, compiled)
+
+    def device(self, options: Options) -> torch.device:
+        if options.target is not None or not torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        if options.device is not None and options.device.index is not None:
+            return options.device
+        return torch.device("cuda", torch.cuda.current_device())
+
+
+def _unbuildable(api: Api, target: str) -> str | None:
+    if api.architecture(target) is None:
+        known = ", ".join(api.architectures)
+        return (
+            f"{api} builds for {known}, not for {target}; on a machine with one, leave target out"
+        )
+    return None

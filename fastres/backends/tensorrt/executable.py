@@ -1,0 +1,227 @@
+"""What the TensorRT backend lowers to: engines by ranges of input shapes, built, kept, run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastres.backends.base import Account, CompiledParts, NodeTime, elsewhere
+from fastres.backends.shape_cache import ShapeCache, Shapes
+from fastres.backends.tensorrt.api import Api
+from fastres.backends.tensorrt.build import Built, Range, build
+from fastres.backends.tensorrt.layers import Layer, notes_on, precisions
+from fastres.backends.tensorrt.run import TensorRtRunner
+from fastres.backends.tensorrt.stored import Origin, as_ranges, digest, usable, write_plan
+from fastres.calib.files import write_whole
+from fastres.errors import UnsupportedError
+from fastres.graph import onnx as onnx_form
+from fastres.graph.ir import Graph
+from fastres.graph.shapes import infer_shapes
+from fastres.graph.specs import Sym
+from fastres.options import Options, cache_folder
+from fastres.weights import beyond_half
+
+_log = logging.getLogger(__name__)
+_BATCH = 32  # an engine takes at least this many images, unless max_batch_size says fewer
+
+
+class TensorRtExecutable:
+    """Engines for ranges of batch sizes, one for each other set of input sizes.
+
+    Args:
+        shapes: built for at once; engines for others are built when they are first needed.
+        compiled: of a saved engine; see `fastres.backends.tensorrt.stored`.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        graph: Graph,
+        options: Options,
+        device: torch.device,
+        shapes: Shapes,
+        compiled: CompiledParts | None,
+    ) -> None:
+        self._api = api
+        self._graph = graph
+        self._options = options
+        self._device = device
+        self._parts = compiled or CompiledParts()
+        self._notes: list[str] = []
+        self._usual = shapes
+        self._half = options.precision in ("fp16", "int8")
+        self._pictures = () if graph.normalize is None else graph.normalize.inputs
+        if self._half and (name := beyond_half(graph)) is not None:
+            raise UnsupportedError(
+                f"{name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
+                "precision='fp32'"
+            )
+        self._onnx = onnx_form.to_onnx(graph, half=self._half).SerializeToString(deterministic=True)
+        self._network = digest(self._onnx)
+        self._engines = ShapeCache(self._engine, options.cache_size)
+        self._engines.get(self._largest(shapes))
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        engine = self._engines.get(self._largest(shapes))
+        return engine.runner().run(self._given(inputs), self._output_shapes(shapes))
+
+    def precisions(self) -> dict[str, str]:
+        return precisions(self._graph, self._engines.latest().built.layers)
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        engine = self._engines.get(self._largest(shapes))
+        given, outputs = self._given(inputs), self._output_shapes(shapes)
+        return engine.runner().profile(given, outputs, engine.built.layers)
+
+    def account(self) -> Account:
+        layers = self._engines.latest().built.layers
+        made = f"{self._api} made {len(layers)} layers of {len(self._graph.nodes)} nodes"
+        return Account(notes=(*self._notes, made, *notes_on(self._graph, layers)))
+
+    def compiled(self) -> CompiledParts:
+        engine = self._engines.get(self._largest(self._usual))
+        return CompiledParts(write_plan(engine.origin, engine.built), trusted=True)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Of the engine used last."""
+        return self._engines.latest().built.layers
+
+    def _given(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each input as the ONNX form takes it."""
+        return [
+            x.permute(0, 2, 3, 1).contiguous()
+            if value.name in self._pictures
+            else x.detach().float().contiguous()
+            for value, x in zip(self._graph.inputs, inputs, strict=True)
+        ]
+
+    def _output_shapes(self, shapes: Shapes) -> list[tuple[int, ...]]:
+        sizes = infer_shapes(self._graph, shapes)
+        return [tuple(sizes[name]) for name in self._graph.outputs]
+
+    def _largest(self, shapes: Shapes) -> Shapes:
+        """The inputs of the engine that serves these: as many images as it takes."""
+        batched = all(v.spec.shape[:1] == (Sym("N"),) for v in self._graph.inputs)
+        if not batched:
+            return shapes
+        n = max(_BATCH, self._usual[0][0])
+        if self._options.max_batch_size is not None:
+            n = self._options.max_batch_size
+        while n < shapes[0][0]:
+            n *= 2
+        return tuple((n, *shape[1:]) for shape in shapes)
+
+    def _engine(self, largest: Shapes) -> _Engine:
+        ranges = self._ranges(largest)
+        origin = self._origin(ranges)
+        target = self._options.target
+        built, why_not = usable(self._parts, origin, runs=target is None)
+        if why_not is not None:
+            self._notes.append(why_not)
+            _log.warning(why_not)
+        if built is None:
+            cache = self._timing_cache()
+            built = build(
+                self._api,
+                self._onnx,
+                ranges,
+                tf32=self._options.precision == "tf32",
+                target=target,
+                timing_cache=_read(cache),
+            )
+            if cache is not None and built.timing_cache:
+                _keep(cache, built.timing_cache)
+        engine = _Engine(origin, built, self._runner)
+        if target is None:
+            layers = engine.runner().layers()
+            engine.built = replace(built, layers=layers or built.layers)
+        return engine
+
+    def _runner(self, plan: bytes) -> TensorRtRunner:
+        if self._options.target is not None:
+            raise elsewhere(self._options.target)
+        from fastres.backends.triton.timing import record_cuda_graph
+
+        names = [value.name for value in self._graph.inputs], list(self._graph.outputs)
+        record = None if self._options.cuda_graph is False else record_cuda_graph
+        limit = self._options.cache_size
+        return TensorRtRunner(self._api, plan, names, self._device, record, limit)
+
+    def _ranges(self, largest: Shapes) -> dict[str, Range]:
+        found = {}
+        for value, shape, usual in zip(self._graph.inputs, largest, self._usual, strict=True):
+            free = value.spec.shape[:1] == (Sym("N"),)
+            smallest = (1, *shape[1:]) if free else shape
+            likely = (min(usual[0], shape[0]), *shape[1:])
+            if value.name in self._pictures:
+                smallest, likely, shape = ((n, h, w, c) for n, c, h, w in (smallest, likely, shape))
+            found[value.name] = Range(smallest, likely, shape)
+        return found
+
+    def _origin(self, ranges: dict[str, Range]) -> Origin:
+        target = self._options.target
+        return Origin(
+            builder=str(self._api),
+            architecture=target or architecture_of(self._device),
+            gpu="" if target else torch.cuda.get_device_name(self._device),
+            ranges=as_ranges(ranges),
+            settings=str(self._options.precision),
+            network=self._network,
+        )
+
+    def _timing_cache(self) -> Path | None:
+        """Where the builder's measurements on this kind of GPU are kept."""
+        if self._api.is_rtx or self._options.target is not None:
+            return None
+        gpu = torch.cuda.get_device_name(self._device)
+        words = f"{self._api} {gpu}".lower().split()
+        name = "_".join("".join(c if c.isalnum() else "_" for c in word) for word in words)
+        return cache_folder(self._options.cache_dir) / f"timings_{name}.bin"
+
+
+def architecture_of(device: torch.device) -> str:
+    """Such as "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+class _Engine:
+    """A built engine, and its runner once it is to run."""
+
+    def __init__(
+        self, origin: Origin, built: Built, make: Callable[[bytes], TensorRtRunner]
+    ) -> None:
+        self.origin = origin
+        self.built = built
+        self._make = make
+        self._making = threading.Lock()
+        self._runner: TensorRtRunner | None = None
+
+    def runner(self) -> TensorRtRunner:
+        with self._making:
+            if self._runner is None:
+                self._runner = self._make(self.built.plan)
+            return self._runner
+
+
+def _read(path: Path | None) -> bytes | None:
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError:
+        return None  # there is none yet
+
+
+def _keep(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
+    except OSError as error:  # the engine is fine; only the next build takes as long
+        _log.warning("the timing cache %s cannot be written: %s", path, error)

@@ -1,0 +1,123 @@
+"""An engine's bytes in a saved engine: where they were built, and when they may be used again.
+
+    compiled_tensorrt.json    what built it, for which GPU and shapes, from which network; its layers
+    compiled_tensorrt.plan    the bytes
+
+A plan is code that TensorRT runs as it is. It is used where the caller trusts the file, and module,
+version, GPU, shapes and network are the same; otherwise the engine is built anew, and says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import msgspec
+
+from fastres.backends.base import CompiledParts
+from fastres.backends.tensorrt.build import Built, Range
+from fastres.backends.tensorrt.layers import Layer
+from fastres.errors import ArtifactError
+
+ABOUT = "compiled_tensorrt.json"
+PLAN = "compiled_tensorrt.plan"
+
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a plan was built with and from.
+
+    Args:
+        builder: module and version, as "tensorrt 10.16.0".
+        architecture: such as "sm_90".
+        gpu: its name; empty where it was built on a machine without one.
+        ranges: input shapes: smallest, usual, largest.
+        settings: what else changes the plan.
+        network: SHA-256 of the ONNX that it was built from.
+    """
+
+    builder: str
+    architecture: str
+    gpu: str
+    ranges: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    settings: str
+    network: str
+
+    def differs(self, wanted: Origin) -> str | None:
+        """Why a plan of this origin is not what is wanted; None if it is."""
+        if self.network != wanted.network:
+            return "it was built from another network or other weights"
+        for what in ("builder", "architecture", "ranges", "settings"):
+            own, other = getattr(self, what), getattr(wanted, what)
+            if own != other:
+                return f"its {what} is {own}, here it is {other}"
+        if self.gpu not in ("", wanted.gpu):
+            return f"it was built on {self.gpu}, here is {wanted.gpu}"
+        return None
+
+
+class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of compiled_tensorrt.json."""
+
+    origin: Origin
+    plan: str  # SHA-256
+    layers: tuple[Layer, ...]
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def as_ranges(
+    ranges: Mapping[str, Range],
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    return {name: (r.smallest, r.usual, r.largest) for name, r in ranges.items()}
+
+
+def write_plan(origin: Origin, built: Built) -> dict[str, bytes]:
+    """Both files, by name."""
+    about = About(origin, digest(built.plan), built.layers)
+    return {ABOUT: msgspec.json.format(msgspec.json.encode(about), indent=1), PLAN: built.plan}
+
+
+def read_plan(files: Mapping[str, bytes]) -> tuple[Origin, Built] | None:
+    """What the files hold; None if there are none.
+
+    Raises:
+        ArtifactError: they are damaged.
+    """
+    if ABOUT not in files and PLAN not in files:
+        return None
+    try:
+        about = msgspec.json.decode(files[ABOUT], type=About)
+        plan = files[PLAN]
+    except KeyError as error:
+        raise ArtifactError(f"{error} is missing: copy the engine anew") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{ABOUT} cannot be read: {error}") from error
+    if digest(plan) != about.plan:
+        raise ArtifactError(f"{PLAN} is not the one that {ABOUT} is about: copy the engine anew")
+    return about.origin, Built(plan, about.layers, b"")
+
+
+def usable(parts: CompiledParts, wanted: Origin, *, runs: bool) -> tuple[Built | None, str | None]:
+    """The stored plan, if it may be used; or why what is there may not.
+
+    Args:
+        runs: whether it is to be run, which takes trust, or only looked at.
+
+    Raises:
+        ArtifactError: the files are damaged.
+    """
+    stored = read_plan(parts.files)
+    if stored is None:
+        return None, None
+    origin, built = stored
+    why = origin.differs(wanted)
+    if why is None and runs and not parts.trusted:
+        why = (
+            "TensorRT would run whatever it holds; where you trust the file, "
+            "fastres.load(path, trust_engine=True) takes it as it is"
+        )
+    if why is not None:
+        return None, f"the engine's TensorRT plan was left alone, and built anew: {why}"
+    return built, None
