@@ -52,7 +52,7 @@ def compile(
     preprocess: Preprocess | None = None,
     io_dtype: torch.dtype | None = None,
     on_unsupported: OnUnsupported = "error",
-    verify: bool = False,
+    verify: bool | None = None,
     threads: int | None = None,
     target: str | None = None,
     cuda_graph: bool | None = None,
@@ -68,8 +68,8 @@ def compile(
         inputs: what the model is fed. A tensor is an example: its batch size is free, H and W are
             fixed. An `Input` can give ranges. None takes (N, 3, 224, 224). Not for an
             ExportedProgram, which brings the sizes that it was exported for.
-        backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "reference", or a list that
-            is tried in order; what was passed over, and why, is in `engine.info`.
+        backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "tensorrt", "reference", or
+            a list that is tried in order; what was passed over, and why, is in `engine.info`.
         precision: "fp32", "tf32", "fp16", "bf16", "int8", "fp8" (triton, sm_89 and newer); None
             takes that of the model's parameters, or int8 with a calibration. Inputs and outputs
             keep the model's dtype whatever the precision.
@@ -83,11 +83,14 @@ def compile(
             dtype. None keeps the model's input.
         on_unsupported: "error" refuses a model with nodes that the backend does not take and lists
             them; "fallback" runs those in PyTorch and says so in `engine.info`.
-        verify: cross-check against the model on random input before returning.
+        verify: cross-check against the model before returning: on calibration data, where they were
+            given, else on random inputs. A failure names the first layer past its bound. None does
+            so for tensorrt alone, two builds of which may differ in their numbers.
         threads: CPU threads; None takes every core this process may use.
-        target: a GPU architecture that need not be here, such as "sm_90" (triton only): every
-            kernel is compiled for it, and the engine can be looked at and saved, but not called;
-            `fastres.load` on such a GPU runs it without choosing again.
+        target: a GPU architecture that need not be here, such as "sm_90" (triton; with
+            tensorrt-rtx those that it builds for): every kernel is compiled for it, and the engine
+            can be looked at and saved, but not called; `fastres.load` on such a GPU runs it without
+            choosing again.
         cuda_graph: whether a GPU's kernels are launched as one CUDA graph; None stands for True.
         dependent_launch: whether they are programmatic dependent launches, whose blocks may start
             before the kernel in front has ended (sm_90 and newer); None decides by how short they
@@ -128,15 +131,15 @@ def compile(
     options = replace(options, precision=settled_precision(options.precision, calibration))
     if not isinstance(preprocess, Preprocess | None):
         raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
-    if not isinstance(verify, bool):
-        raise InputError(f"verify is {verify!r}; give True or False")
+    if not isinstance(verify, bool | None):
+        raise InputError(f"verify is {verify!r}; give True, False or None")
     if io_dtype is not None and io_dtype is not torch.uint8:
         raise InputError(
             f"io_dtype is {io_dtype!r}; give torch.uint8 for an engine that normalises pictures "
             "itself, or None for one that is called as the model is"
         )
     source = source_of(model, inputs)
-    table = None if calibration is None else table_of(calibration, source)
+    table, shown = (None, ()) if calibration is None else table_of(calibration, source)
     if io_dtype is not None:
         source = taking_pictures(source, preprocess)
     if source.largest_batch is not None:
@@ -150,11 +153,16 @@ def compile(
         preprocess,
         table=table,
     )
-    if verify:
+    if verify or (verify is None and target is None and engine.backend.checked):
         from fastres.parity import verify as check
 
         reference = model if isinstance(model, torch.nn.Module) else source.graph
-        check(reference, engine, examples(source)).raise_if_failed()
+        data = shown if shown and io_dtype is None else examples(source)
+        if not check(reference, engine, data).passed:  # once more, to say where
+            quantised = engine.options.precision in EIGHT_BITS
+            report = check(reference, engine, data, layerwise=quantised, bisect=not quantised)
+            engine.close()
+            report.raise_if_failed()
     return engine
 
 

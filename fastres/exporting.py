@@ -67,7 +67,7 @@ def export(
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path is {type(path).__name__}; give the path of the file to write")
     source = source_of(model, inputs)
-    table = None if calibration is None else table_of(calibration, source)
+    table = None if calibration is None else table_of(calibration, source)[0]
     if io_dtype is not None:
         source = taking_pictures(source, preprocess)
     graph = optimised(source.graph, CaptureError)

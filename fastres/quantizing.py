@@ -131,30 +131,49 @@ def settled_precision(precision: Precision | None, calibration: object) -> Preci
     return precision if calibration is None else precision or "int8"
 
 
-def table_of(calibration: Calibration, source: Source) -> CalibrationTable:
+def table_of(calibration: Calibration, source: Source) -> tuple[CalibrationTable, Sequence[Batch]]:
     """The table that `fastres.compile` was given, the path of, or the data for.
 
     Args:
         source: as the model is fed, whatever its engine will be.
 
+    Returns:
+        It, and the first of the data, where it was made of some.
+
     Raises:
         InputError: it is none of these, or cannot be read.
     """
     if isinstance(calibration, CalibrationTable):
-        return calibration
+        return calibration, ()
     if isinstance(calibration, str | os.PathLike):
         try:
-            return CalibrationTable.load(calibration)
+            return CalibrationTable.load(calibration), ()
         except ValueError as error:
             raise InputError(str(error)) from error
     from fastres.compiler import optimised
 
     batches = Batches(calibration, 512, inputs=len(source.inputs), preprocess=None, seed=0)
     graph = optimised(source.graph, CaptureError)
+    shown: list[Batch] = []
     with progress_bar("calibrating") as moved:
-        return collect(
-            graph, source.inputs, batches, DEFAULT, moved=lambda done: moved(done, batches.samples)
+        table = collect(
+            graph,
+            source.inputs,
+            remembering(batches, shown),
+            DEFAULT,
+            moved=lambda done: moved(done, batches.samples),
         )
+    return table, shown
+
+
+def remembering(batches: Iterable[Batch], shown: list[Batch]) -> Iterable[Batch]:
+    """The same, while copies of the first images go into `shown`."""
+    left = PROBES
+    for batch in batches:
+        if left > 0:
+            shown.append(tuple(x[:left].clone() for x in batch))
+            left -= len(batch[0])
+        yield batch
 
 
 @dataclass
@@ -186,16 +205,8 @@ class _Network:
         free = inputs is None and isinstance(model, torch.nn.Module)
         source = source_of(model, shapes_of(first) if free else inputs)
         network = cls(source, optimised(source.graph, CaptureError), (), [], backend)
-        network.batches = network._remembering(every)
+        network.batches = remembering(every, network.probes)
         return network
-
-    def _remembering(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        left = PROBES
-        for batch in batches:
-            if left > 0:
-                self.probes.append(tuple(x[:left].clone() for x in batch))
-                left -= len(batch[0])
-            yield batch
 
     @property
     def layers(self) -> list[str]:

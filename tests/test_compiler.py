@@ -39,7 +39,7 @@ def model(photo_batch: PhotoBatch) -> nn.Module:
         ({"threads": -1}, "threads is -1"),
         ({"threads": True}, "threads is True"),
         ({"backend": []}, "backend is "),
-        ({"backend": "gpu"}, "backend is 'gpu'; there are auto, cpu, triton, reference"),
+        ({"backend": "gpu"}, "backend is 'gpu'; there are auto, cpu, triton, tensorrt, reference"),
         ({"backend": [1]}, "backend is "),
         ({"inputs": "224"}, "inputs holds str"),
         ({"inputs": [torch.zeros(1, 3, 8, 8), None]}, "inputs holds NoneType"),
@@ -52,7 +52,7 @@ def model(photo_batch: PhotoBatch) -> nn.Module:
         ({"device": []}, r"device is \[\]; give a text such as 'cpu', or a torch.device"),
         ({"device": 5}, "device is 5"),
         ({"preprocess": "imagenet"}, "preprocess is 'imagenet'; give a fastres.Preprocess"),
-        ({"verify": "yes"}, "verify is 'yes'; give True or False"),
+        ({"verify": "yes"}, "verify is 'yes'; give True, False or None"),
         ({"verify": 1}, "verify is 1"),
     ],
 )

@@ -60,7 +60,8 @@ ONLY_IN = {  # package → the modules that may import it
     "timm": ("fastres.cli",),
     "transformers": (),
     "typer": ("fastres.cli",),
-    "tensorrt": (),
+    "tensorrt": ("fastres.backends.tensorrt",),
+    "tensorrt_rtx": ("fastres.backends.tensorrt",),
     "pycuda": (),
     "cuda": ("fastres.kernels",),
 }

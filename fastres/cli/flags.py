@@ -28,7 +28,7 @@ Backend = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="auto, cpu, triton or reference; several are tried in order: triton,cpu. "
+        help="auto, cpu, triton, tensorrt or reference; several are tried in order: triton,cpu. "
         "Without it: auto, which is triton with a GPU and cpu without.",
     ),
 ]
@@ -84,7 +84,8 @@ Architecture = Annotated[
     typer.Option(
         "--target",
         metavar="sm_NN",
-        help="Build for a GPU architecture that need not be here, such as sm_90 (triton).",
+        help="Build for a GPU architecture that need not be here: sm_90 (triton; tensorrt for "
+        "some).",
     ),
 ]
 Tune = Annotated[

@@ -35,7 +35,7 @@ def test_auto_order() -> None:
 
 def test_unknown_backend() -> None:
     with pytest.raises(
-        InputError, match="backend is 'tpu'; there are auto, cpu, triton, reference"
+        InputError, match="backend is 'tpu'; there are auto, cpu, triton, tensorrt, reference"
     ):
         fastres.compile(Rolled().eval(), IMAGE, backend="tpu")
 

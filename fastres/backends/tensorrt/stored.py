@@ -1,6 +1,6 @@
 """An engine's bytes in a saved engine: where they were built, and when they may be used again.
 
-    compiled_tensorrt.json    what built it, for which GPU and shapes, from which network; its layers
+    compiled_tensorrt.json    what built it, for which GPU, shapes and network; its layers
     compiled_tensorrt.plan    the bytes
 
 A plan is code that TensorRT runs as it is. It is used where the caller trusts the file, and module,

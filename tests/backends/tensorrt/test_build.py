@@ -1,0 +1,90 @@
+"""Engines really built, for a GPU that is not here: what they are made of, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fastres.backends.tensorrt import build as module
+from fastres.backends.tensorrt.api import Api
+from fastres.backends.tensorrt.build import Built, Range, build
+from fastres.backends.tensorrt.layers import notes_on, precisions
+from fastres.errors import UnsupportedError
+from fastres.graph.ir import Conv2d, Graph, Linear
+from fastres.graph.onnx import to_onnx
+
+TARGET = "sm_86"
+SMALL = "cifar resnet20"
+NETS = (
+    "resnet18",
+    "resnet50 v1",
+    "resnet50 v1.5",
+    SMALL,
+    "resnext50",
+    "dilated resnet50",
+)
+GraphOf = Callable[[str, str], Graph]
+BuiltOf = Callable[[str, str], Built]
+SHAPES = Range((1, 3, 32, 32), (8, 3, 32, 32), (32, 3, 32, 32))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("net", NETS)
+def test_every_layer_is_one_of_ours_in_the_precision_asked_for(
+    net: str, precision: str, graph_of: GraphOf, built: BuiltOf
+) -> None:
+    graph, engine = graph_of(net, precision), built(net, precision)
+    assert len(engine.plan) > 100_000
+    known = {node.name for node in graph.nodes} | {value.name for value in graph.inputs}
+    named = {name for layer in engine.layers for name in layer.nodes}
+    assert named <= known
+    products = [node.name for node in graph.nodes if isinstance(node.op, Conv2d | Linear)]
+    assert set(products) <= named
+    ran = precisions(graph, engine.layers)
+    assert {ran[name] for name in products} == {precision}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_additions_and_activations_are_part_of_convolutions(
+    precision: str, graph_of: GraphOf, built: BuiltOf
+) -> None:
+    """One layer for each convolution, but for some where a stage begins."""
+    graph, engine = graph_of("resnet50 v1.5", precision), built("resnet50 v1.5", precision)
+    assert len(engine.layers) <= len(graph.nodes) + 2
+    (note,) = notes_on(graph, engine.layers)
+    assert note.startswith(("4 of 54 products leave", "5 of 54 products leave"))
+
+
+def test_int8_is_told_as_found(graph_of: GraphOf, built: BuiltOf) -> None:
+    """Products read int8; that their epilogues are kernels of their own is said."""
+    net = "resnet18"
+    notes = notes_on(graph_of(net, "int8"), built(net, "int8").layers)
+    assert notes[0] == "21 of 21 products read int8"
+    with pytest.raises(UnsupportedError, match="cannot"):
+        build(rtx, proto.SerializeToString(), {"x": SHAPES}, target=TARGET)
+
+
+def test_progress_moves_and_an_interrupt_stops_the_build(
+    rtx: Api, graph_of: GraphOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = to_onnx(graph_of("resnet18", "fp32")).SerializeToString()
+    shapes = {"x": Range((1, 3, 224, 224), (1, 3, 224, 224), (1, 3, 224, 224))}
+    seen: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, total))
+        raise KeyboardInterrupt
+
+    class Bar:
+        def __enter__(self) -> Any:
+            return stop
+
+        def __exit__(self, *ignored: object) -> None:
+            pass
+
+    monkeypatch.setattr(module, "progress_bar", lambda what: Bar())
+    with pytest.raises(KeyboardInterrupt):
+        build(rtx, data, shapes, target=TARGET)
+    assert seen and all(0 < done <= total for done, total in seen)
