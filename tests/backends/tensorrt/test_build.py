@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx
 import pytest
 
 from fastres.backends.tensorrt import build as module
@@ -62,6 +63,41 @@ def test_int8_is_told_as_found(graph_of: GraphOf, built: BuiltOf) -> None:
     net = "resnet18"
     notes = notes_on(graph_of(net, "int8"), built(net, "int8").layers)
     assert notes[0] == "21 of 21 products read int8"
+    assert any("to a kernel of its own" in note for note in notes)
+
+
+def test_half_as_many_bytes_in_fp16_and_fewer_in_int8(built: BuiltOf) -> None:
+    sizes = [len(built("resnet50 v1.5", p).plan) for p in ("fp32", "fp16", "int8")]
+    assert sizes[1] < 0.55 * sizes[0] and sizes[2] < 0.7 * sizes[1]
+
+
+def test_what_cannot_be_parsed_is_told_with_our_node(rtx: Api, graph_of: GraphOf) -> None:
+    proto = to_onnx(graph_of(SMALL, "fp32"))
+    (node,) = [n for n in proto.graph.node if n.name == "layer2.0.conv1"]
+    node.op_type = "Convolve"
+    with pytest.raises(UnsupportedError, match=r"(?s)cannot read the network.*layer2\.0\.conv1"):
+        build(rtx, proto.SerializeToString(), {"x": SHAPES}, target=TARGET)
+
+
+def test_what_is_no_onnx_is_refused(rtx: Api) -> None:
+    for data in (b"", b"\0\1\2", b"no network" * 100):
+        with pytest.raises(UnsupportedError, match="cannot"):
+            build(rtx, data, {"x": SHAPES}, target=TARGET)
+
+
+def test_impossible_shapes_are_refused(rtx: Api, graph_of: GraphOf) -> None:
+    odd = Range((1, 5, 32, 32), (8, 5, 32, 32), (32, 5, 32, 32))
+    data = to_onnx(graph_of(SMALL, "fp32")).SerializeToString()
+    with pytest.raises(UnsupportedError, match="cannot build the network: ."):
+        build(rtx, data, {"x": odd}, target=TARGET)
+
+
+def test_mixed_types_are_refused_not_guessed(rtx: Api, graph_of: GraphOf) -> None:
+    """Strong typing: a float16 product of float32 operands is an error in the file."""
+    proto = to_onnx(graph_of(SMALL, "fp32"), half=True)
+    (weight,) = [w for w in proto.graph.initializer if w.name.startswith("layer1.0.conv1.folded_w")]
+    whole = onnx.numpy_helper.to_array(weight).astype("float32")
+    weight.CopyFrom(onnx.numpy_helper.from_array(whole, weight.name))
     with pytest.raises(UnsupportedError, match="cannot"):
         build(rtx, proto.SerializeToString(), {"x": SHAPES}, target=TARGET)
 
