@@ -1,0 +1,210 @@
+"""What is built for which batch, kept, and taken from files; builder and runner stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastres
+from fastres.backends.base import CompiledParts
+from fastres.backends.reference import ReferenceExecutable
+from fastres.backends.tensorrt import backend, executable
+from fastres.backends.tensorrt.api import Api
+from fastres.backends.tensorrt.backend import TensorRtBackend
+from fastres.backends.tensorrt.build import Built
+from fastres.backends.tensorrt.executable import TensorRtExecutable
+from fastres.backends.tensorrt.layers import Layer
+from fastres.backends.tensorrt.stored import PLAN, read_plan
+from fastres.compiler import optimised
+from fastres.errors import CaptureError, ParityError
+from fastres.graph.ir import Graph
+from fastres.options import Options
+from fastres.source import source_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+API = Api(None, "tensorrt", (11, 4, 0))
+LAYERS = (Layer("conv", "Convolution", ("conv1",), ("fp32",), ("fp32",)),)
+
+
+class World:
+    """A GPU and a builder that are not there: what was built, and how it is run."""
+
+    def __init__(self) -> None:
+        self.builds: list[dict[str, Any]] = []
+        self.factor = 1.0  # by which outputs are wrong
+        self.graph: Graph | None = None
+
+    def build(self, api: Api, onnx: bytes, ranges: Any, **more: Any) -> Built:
+        (shapes,) = ranges.values()
+        self.builds.append({"largest": shapes.largest, "usual": shapes.usual, **more})
+        return Built(f"plan {len(self.builds)}".encode(), LAYERS, b"timings")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    world = World()
+
+    class Runner:
+        def __init__(self, api: Api, plan: bytes, names: Any, device: Any, *more: Any) -> None:
+            self.plan = plan
+
+        def layers(self) -> tuple[Layer, ...]:
+            return ()
+
+        def run(self, inputs: Sequence[Tensor], shapes: Any) -> list[Tensor]:
+            assert world.graph is not None
+            found = ReferenceExecutable(world.graph, torch.float32).run(inputs)
+            assert [tuple(y.shape) for y in found] == shapes
+            return [world.factor * y for y in found]
+
+    monkeypatch.setattr(executable, "build", world.build)
+    monkeypatch.setattr(executable, "TensorRtRunner", Runner)
+    monkeypatch.setattr(backend, "find_api", lambda target=None: API)
+    monkeypatch.setattr(TensorRtBackend, "unavailable", lambda *a: None)
+    monkeypatch.setattr(TensorRtBackend, "device", lambda *a: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return world
+
+
+@pytest.fixture(scope="module")
+def small(images: Tensor) -> torch.nn.Module:
+    return fastres.models.settle(fastres.models.cifar_resnet(8, seed=0), images)
+
+
+@pytest.fixture
+def graph(small: torch.nn.Module, images: Tensor, world: World) -> Graph:
+    world.graph = optimised(source_of(small, images[:1]).graph, CaptureError)
+    return world.graph
+
+
+def lower(graph: Graph, n: int, parts: CompiledParts | None = None, **options: Any) -> Any:
+    given = Options(precision="fp32", **options)
+    return TensorRtExecutable(API, graph, given, torch.device("cpu"), ((n, 3, 64, 64),), parts)
+
+
+@pytest.mark.parametrize(
+    ("usual", "limit", "calls", "engines"),
+    [
+        (1, None, (1, 8, 32), [32]),
+        (1, None, (33, 64, 100), [32, 64, 128]),
+        (48, None, (48, 1), [48]),
+        (8, 8, (8, 3), [8]),
+        (8, 8, (9,), [8, 16]),
+    ],
+)
+def test_engines_serve_ranges_of_batches(
+    world: World,
+    graph: Graph,
+    usual: int,
+    limit: int | None,
+    calls: Sequence[int],
+    engines: list[int],
+) -> None:
+    made = lower(graph, usual, max_batch_size=limit)
+    for n in calls:
+        (y,) = made.run([torch.randn(n, 3, 64, 64)])
+        assert y.shape[0] == n
+    assert [build["largest"][0] for build in world.builds] == engines
+    assert all(build["usual"][0] == usual for build in world.builds)
+    assert {build["tf32"] for build in world.builds} == {False}
+
+
+def test_timings_are_kept_by_gpu_and_version(world: World, graph: Graph, tmp_path: Path) -> None:
+    lower(graph, 1)
+    (file,) = (tmp_path / "fastres").iterdir()
+    assert file.name == "timings_tensorrt_11_4_0_nvidia_h200.bin"
+    lower(graph, 1)
+    assert [build["timing_cache"] for build in world.builds] == [None, b"timings"]
+
+
+def test_where_timings_cannot_be_kept_the_engine_is_still_made(
+    world: World, graph: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "fastres").write_text("a file, not a folder")
+    assert lower(graph, 1).run([torch.randn(1, 3, 64, 64)])
+    assert "cannot be written" in caplog.text
+
+
+class TestSaved:
+    def test_trusted_it_is_taken(self, world: World, graph: Graph) -> None:
+        parts = lower(graph, 1).compiled()
+        again = lower(graph, 1, CompiledParts(parts.files, trusted=True))
+        assert len(world.builds) == 1 and again.account().notes[0].startswith(
+            "tensorrt 11.4.0 made"
+        )
+
+    def test_untrusted_it_is_built_anew_and_said(
+        self, world: World, graph: Graph, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        parts = lower(graph, 1).compiled()
+        again = lower(graph, 1, CompiledParts(parts.files))
+        assert len(world.builds) == 2
+        assert "built anew: TensorRT would run" in again.account().notes[0]
+        assert "built anew" in caplog.text
+
+    def test_on_another_gpu_it_is_built_anew(
+        self, world: World, graph: Graph, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        parts = lower(graph, 1).compiled()
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+        again = lower(graph, 1, CompiledParts(parts.files, trusted=True))
+        assert "built on NVIDIA H200, here is NVIDIA H100" in again.account().notes[0]
+        assert len(world.builds) == 2
+
+    def test_other_weights_are_another_network(
+        self, world: World, graph: Graph, small: torch.nn.Module
+    ) -> None:
+        parts = lower(graph, 1).compiled()
+        name = next(n for n, c in graph.constants.items() if c.dim() == 4)
+        changed = graph.replace(constants={**graph.constants, name: graph.constants[name] * 2})
+        again = lower(changed, 1, CompiledParts(parts.files, trusted=True))
+        assert "another network or other weights" in again.account().notes[0]
+
+    def test_what_is_saved_is_the_usual_engine(self, world: World, graph: Graph) -> None:
+        made = lower(graph, 1)
+        made.run([torch.randn(100, 3, 64, 64)])
+        files = made.compiled().files
+        found = read_plan(files)
+        assert files[PLAN] == b"plan 1" and found is not None
+        assert found[0].gpu == "NVIDIA H200" and found[0].architecture == "sm_90"
+
+
+class TestCheck:
+    def test_a_build_is_compared_with_the_model_unless_told_otherwise(
+        self, world: World, graph: Graph, small: torch.nn.Module, images: Tensor
+    ) -> None:
+        engine = fastres.compile(small, images[:1], backend="tensorrt")
+        torch.testing.assert_close(engine(images), small(images), rtol=1e-3, atol=1e-3)
+        world.factor = 1.01
+        with pytest.raises(ParityError, match="fc"):
+            fastres.compile(small, images[:1], backend="tensorrt")
+        assert fastres.compile(small, images[:1], backend="tensorrt", verify=False)
+
+    def test_calibration_data_are_what_it_is_checked_on(
+        self,
+        world: World,
+        graph: Graph,
+        small: torch.nn.Module,
+        images: Tensor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from fastres import parity
+
+        seen: list[Any] = []
+        real = parity.verify
+
+        def spy(reference: Any, engine: Any, data: Any, **more: Any) -> Any:
+            seen.append(data)
+            world.graph = engine.graph
+            return real(reference, engine, data, **more)
+
+        monkeypatch.setattr(parity, "verify", spy)
+        fastres.compile(small, images[:1], backend="tensorrt", calibration=[images])
+        assert len(seen) == 1 and torch.equal(seen[0][0][0], images)
