@@ -1,4 +1,4 @@
-"""What is built for which batch, kept, and taken from files; builder and runner stand in."""
+"""What is built for which batch, kept, and taken from files; ONNX Runtime stands for TensorRT."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
 
 import fastres
 from fastres.backends.base import CompiledParts
-from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.tensorrt import backend, executable
 from fastres.backends.tensorrt.api import Api
 from fastres.backends.tensorrt.backend import TensorRtBackend
 from fastres.backends.tensorrt.build import Built
 from fastres.backends.tensorrt.executable import TensorRtExecutable
 from fastres.backends.tensorrt.layers import Layer
-from fastres.backends.tensorrt.stored import PLAN, read_plan
+from fastres.backends.tensorrt.stored import read_plan
 from fastres.compiler import optimised
 from fastres.errors import CaptureError, ParityError
 from fastres.graph.ir import Graph
@@ -37,12 +37,11 @@ class World:
     def __init__(self) -> None:
         self.builds: list[dict[str, Any]] = []
         self.factor = 1.0  # by which outputs are wrong
-        self.graph: Graph | None = None
 
     def build(self, api: Api, onnx: bytes, ranges: Any, **more: Any) -> Built:
         (shapes,) = ranges.values()
         self.builds.append({"largest": shapes.largest, "usual": shapes.usual, **more})
-        return Built(f"plan {len(self.builds)}".encode(), LAYERS, b"timings")
+        return Built(onnx, LAYERS, b"timings")
 
 
 @pytest.fixture
@@ -51,16 +50,17 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
 
     class Runner:
         def __init__(self, api: Api, plan: bytes, names: Any, device: Any, *more: Any) -> None:
-            self.plan = plan
+            self.session = onnxruntime.InferenceSession(plan, providers=["CPUExecutionProvider"])
 
         def layers(self) -> tuple[Layer, ...]:
             return ()
 
         def run(self, inputs: Sequence[Tensor], shapes: Any) -> list[Tensor]:
-            assert world.graph is not None
-            found = ReferenceExecutable(world.graph, torch.float32).run(inputs)
+            names = (entry.name for entry in self.session.get_inputs())
+            given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+            found = self.session.run(None, given)
             assert [tuple(y.shape) for y in found] == shapes
-            return [world.factor * y for y in found]
+            return [world.factor * torch.from_numpy(y) for y in found]
 
     monkeypatch.setattr(executable, "build", world.build)
     monkeypatch.setattr(executable, "TensorRtRunner", Runner)
@@ -80,8 +80,7 @@ def small(images: Tensor) -> torch.nn.Module:
 
 @pytest.fixture
 def graph(small: torch.nn.Module, images: Tensor, world: World) -> Graph:
-    world.graph = optimised(source_of(small, images[:1]).graph, CaptureError)
-    return world.graph
+    return optimised(source_of(small, images[:1]).graph, CaptureError)
 
 
 def lower(graph: Graph, n: int, parts: CompiledParts | None = None, **options: Any) -> Any:
@@ -136,9 +135,8 @@ class TestSaved:
     def test_trusted_it_is_taken(self, world: World, graph: Graph) -> None:
         parts = lower(graph, 1).compiled()
         again = lower(graph, 1, CompiledParts(parts.files, trusted=True))
-        assert len(world.builds) == 1 and again.account().notes[0].startswith(
-            "tensorrt 11.4.0 made"
-        )
+        assert len(world.builds) == 1
+        assert again.account().notes[0].startswith("tensorrt 11.4.0 made")
 
     def test_untrusted_it_is_built_anew_and_said(
         self, world: World, graph: Graph, caplog: pytest.LogCaptureFixture
@@ -172,7 +170,8 @@ class TestSaved:
         made.run([torch.randn(100, 3, 64, 64)])
         files = made.compiled().files
         found = read_plan(files)
-        assert files[PLAN] == b"plan 1" and found is not None
+        assert len(world.builds) == 2 and found is not None
+        assert [shapes[2][0] for shapes in found[0].ranges.values()] == [32]
         assert found[0].gpu == "NVIDIA H200" and found[0].architecture == "sm_90"
 
 
@@ -183,9 +182,34 @@ class TestCheck:
         engine = fastres.compile(small, images[:1], backend="tensorrt")
         torch.testing.assert_close(engine(images), small(images), rtol=1e-3, atol=1e-3)
         world.factor = 1.01
-        with pytest.raises(ParityError, match="fc"):
+        with pytest.raises(ParityError, match="first beyond its bound: conv1"):
             fastres.compile(small, images[:1], backend="tensorrt")
         assert fastres.compile(small, images[:1], backend="tensorrt", verify=False)
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+    def test_each_precision_from_the_model_to_its_numbers(
+        self, world: World, small: torch.nn.Module, images: Tensor, precision: Any
+    ) -> None:
+        data = [images] if precision == "int8" else None
+        engine = fastres.compile(
+            small, images[:1], backend="tensorrt", precision=precision, calibration=data
+        )
+        report = fastres.verify(small, engine, images, layerwise=True)
+        assert report.passed, report
+
+    def test_pictures_are_given_as_they_are_decoded(
+        self, world: World, small: torch.nn.Module, images: Tensor
+    ) -> None:
+        engine = fastres.compile(
+            small,
+            images[:1],
+            backend="tensorrt",
+            precision="fp16",
+            preprocess=fastres.Preprocess(),
+            io_dtype=torch.uint8,
+        )
+        assert world.builds[0]["largest"] == (32, 64, 64, 3)
+        assert engine(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).shape == (2, 10)
 
     def test_calibration_data_are_what_it_is_checked_on(
         self,
@@ -202,7 +226,6 @@ class TestCheck:
 
         def spy(reference: Any, engine: Any, data: Any, **more: Any) -> Any:
             seen.append(data)
-            world.graph = engine.graph
             return real(reference, engine, data, **more)
 
         monkeypatch.setattr(parity, "verify", spy)
