@@ -88,11 +88,11 @@ def as_onnx(graph: Graph, *, half: bool) -> bytes:
     Raises:
         UnsupportedError: see `export`.
     """
-    refused = [(node.name, onnx_form.refusal(node)) for node in graph.nodes]
-    reasons = [f"  {name}: {why}" for name, why in refused if why is not None]
-    if reasons:
-        listed = "\n".join(reasons)
-        raise UnsupportedError(f"{len(reasons)} of {len(graph.nodes)} nodes cannot be:\n{listed}")
+    if refused := onnx_form.refusals(graph):
+        listed = "\n".join(f"  {name}: {why}" for name, why in refused)
+        raise UnsupportedError(
+            f"{len(refused)} of {len(graph.nodes)} nodes cannot be written:\n{listed}"
+        )
     if half and (name := beyond_half(graph)) is not None:
         raise UnsupportedError(
             f"{name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use 'fp32'"

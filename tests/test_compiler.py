@@ -39,7 +39,10 @@ def model(photo_batch: PhotoBatch) -> nn.Module:
         ({"threads": -1}, "threads is -1"),
         ({"threads": True}, "threads is True"),
         ({"backend": []}, "backend is "),
-        ({"backend": "gpu"}, "backend is 'gpu'; there are auto, cpu, triton, tensorrt, reference"),
+        (
+            {"backend": "gpu"},
+            "backend is 'gpu'; there are auto, cpu, triton, tensorrt, ",
+        ),
         ({"backend": [1]}, "backend is "),
         ({"inputs": "224"}, "inputs holds str"),
         ({"inputs": [torch.zeros(1, 3, 8, 8), None]}, "inputs holds NoneType"),

@@ -55,7 +55,7 @@ ONLY_IN = {  # package → the modules that may import it
     "triton": ("fastres.kernels", "fastres.backends.triton"),
     "openvino": ("fastres.backends.openvino_runtime",),
     "onnx": ("fastres.graph.onnx", "fastres.graph.onnx_writer"),
-    "onnxruntime": ("fastres.peers",),
+    "onnxruntime": ("fastres.peers", "fastres.backends.onnx_runtime"),
     "torchvision": ("fastres.cli",),
     "timm": ("fastres.cli",),
     "transformers": (),

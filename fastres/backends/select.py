@@ -37,11 +37,18 @@ def _tensorrt() -> Backend:
     return TensorRtBackend()
 
 
+def _onnxruntime() -> Backend:
+    from fastres.backends.onnx_runtime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend()
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "cpu": _cpu,
     "triton": _triton,
     "tensorrt": _tensorrt,
     "reference": _reference,
+    "onnxruntime": _onnxruntime,
 }
 
 

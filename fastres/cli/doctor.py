@@ -25,7 +25,10 @@ _OPTIONAL = {
     "tensorrt": "the tensorrt backend",
     "tensorrt-rtx": "the tensorrt backend on RTX GPUs, and building for them without one",
 }
-_MODULES = {"pillow": "PIL", "tensorrt-rtx": "tensorrt_rtx"}  # where the module's name is not the package's
+_MODULES = {
+    "pillow": "PIL",
+    "tensorrt-rtx": "tensorrt_rtx",
+}  # where the module's name is not the package's
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ Backend = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="auto, cpu, triton, tensorrt or reference; several are tried in order: triton,cpu. "
+        help="auto, cpu, triton, tensorrt, reference or onnxruntime; several are tried in order: "
+        "triton,cpu. "
         "Without it: auto, which is triton with a GPU and cpu without.",
     ),
 ]

@@ -12,6 +12,7 @@ from fastres.cli import flags, pictures
 from fastres.cli.flags import Request
 from fastres.cli.output import emit, note, working
 from fastres.cli.targets import Target, open_model, open_target, split, to_engine
+from fastres.cli.verify_across import across, status_of, table_of
 from fastres.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,6 +48,14 @@ def verify(
     rtol: Annotated[
         float | None, typer.Option(min=0, help="Relative tolerance in place of the policy.")
     ] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Check an engine of each: cpu,triton,tensorrt,onnxruntime; what cannot run here "
+            "is listed with the reason.",
+        ),
+    ] = None,
     *,
     request: Request,
     as_json: flags.Json = False,
@@ -67,24 +76,25 @@ def verify(
     request = request.about(model, default_batch=4)
     engine_path = rest[0] if rest else None
     _check_flags(request, engine_path)
+    if backends is not None and (engine_path or request.backend):
+        raise InputError("--backends compiles the model for each: leave out ENGINE and --backend")
     # only the engine beside the model can be trusted, or not
     target = open_model(replace(request, trust_engine=None) if engine_path else request)
     candidate = _candidate(engine_path, request) or target
     fed = candidate if candidate.normalises else target
     data = _data(fed, images, max(request.batch_sizes))
     origin = _weights(target, data, request.weights, engine_path)
+    batches = [part for size in request.batch_sizes for part in torch.split(data, size)]
+    how: dict[str, Any] = {"layerwise": layerwise, "bisect": bisect, "atol": atol, "rtol": rtol}
+    fields: dict[str, Any] = {"model": target.name, "engine": engine_path, "weights": origin}
+    if backends is not None:
+        found = across(target, request, backends.split(","), batches, how)
+        facts = {**fields, "backends": [outcome.to_dict() for outcome in found]}
+        emit("verify", table_of(found, target.name), facts, as_json=as_json, output=output)
+        raise typer.Exit(status_of(found))
     engine = to_engine(candidate, request)
     with working(f"verifying {target.name}"):
-        report = fastres.verify(
-            target.model,
-            engine,
-            [part for size in request.batch_sizes for part in torch.split(data, size)],
-            layerwise=layerwise,
-            bisect=bisect,
-            atol=atol,
-            rtol=rtol,
-        )
-    fields: dict[str, Any] = {"model": target.name, "engine": engine_path, "weights": origin}
+        report = fastres.verify(target.model, engine, batches, **how)
     emit("verify", str(report), {**fields, **report.to_dict()}, as_json=as_json, output=output)
     if not report.passed:
         raise typer.Exit(1)

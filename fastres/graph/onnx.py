@@ -61,6 +61,12 @@ def refusal(node: Node) -> str | None:
     return None
 
 
+def refusals(graph: Graph) -> tuple[tuple[str, str], ...]:
+    """Every node that cannot be written, and why."""
+    found = ((node.name, refusal(node)) for node in graph.nodes)
+    return tuple((name, why) for name, why in found if why is not None)
+
+
 def to_onnx(
     graph: Graph, *, half: bool = False, weights_as_inputs: bool = False
 ) -> onnx.ModelProto:

@@ -52,8 +52,7 @@ class TensorRtBackend:
         return quantise(graph, table, "skip")
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
-        reasons = ((node.name, onnx_form.refusal(node)) for node in graph.nodes)
-        return tuple(Refusal(name, reason) for name, reason in reasons if reason is not None)
+        return tuple(Refusal(*refused) for refused in onnx_form.refusals(graph))
 
     def lower(
         self,
