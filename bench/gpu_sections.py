@@ -19,6 +19,7 @@ import questions
 import torch
 import torch.nn.functional as F
 from compare import photographs
+from gpu_tensorrt import tensorrt
 from quantised import in_precision
 from torch import Tensor, nn
 
@@ -373,4 +374,5 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], float]] = {
     "questions": (questions.questions, 60),
     "speed": (speed, 200),
     "profile": (profile, 40),
+    "tensorrt": (tensorrt, 90),
 }

@@ -78,3 +78,12 @@ def test_wrong_use(tmp_path: Path) -> None:
     if not os.path.exists("/dev/nvidia0"):
         nowhere = run(tmp_path, interpret=False)
         assert nowhere.returncode == 2 and "there is no CUDA device here" in nowhere.stderr
+
+
+def test_without_tensorrt_for_a_gpu_it_says_why(tmp_path: Path) -> None:
+    if os.path.exists("/dev/nvidia0"):
+        pytest.skip("there is a GPU")
+    done = run(tmp_path, *SMALL, "--only=tensorrt")
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(tmp_path)
+    assert row["name"] == "not run" and "there is no NVIDIA GPU" in row["reason"]
