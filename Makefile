@@ -39,11 +39,12 @@ types: dev  ## mypy does not follow setup.py's package_dir: give it a tree of li
 	$(BIN)/mypy --config-file pyproject.toml -p fastres
 
 # Triton's interpreter and its compiler cannot share a process, so there are two runs of pytest.
+# Each file stays with one of two workers, which share what its tests have made.
 interpret: dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m interpret
 
 unit: dev
-	$(BIN)/python -m pytest -q -m 'not interpret'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not interpret'
 
 bench: dev
 	$(BIN)/python bench/compare.py
