@@ -19,6 +19,7 @@ from fastres.calib.thresholds import ALGORITHMS, Algorithm
 
 SCHEMA = 1
 STEPS = 127  # on each side of zero
+_TINY = 1e-30  # below, a threshold may come to nothing in float32
 
 
 class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,6 +43,8 @@ class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"ranges are finite and not negative, found {numbers}")
         if set(self.thresholds) != set(ALGORITHMS):
             raise ValueError(f"thresholds are of {sorted(self.thresholds)}, not {list(ALGORITHMS)}")
+        if self.largest > _TINY and min(self.thresholds.values()) == 0:
+            raise ValueError(f"a threshold is 0, and the largest magnitude {self.largest}")
         if not all(math.isfinite(v) for v in self.means):
             raise ValueError("a channel's mean is not finite")
 
@@ -87,6 +90,10 @@ class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backend: str = ""
     format: Literal["fastres-calibration"] = "fastres-calibration"
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"it was made of {self.samples} images")
 
     def scale(self, name: str, most: int = STEPS) -> float:
         """What 1 stands for in a tensor's 8 bits, a float32; 1 for nothing but zeros.

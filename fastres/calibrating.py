@@ -66,7 +66,7 @@ class Batches:
             chosen = [files[i] for i in _some(len(files), samples, seed)]
             self._source: Iterable[Any] = _Files(chosen, preprocess)
         elif isinstance(data, torch.Tensor | np.ndarray):
-            rows = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+            rows = _tensor(data)
             if rows.dim() == 0:
                 raise InputError("data is a single number; give images, [N, C, H, W]")
             self._source = _Rows(rows, _some(len(rows), samples, seed))
@@ -96,7 +96,7 @@ class Batches:
         parts = list(item) if isinstance(item, tuple | list) else [item]
         found = []
         for part in parts[: self._inputs]:
-            tensor = torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+            tensor = _tensor(part)
             if odd := oddity(tensor):
                 raise InputError(
                     f"batch {number} of the calibration data holds {odd}; give tensors or arrays"
@@ -108,6 +108,20 @@ class Batches:
                 f"model takes {self._inputs} inputs, batch first and not empty"
             )
         return tuple(found)
+
+
+def _tensor(given: Any) -> Any:
+    """An array as a tensor; all else as it is.
+
+    Raises:
+        InputError: an array of something that is no number.
+    """
+    if not isinstance(given, np.ndarray):
+        return given
+    try:
+        return torch.from_numpy(given)
+    except TypeError as error:
+        raise InputError(f"an array of {given.dtype} is no data; give floating point") from error
 
 
 class _Rows:

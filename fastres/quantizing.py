@@ -219,6 +219,8 @@ class _Network:
             InputError: a pattern fits none.
         """
         patterns = (patterns,) if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns):
+            raise InputError(f"ignored is {patterns!r}; give names or patterns of layers")
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in self.layers):
                 raise InputError(

@@ -84,6 +84,13 @@ def test_other_things_are_no_data(data: Any) -> None:
         batches(data)
 
 
+def test_arrays_of_no_numbers_are_refused() -> None:
+    objects = np.array([None, 1])
+    for data in (objects, [objects]):
+        with pytest.raises(InputError, match="an array of object is no data"):
+            list(Batches(data, 4, inputs=1, preprocess=None, seed=0))
+
+
 @pytest.mark.parametrize("item", ["text", None, [], torch.tensor(1.0), torch.zeros(0, 3, 4, 4), {}])
 def test_batches_that_are_none_are_named(rows: Tensor, item: Any) -> None:
     with pytest.raises(InputError, match="batch 1 of the calibration data"):

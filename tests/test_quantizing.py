@@ -120,6 +120,41 @@ def test_ignored_takes_patterns(small: nn.Module, data: Tensor) -> None:
         fastres.quantize(small, data, ignored=["stem"])
 
 
+@pytest.mark.parametrize("ignored", [3, None, [3], [None]])
+def test_ignored_takes_names_alone(small: nn.Module, data: Tensor, ignored: Any) -> None:
+    with pytest.raises(InputError, match="give names or patterns of layers"):
+        fastres.quantize(small, data, ignored=ignored)
+
+
+class Unpooled(nn.Module):
+    """A classifier that reads every pixel, as VGG's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=4)
+        self.fc = nn.Linear(4 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu().flatten(1))
+
+
+def test_behind_a_flatten_pixels_share_their_channel_s_mean(data: Tensor) -> None:
+    model = Unpooled().eval()
+    engine = fastres.compile(model, data[:1], calibration=[data], backend="reference")
+    assert fastres.verify(model, engine, data).passed
+    torch.testing.assert_close(engine(data).mean(0), model(data).mean(0), atol=0.02, rtol=0)
+
+
+def test_means_of_another_number_of_channels_are_refused(
+    small: nn.Module, data: Tensor, table: fastres.CalibrationTable
+) -> None:
+    first = next(iter(table.tensors))
+    short = msgspec.structs.replace(table.tensors[first], means=(0.5, 0.5))
+    wrong = msgspec.structs.replace(table, tensors={**table.tensors, first: short})
+    with pytest.raises(InputError, match="2 channel means of what conv1 reads, which has 3"):
+        fastres.compile(small, data[:1], calibration=wrong)
+
+
 def test_the_same_seed_gives_the_same_bytes(small: nn.Module, data: Tensor) -> None:
     one, two, other = (
         fastres.quantize(small, data, num_samples=8, seed=seed).to_json() for seed in (3, 3, 4)

@@ -66,6 +66,11 @@ def changed(table: CalibrationTable, **changes: Any) -> bytes:
         ({"tensors": {"x": {"largest": 1.0, "thresholds": {}}}}, "thresholds are of"),
         ({"tensors": {"x": 3}}, "tensors"),
         ({"samples": "many"}, "samples"),
+        ({"samples": 0}, "made of 0 images"),
+        (
+            {"tensors": {"x": {"largest": 1.0, "thresholds": dict.fromkeys(ALGORITHMS, 0.0)}}},
+            "a threshold is 0",
+        ),
         ({"more": 1}, "more"),
     ],
 )

@@ -190,7 +190,14 @@ def _with_quantised_weight(
     if means:
         moved = whole.float().mul_(by_row).sub_(weight).reshape(*weight.shape[:2], -1).sum(2)
         groups = node.op.groups if isinstance(node.op, Conv2d) else 1
-        mean = torch.tensor(means, dtype=torch.float64).view(groups, -1)
+        pixels, odd = divmod(groups * weight.shape[1], len(means))  # several behind a Flatten
+        if odd:
+            raise InputError(
+                f"the calibration table has {len(means)} channel means of what {node.name} reads, "
+                f"which has {groups * weight.shape[1]} channels. Make it again with "
+                "fastres.quantize"
+            )
+        mean = torch.tensor(means, dtype=torch.float64).repeat_interleave(pixels).view(groups, -1)
         parts = zip(moved.double().chunk(groups), mean, strict=True)
         shift = torch.cat([rows @ m for rows, m in parts])
         params["bias"] = f"{name}.corrected_bias"
