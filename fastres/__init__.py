@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fastres import deploy as deploy
     from fastres import errors as errors
     from fastres import models as models
     from fastres.artifact import load as load
@@ -47,7 +48,7 @@ _HOMES = {
     "CalibrationTable": "fastres.calib.table",
     "ResNetSpec": "fastres.graph.builder",
 }
-_MODULES = ("errors", "models")
+_MODULES = ("deploy", "errors", "models")
 __all__ = ["__version__", *_MODULES, *_HOMES]
 
 

@@ -18,10 +18,12 @@ import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fastres.errors import ArtifactError
-from fastres.options import PathLike
+
+if TYPE_CHECKING:  # which imports PyTorch; a deployed engine is read without it
+    from fastres.options import PathLike
 
 MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"

@@ -47,6 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.calibrating",
         "fastres.quantizing",
         "fastres.exporting",
+        "fastres.deploy",
     ),
     ("fastres.cli",),
     ("fastres.__main__",),
@@ -62,7 +63,7 @@ ONLY_IN = {  # package → the modules that may import it
     "typer": ("fastres.cli",),
     "tensorrt": ("fastres.backends.tensorrt",),
     "tensorrt_rtx": ("fastres.backends.tensorrt",),
-    "pycuda": (),
+    "pycuda": ("fastres.deploy",),
     "cuda": ("fastres.kernels",),
 }
 TRITON_FREE = (

@@ -1,1 +1,1 @@
-"""What can run a graph: `reference` (the meaning), `cpu` (OpenVINO), `triton` (our kernels)."""
+"""What can run a graph: `reference` (the meaning), `cpu` (OpenVINO), `triton` (our kernels) ..."""

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastres.backends.tensorrt.api import Api
-from fastres.backends.tensorrt.layers import Layer, from_log
+from fastres.backends.tensorrt.layers import from_log
+from fastres.backends.tensorrt.plan import Built, Range
 from fastres.errors import BackendUnavailable, UnsupportedError
 from fastres.graph.onnx import origin_of
-from fastres.options import Sizes
 from fastres.text import progress_bar
 
 WORKSPACE = 4 << 30  # bytes that a kernel may use besides its tensors
-
-
-@dataclass(frozen=True)
-class Range:
-    """The shapes of one input that an engine takes; it is fastest at the usual one."""
-
-    smallest: Sizes
-    usual: Sizes
-    largest: Sizes
-
-    def holds(self, shape: Sizes) -> bool:
-        return len(shape) == len(self.usual) and all(
-            low <= size <= high
-            for low, size, high in zip(self.smallest, shape, self.largest, strict=True)
-        )
-
-
-@dataclass(frozen=True)
-class Built:
-    """An engine's bytes, and its layers as the builder logged them."""
-
-    plan: bytes
-    layers: tuple[Layer, ...]
-    timing_cache: bytes
 
 
 def build(

@@ -13,8 +13,9 @@ import torch
 from fastres.backends.base import Account, CompiledParts, NodeTime, elsewhere
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.backends.tensorrt.api import Api
-from fastres.backends.tensorrt.build import Built, Range, build
-from fastres.backends.tensorrt.layers import Layer, notes_on, precisions
+from fastres.backends.tensorrt.build import build
+from fastres.backends.tensorrt.layers import notes_on, precisions
+from fastres.backends.tensorrt.plan import Built, Layer, Range
 from fastres.backends.tensorrt.run import TensorRtRunner
 from fastres.backends.tensorrt.stored import Origin, as_ranges, digest, usable, write_plan
 from fastres.calib.files import write_whole

@@ -11,8 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
+from fastres.backends.tensorrt.plan import Layer
 from fastres.graph.ir import Add, Conv2d, Graph, Linear
 from fastres.graph.onnx import origin_of
 
@@ -32,29 +31,7 @@ _LOGGED = re.compile(
     r"Outputs: (?P<writes>.*?), TacticName: .*?Metadata: ?(?P<nodes>.*)$",
     re.MULTILINE,
 )
-_POINTWISE = ("kgen", "PointWiseV2", "Reformat", "NoOp", "Signal", "Wait", "signal", "wait")
 _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-
-
-class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One layer of an engine.
-
-    Args:
-        name, kind: TensorRT's words.
-        nodes: our nodes that it computes, wholly or in part.
-        reads, writes: the precisions of its inputs and outputs.
-    """
-
-    name: str
-    kind: str
-    nodes: tuple[str, ...]
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether it may be more than element by element."""
-        return self.kind not in _POINTWISE
 
 
 def from_log(text: str) -> tuple[Layer, ...]:

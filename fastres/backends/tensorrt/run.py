@@ -13,7 +13,8 @@ import torch
 from fastres.backends.base import NodeTime
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.backends.tensorrt.api import Api
-from fastres.backends.tensorrt.layers import Layer, from_inspector
+from fastres.backends.tensorrt.layers import from_inspector
+from fastres.backends.tensorrt.plan import Layer
 from fastres.errors import BackendUnavailable, OutOfMemory, UnsupportedError
 from fastres.options import Sizes
 

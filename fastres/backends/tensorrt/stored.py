@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from fastres.backends.base import CompiledParts
-from fastres.backends.tensorrt.build import Built, Range
-from fastres.backends.tensorrt.layers import Layer
+from fastres.backends.tensorrt.plan import Built, Layer, Range
 from fastres.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from fastres.backends.base import CompiledParts
 
 ABOUT = "compiled_tensorrt.json"
 PLAN = "compiled_tensorrt.plan"

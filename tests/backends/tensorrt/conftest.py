@@ -11,7 +11,8 @@ import torch
 import fastres
 from fastres import models
 from fastres.backends.tensorrt.api import Api, find_api
-from fastres.backends.tensorrt.build import Built, Range, build
+from fastres.backends.tensorrt.build import build
+from fastres.backends.tensorrt.plan import Built, Range
 from fastres.calibrating import collect
 from fastres.compiler import optimised
 from fastres.errors import CaptureError

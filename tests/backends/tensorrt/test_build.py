@@ -10,8 +10,9 @@ import pytest
 
 from fastres.backends.tensorrt import build as module
 from fastres.backends.tensorrt.api import Api
-from fastres.backends.tensorrt.build import Built, Range, build
+from fastres.backends.tensorrt.build import build
 from fastres.backends.tensorrt.layers import notes_on, precisions
+from fastres.backends.tensorrt.plan import Built, Range
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Linear
 from fastres.graph.onnx import to_onnx

@@ -16,9 +16,8 @@ from fastres.backends.base import CompiledParts
 from fastres.backends.tensorrt import backend, executable
 from fastres.backends.tensorrt.api import Api
 from fastres.backends.tensorrt.backend import TensorRtBackend
-from fastres.backends.tensorrt.build import Built
 from fastres.backends.tensorrt.executable import TensorRtExecutable
-from fastres.backends.tensorrt.layers import Layer
+from fastres.backends.tensorrt.plan import Built, Layer
 from fastres.backends.tensorrt.stored import read_plan
 from fastres.compiler import optimised
 from fastres.errors import CaptureError, ParityError

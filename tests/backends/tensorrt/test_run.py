@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastres.backends.tensorrt.api import Api
-from fastres.backends.tensorrt.layers import Layer
+from fastres.backends.tensorrt.plan import Layer
 from fastres.backends.tensorrt.run import TensorRtRunner
 from fastres.errors import BackendUnavailable, OutOfMemory, UnsupportedError
 

@@ -1,0 +1,229 @@
+"""fastres.deploy: a saved TensorRT engine run with NumPy and pycuda, without PyTorch.
+
+    engine = fastres.deploy.load("engine.fastres", trust_engine=True)
+    logits = engine(images)  # NumPy arrays in, NumPy arrays out
+
+Nothing is built or rebuilt here: the plan in the file must be of this GPU and of the TensorRT that
+is installed. `fastres.load` (with PyTorch) builds it anew where it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fastres.backends.tensorrt.api import Api, find_api
+from fastres.backends.tensorrt.plan import Range
+from fastres.backends.tensorrt.stored import ABOUT, PLAN, Origin, read_plan
+from fastres.container import Container, defect, open_container, place, read_manifest
+from fastres.errors import BackendUnavailable, InputError, OutOfMemory
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def load(
+    path: str | os.PathLike[str], *, trust_engine: bool = False, device: int = 0
+) -> DeployedEngine:
+    """Loads a saved engine that was compiled with backend="tensorrt".
+
+    Args:
+        path: folder or file.
+        trust_engine: must be True: TensorRT runs whatever the plan holds.
+        device: number of the GPU.
+
+    Raises:
+        ArtifactError: the engine is damaged, holds no TensorRT plan, or is not trusted.
+        BackendUnavailable: pycuda, TensorRT or the GPU is missing, or the plan is for others.
+        InputError: `trust_engine` or `device` is out of range.
+    """
+    if not isinstance(trust_engine, bool):
+        raise InputError(f"trust_engine is {trust_engine!r}; give True or False")
+    if isinstance(device, bool) or not isinstance(device, int) or device < 0:
+        raise InputError(f"device is {device!r}; give the number of a GPU, from 0 on")
+    container = open_container(place(path))
+    stored = read_plan(_files(container))
+    if stored is None:
+        raise defect(
+            container.path,
+            "it holds no TensorRT plan: compile the model with backend='tensorrt', or load it with "
+            "fastres.load, which takes PyTorch",
+        )
+    if not trust_engine:
+        raise defect(
+            container.path,
+            "TensorRT runs whatever its plan holds: where you trust the file, pass "
+            "trust_engine=True",
+        )
+    origin, built = stored
+    api = find_api()
+    if isinstance(api, str):
+        raise BackendUnavailable(api)
+    if str(api) != origin.builder:
+        raise BackendUnavailable(
+            f"the engine was built by {origin.builder}, here is {api}: install that version, or "
+            "compile the model here"
+        )
+    return DeployedEngine(api, built.plan, origin, device)
+
+
+class DeployedEngine:
+    """A plan on one GPU; several threads may call it, one at a time runs."""
+
+    def __init__(self, api: Api, plan: bytes, origin: Origin, device: int) -> None:
+        self._cuda = _driver()
+        self._context = _context(self._cuda, device, origin)
+        self.ranges = {name: Range(*shapes) for name, shapes in origin.ranges.items()}
+        self._running = threading.Lock()
+        self._context.push()
+        try:
+            self._log = api.module.Logger(api.module.Logger.ERROR)
+            self._runtime = api.module.Runtime(self._log)
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+            if self._engine is None:
+                raise BackendUnavailable(f"{api} does not take this engine on GPU {device}")
+            self._execution = self._engine.create_execution_context()
+            if self._execution is None:
+                raise OutOfMemory(f"TensorRT has no room on GPU {device} for this engine")
+            self._stream = self._cuda.Stream()
+            names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+            self._dtypes = {
+                name: np.dtype(api.module.nptype(self._engine.get_tensor_dtype(name)))
+                for name in names
+            }
+            self._outputs = [name for name in names if name not in self.ranges]
+        finally:
+            self._context.pop()
+
+    def __call__(self, *inputs: Array) -> Array | tuple[Array, ...]:
+        """Runs the engine.
+
+        Args:
+            inputs: in the engine's order, of its dtypes and within `ranges`.
+
+        Returns:
+            The output, or all of several, in memory of their own.
+
+        Raises:
+            InputError: inputs that do not fit.
+            OutOfMemory: the GPU has no room for them.
+        """
+        given = self._checked(inputs)
+        with self._running:
+            self._context.push()
+            try:
+                outputs = self._run(given)
+            finally:
+                self._context.pop()
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _run(self, given: dict[str, Array]) -> list[Array]:
+        held = []
+        for name, array in given.items():
+            self._execution.set_input_shape(name, array.shape)
+            held.append(self._allocated(name, array.nbytes))
+            self._cuda.memcpy_htod_async(held[-1], array, self._stream)
+        found = {}
+        for name in self._outputs:
+            shape = tuple(self._execution.get_tensor_shape(name))
+            array = np.empty(shape, self._dtypes[name])
+            found[name] = array, self._allocated(name, array.nbytes)
+        if not self._execution.execute_async_v3(self._stream.handle):
+            raise BackendUnavailable("TensorRT could not run the engine; its log says why")
+        for array, memory in found.values():
+            self._cuda.memcpy_dtoh_async(array, memory, self._stream)
+        self._stream.synchronize()
+        return [array for array, _ in found.values()]
+
+    def _allocated(self, name: str, size: int) -> Any:
+        try:
+            memory = self._cuda.mem_alloc(max(1, size))
+        except self._cuda.MemoryError as error:
+            raise OutOfMemory(f"the GPU has no room for {name}, {size} bytes") from error
+        self._execution.set_tensor_address(name, int(memory))
+        return memory
+
+    def _checked(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
+        if len(inputs) != len(self.ranges):
+            raise InputError(f"{len(inputs)} inputs, the engine takes {', '.join(self.ranges)}")
+        for (name, shapes), x in zip(self.ranges.items(), inputs, strict=True):
+            if not isinstance(x, np.ndarray) or x.dtype != self._dtypes[name]:
+                found = getattr(x, "dtype", type(x).__name__)
+                raise InputError(f"{name} is {found}; give an array of {self._dtypes[name]}")
+            if not shapes.holds(x.shape):
+                raise InputError(
+                    f"{name} is {list(x.shape)}; the engine takes {list(shapes.smallest)} to "
+                    f"{list(shapes.largest)}"
+                )
+        named = zip(self.ranges, inputs, strict=True)
+        return {name: np.ascontiguousarray(x) for name, x in named}
+
+
+class _File(msgspec.Struct, frozen=True):
+    size: int
+    sha256: str
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    """As much of manifest.json as is needed here; all of it is under its seal."""
+
+    files: dict[str, _File]
+
+
+def _files(container: Container) -> dict[str, bytes]:
+    """The two files of a TensorRT plan, with the digests of the manifest; not the weights."""
+    try:
+        manifest = msgspec.json.decode(read_manifest(container), type=_Manifest)
+    except msgspec.MsgspecError as error:
+        raise defect(container.path, f"its manifest cannot be read: {error}") from error
+    found = {}
+    for name in (ABOUT, PLAN):
+        if name not in manifest.files:
+            continue
+        if name not in container.sizes:
+            raise defect(container.path, f"{name} is missing. Copy the engine anew")
+        data = container.read(name)
+        if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
+            raise defect(container.path, f"{name} was altered: its SHA-256 differs. Copy it anew")
+        found[name] = data
+    return found
+
+
+def _driver() -> Any:
+    """pycuda, initialised.
+
+    Raises:
+        BackendUnavailable: there is none, or no driver.
+    """
+    try:
+        import pycuda.driver as cuda
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"pycuda cannot be imported ({error}); pip install 'fastres[deploy]', which builds it "
+            "and needs nvcc and an NVIDIA driver"
+        ) from error
+    try:
+        cuda.init()
+    except cuda.Error as error:
+        raise BackendUnavailable(f"there is no usable NVIDIA driver: {error}") from error
+    return cuda
+
+
+def _context(cuda: Any, number: int, origin: Origin) -> Any:
+    """The GPU's primary context, of a GPU that the plan is for."""
+    count = cuda.Device.count()
+    if number >= count:
+        raise BackendUnavailable(f"there is no GPU {number}: there are {count}")
+    gpu = cuda.Device(number)
+    architecture = "sm_{}{}".format(*gpu.compute_capability())
+    if architecture != origin.architecture or origin.gpu not in ("", gpu.name()):
+        built = f"{origin.gpu or 'a GPU'} ({origin.architecture})"
+        raise BackendUnavailable(
+            f"the engine was built for {built}, GPU {number} is {gpu.name()} ({architecture}): "
+            "compile the model for that"
+        )
+    return gpu.retain_primary_context()
