@@ -64,8 +64,9 @@ def export(
     if placement not in get_args(Placement):
         raise InputError(f"placement is {placement!r}; there are tensorrt and openvino")
     settled_precision(precision, calibration)
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"path is {type(path).__name__}; give the path of the file to write")
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        found = "empty" if isinstance(path, str) else type(path).__name__
+        raise InputError(f"path is {found}; give the path of the file to write")
     source = source_of(model, inputs)
     table = None if calibration is None else table_of(calibration, source)[0]
     if io_dtype is not None:
@@ -77,8 +78,9 @@ def export(
     data = as_onnx(graph, half=precision == "fp16" or table is not None)
     try:
         write_whole(Path(path), data)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a name that no file can have
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path!r} cannot be written: {why}") from error
     return graph
 
 

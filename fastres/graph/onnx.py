@@ -154,17 +154,19 @@ def _conv2d(w: Writer, node: Node) -> None:
 def _normalize(w: Writer, node: Node) -> None:
     assert isinstance(node.op, Normalize)
     name, (value,) = node.name, w.inputs(node)
+    # TensorRT does nothing with bytes but cast them
+    w.emit("Cast", f"{name}/cast", [value], f"{name}/pixels", to=FLOAT)
+    value = f"{name}/pixels"
     if node.op.flip:
         order = w.ints(node, "order", (2, 1, 0))
         w.emit("Gather", f"{name}/flip", [value, order], f"{name}/flipped", axis=3)
         value = f"{name}/flipped"
     w.emit("Transpose", f"{name}/transpose", [value], f"{name}/planes", perm=(0, 3, 1, 2))
-    w.emit("Cast", f"{name}/cast", [f"{name}/planes"], f"{name}/pixels", to=FLOAT)
     a, b = (
         w.number(node, slot, np.asarray(v).reshape(1, 3, 1, 1))
         for slot, v in zip("ab", node.op.factors, strict=True)
     )
-    w.emit("Mul", f"{name}/scale", [f"{name}/pixels", a], f"{name}/scaled")
+    w.emit("Mul", f"{name}/scale", [f"{name}/planes", a], f"{name}/scaled")
     w.emit("Add", name, [f"{name}/scaled", b], name)
 
 

@@ -34,7 +34,7 @@ def test_what_is_missing_comes_with_the_line_to_type(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     document = run_json("doctor", status=3)
     assert document["install"][0].startswith("pip install 'openvino>=")
-    assert document["install"][1].startswith("pip install 'onnxruntime>=")
+    assert any(line.startswith("pip install 'onnxruntime>=") for line in document["install"][1:])
     states = {backend["name"]: backend["problem"] for backend in document["backends"]}
     assert "pip install openvino" in states["cpu"]
     assert "to install: pip install 'openvino>=" in run("doctor", status=3).stdout

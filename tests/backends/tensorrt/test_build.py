@@ -8,14 +8,18 @@ from typing import Any
 import onnx
 import pytest
 
+import fastres
+from fastres import models
 from fastres.backends.tensorrt import build as module
 from fastres.backends.tensorrt.api import Api
 from fastres.backends.tensorrt.build import build
 from fastres.backends.tensorrt.layers import notes_on, precisions
 from fastres.backends.tensorrt.plan import Built, Range
-from fastres.errors import UnsupportedError
+from fastres.compiler import optimised
+from fastres.errors import CaptureError, UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Linear
 from fastres.graph.onnx import to_onnx
+from fastres.source import source_of, taking_pictures
 
 TARGET = "sm_86"
 SMALL = "cifar resnet20"
@@ -70,6 +74,18 @@ def test_int8_is_told_as_found(graph_of: GraphOf, built: BuiltOf) -> None:
 def test_half_as_many_bytes_in_fp16_and_fewer_in_int8(built: BuiltOf) -> None:
     sizes = [len(built("resnet50 v1.5", p).plan) for p in ("fp32", "fp16", "int8")]
     assert sizes[1] < 0.55 * sizes[0] and sizes[2] < 0.7 * sizes[1]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_pictures_of_bytes_come_in(rtx: Api, flip: bool) -> None:
+    """uint8 [N, H, W, 3], which TensorRT casts before it does anything else with them."""
+    net = models.cifar_resnet(8, seed=0).eval()
+    preprocess = fastres.Preprocess(channels="BGR" if flip else "RGB")
+    source = taking_pictures(source_of(net, fastres.Input((1, 3, 32, 32))), preprocess)
+    proto = to_onnx(optimised(source.graph, CaptureError), half=True)
+    shapes = Range((1, 32, 32, 3), (8, 32, 32, 3), (32, 32, 32, 3))
+    engine = build(rtx, proto.SerializeToString(), {"x": shapes}, target=TARGET)
+    assert any("x.normalize" in layer.nodes for layer in engine.layers)
 
 
 def test_what_cannot_be_parsed_is_told_with_our_node(rtx: Api, graph_of: GraphOf) -> None:
