@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastres.backends.triton.eight_bits import inverse
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import (
     AnyStep,
@@ -104,8 +105,7 @@ def load_launch(
     """The call that brings in pictures, their channels in the network's order."""
     launch = space_to_depth_launch if step.folded else to_nhwc_launch
     factors = None if step.normalize is None else constants.factors(step.normalize)
-    out_scale = 1.0 if step.scale is None else _inverse(step.scale)
-    return launch(given, target, normalise=factors, out_scale=out_scale)
+    return launch(given, target, normalise=factors, out_scale=inverse(step.scale))
 
 
 def _conv2d(
@@ -227,9 +227,9 @@ def _chain_scales(scales: LinkScales | None, constants: Packed) -> ChainScales |
         w3=constants.products(scales.weight3, scales.inner),
         w1=w1,
         residual=scales.shortcut,
-        b=_inverse(scales.inner),
-        out=_inverse(scales.target),
-        a_next=_inverse(scales.next_target),
+        b=inverse(scales.inner),
+        out=inverse(scales.target),
+        a_next=inverse(scales.next_target),
     )
 
 
@@ -286,7 +286,7 @@ def _elementwise(step: LaunchElementwise, at: Tensors, constants: Packed) -> Lau
         activation=step.activation,
         x_scale=scales.source,
         residual_scale=scales.residual,
-        out_scale=_inverse(scales.target),
+        out_scale=inverse(scales.target),
     )
 
 
@@ -296,7 +296,7 @@ def _global_avg_pool(step: LaunchGlobalAvgPool, at: Tensors) -> Launch:
         at[step.source],
         _rows(at[step.target]),
         scale=scales.source,
-        out_scale=_inverse(scales.target),
+        out_scale=inverse(scales.target),
     )
 
 
@@ -311,14 +311,9 @@ def _scales(scales: Scales | None, constants: Packed, residual: bool = True) -> 
     assert scales.weight is not None
     given = {
         "scale": constants.products(scales.weight, scales.source),
-        "out_scale": _inverse(scales.target),
+        "out_scale": inverse(scales.target),
     }
     return given | ({"residual_scale": scales.residual} if residual else {})
-
-
-def _inverse(scale: float | None) -> float:
-    """What a result is multiplied by: a float32; 1 of a floating-point one."""
-    return 1.0 if scale is None else float(1 / torch.tensor(scale, dtype=torch.float32))
 
 
 def _optional(at: Tensors, name: str | None) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from fastres.backends.base import Account, CompiledParts, KernelInfo, NodeTime, elsewhere
 from fastres.backends.shape_cache import Shapes
 from fastres.backends.triton.choosing import ban
-from fastres.backends.triton.eight_bits import FLOAT_OF
+from fastres.backends.triton.eight_bits import FLOAT_OF, precision_of
 from fastres.backends.triton.link_build import digest_of, link, numbered
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
@@ -238,7 +238,7 @@ def build(
     precision = options.precision or "fp32"
     assert options.sm is not None and options.target is not None
     target = Target.typical(options.sm)
-    ran = dict.fromkeys((node.name for node in graph.nodes), precision)
+    ran = {node.name: precision_of(node, precision) for node in graph.nodes}
     stored = recorded(compiled.files, options.target).get(shapes)
     if stored is not None:
         plan = make_plan(graph, shapes, precision, Tiles(target), stored)

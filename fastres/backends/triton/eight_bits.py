@@ -26,6 +26,11 @@ OPERAND_OF: dict[Precision, torch.dtype] = {
 }
 
 
+def inverse(scale: float | None) -> float:
+    """What a result is multiplied by: a float32; 1 of a floating-point one."""
+    return 1.0 if scale is None else float(1 / torch.tensor(scale, dtype=torch.float32))
+
+
 @dataclass(frozen=True)
 class Plain:
     """A graph without pairs of Quantize and Dequantize.

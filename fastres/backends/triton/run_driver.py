@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from fastres.backends.triton.contexts import Bound, Call, Record, Runner, total
+from fastres.backends.triton.eight_bits import inverse
 from fastres.backends.triton.link import (
     LinkedLaunch,
     LinkedPlan,
@@ -32,6 +33,7 @@ from fastres.kernels.driver import (
     use_device,
 )
 from fastres.kernels.folding import MARGIN
+from fastres.kernels.reference import saturated
 from fastres.kernels.tensor_map import TensorMap
 
 
@@ -131,12 +133,15 @@ class DriverRunner(Runner):
         return super().failing()
 
     def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
-        """By PyTorch, which rounds as the kernels do: from fp32 once; pictures by their kernel."""
+        """By PyTorch, which rounds as the kernels do: from fp32 once, to 8 bits half to even;
+        pictures by their kernel."""
         if takes_pictures(step):
             self._load_pictures(step, given, target)
             return
         if given.dtype == torch.float64:
             given = given.float()
+        if step.scale is not None:
+            given = saturated(given.float() * inverse(step.scale), target.dtype)
         if not step.folded:
             target[: given.shape[0]].copy_(given.permute(0, 2, 3, 1) if given.dim() == 4 else given)
             return

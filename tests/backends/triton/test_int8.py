@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastres
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.triton.backend import TritonExecutable
-from fastres.backends.triton.eight_bits import FLOAT_OF, is_whole, plain
+from fastres.backends.triton.eight_bits import FLOAT_OF, inverse, is_whole, plain
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import (
@@ -31,6 +31,7 @@ from fastres.backends.triton.plan import (
 )
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.run import PlanRunner
+from fastres.backends.triton.run_driver import DriverRunner
 from fastres.backends.triton.table import Entry, Machine, Table, Tiles
 from fastres.calib.table import CalibrationTable
 from fastres.calibrating import collect
@@ -42,6 +43,8 @@ from fastres.graph.passes.quantise import quantise
 from fastres.kernels import chain_tiles, reference, stem_pool_tiles
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import stem_shape
+from fastres.kernels.layout import to_nhwc
+from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.tiles import ConvTile
 from fastres.options import Input
 
@@ -376,17 +379,18 @@ class TestBuilds:
     ) -> None:
         images = photo_batch(8, 32)
         net = cifar(images)
-        table = fastres.quantize(net, images, algorithm="mse")
+        kept = "layer2.0.conv1"
+        table = fastres.quantize(net, images, algorithm="mse", ignored=[kept])
         engine = fastres.compile(
             net, fastres.Input((8, 3, 32, 32)), target=target, calibration=table
         )
         kernels = engine.info.account.kernels
-        products = [k for k in kernels if k.kernel.startswith("conv2d")]
+        products = [k for k in kernels if k.kernel.startswith("conv2d") and kept not in k.nodes]
         assert len(products) >= 4
         for kernel in products:
             assert wanted in kernel.instructions and banned not in kernel.instructions
         assert all(kernel.spilled == 0 for kernel in kernels)
-        assert engine.info.not_quantised == ()
+        assert [node.name for node in engine.info.not_quantised] == [kept]
 
 
 class TestFp8:
@@ -442,3 +446,23 @@ class TestFp8:
         values = ReferenceExecutable(graph, torch.float32).values([images[:2]])
         assert torch.equal(values["x.dequantized"], step)
         assert fastres.verify(net, engine, images[:2]).outputs[0].sqnr_db > 5
+
+
+class TestInputsOfMachineCode:
+    """They are brought in by PyTorch: rounded and saturated to the bits of the kernels."""
+
+    pytestmark = runs
+
+    @pytest.mark.parametrize("folded", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+    def test_bits(self, folded: bool, dtype: torch.dtype) -> None:
+        scale = 0.0173
+        x = 3 * torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+        x[0, 0, 0, :4] = torch.tensor([0.5, 1.5, -2.5, 1000.0]) * scale  # ties, out of range
+        x = x.to(DEVICE, dtype)
+        kernel = space_to_depth if folded else to_nhwc
+        wanted = kernel(x.float(), dtype=torch.int8, out_scale=inverse(scale))
+        found = torch.full_like(wanted, 99)
+        step = LoadInput("x", "x", "x", folded=folded, scale=scale)
+        DriverRunner.load(object.__new__(DriverRunner), step, x, found)
+        assert torch.equal(found, wanted) and wanted.float().std() > 20
