@@ -136,7 +136,8 @@ class CpuExecutable:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # Nothing here may be a parallel operation of PyTorch: its threads would then spin for 2 ms
         # on the cores that OpenVINO is about to use.
-        outputs = self._plans.get(_shapes(inputs)).run(self._arrays(inputs))
+        given = onnx_form.inputs_for(self._graph, inputs)
+        outputs = self._plans.get(_shapes(inputs)).run(given)
         if outputs is None:
             # OpenVINO's ReLU and max pool turn NaN into a number; PyTorch's keep it
             return ReferenceExecutable(self._graph, torch.float32).run(inputs)
@@ -150,7 +151,8 @@ class CpuExecutable:
         return found
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
-        return self._compile(_shapes(inputs), counters=True).profile(self._arrays(inputs))
+        given = onnx_form.inputs_for(self._graph, inputs)
+        return self._compile(_shapes(inputs), counters=True).profile(given)
 
     def account(self) -> Account:
         if self._options.precision != "int8":
@@ -163,14 +165,6 @@ class CpuExecutable:
 
     def compiled(self) -> CompiledParts:
         return CompiledParts()
-
-    def _arrays(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Each input as the ONNX form takes it."""
-        named = zip(self._graph.inputs, inputs, strict=True)
-        return [
-            x.permute(0, 2, 3, 1).contiguous() if value.name in self._pictures else _plain(x)
-            for value, x in named
-        ]
 
     def _compile(self, shapes: Shapes, counters: bool = False) -> _Plan:
         given = {v.name: list(s) for v, s in zip(self._graph.inputs, shapes, strict=True)}
@@ -269,13 +263,6 @@ class _Plan:
 
 def _shapes(inputs: Sequence[torch.Tensor]) -> Shapes:
     return tuple(tuple(tensor.shape) for tensor in inputs)
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in contiguous float32, as numpy can see them."""
-    if tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.requires_grad:
-        return tensor
-    return tensor.detach().float().contiguous()
 
 
 def _is_ordinary(tensor: torch.Tensor) -> bool:

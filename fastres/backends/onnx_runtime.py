@@ -79,7 +79,6 @@ class OnnxRuntimeExecutable:
         settings.log_severity_level = 4
         self._graph = graph
         self._precision = options.precision or "fp32"
-        self._pictures = () if graph.normalize is None else graph.normalize.inputs
         proto = onnx_form.to_onnx(graph, half=half).SerializeToString()
         try:
             self._session: Any = onnxruntime.InferenceSession(
@@ -89,14 +88,9 @@ class OnnxRuntimeExecutable:
             raise UnsupportedError(f"onnxruntime cannot read the network: {error}") from error
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        given = {
-            value.name: (
-                x.permute(0, 2, 3, 1).contiguous()
-                if value.name in self._pictures
-                else x.detach().float().contiguous()
-            ).numpy()
-            for value, x in zip(self._graph.inputs, inputs, strict=True)
-        }
+        arrays = (x.numpy() for x in onnx_form.inputs_for(self._graph, inputs))
+        named = zip(self._graph.inputs, arrays, strict=True)
+        given = {value.name: array for value, array in named}
         found = self._session.run(list(self._graph.outputs), given)
         return [torch.from_numpy(array) for array in found]
 

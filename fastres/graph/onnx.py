@@ -6,10 +6,11 @@ where one graph node becomes several, so that a runtime's own report can be read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
+import torch
 from onnx import helper
 
 from fastres.graph.ir import (
@@ -99,6 +100,22 @@ def to_onnx(
     return helper.make_model(
         proto, opset_imports=[opset], ir_version=IR_VERSION, producer_name="fastres"
     )
+
+
+def inputs_for(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each input as the written model takes it: contiguous; pictures in uint8 [N, H, W, 3], all
+    else in float32."""
+    pictures = () if graph.normalize is None else graph.normalize.inputs
+    return [
+        x.permute(0, 2, 3, 1).contiguous() if value.name in pictures else _plain(x)
+        for value, x in zip(graph.inputs, inputs, strict=True)
+    ]
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype == torch.float32 and x.is_contiguous() and not x.requires_grad:
+        return x
+    return x.detach().float().contiguous()
 
 
 def origin_of(onnx_name: str) -> str:

@@ -70,7 +70,8 @@ class TensorRtExecutable:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         shapes = tuple(tuple(x.shape) for x in inputs)
         engine = self._engines.get(self._largest(shapes))
-        return engine.runner().run(self._given(inputs), self._output_shapes(shapes))
+        given = onnx_form.inputs_for(self._graph, inputs)
+        return engine.runner().run(given, self._output_shapes(shapes))
 
     def precisions(self) -> dict[str, str]:
         return precisions(self._graph, self._engines.latest().built.layers)
@@ -78,7 +79,7 @@ class TensorRtExecutable:
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         shapes = tuple(tuple(x.shape) for x in inputs)
         engine = self._engines.get(self._largest(shapes))
-        given, outputs = self._given(inputs), self._output_shapes(shapes)
+        given, outputs = onnx_form.inputs_for(self._graph, inputs), self._output_shapes(shapes)
         return engine.runner().profile(given, outputs, engine.built.layers)
 
     def account(self) -> Account:
@@ -94,15 +95,6 @@ class TensorRtExecutable:
     def layers(self) -> tuple[Layer, ...]:
         """Of the engine used last."""
         return self._engines.latest().built.layers
-
-    def _given(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Each input as the ONNX form takes it."""
-        return [
-            x.permute(0, 2, 3, 1).contiguous()
-            if value.name in self._pictures
-            else x.detach().float().contiguous()
-            for value, x in zip(self._graph.inputs, inputs, strict=True)
-        ]
 
     def _output_shapes(self, shapes: Shapes) -> list[tuple[int, ...]]:
         sizes = infer_shapes(self._graph, shapes)
