@@ -1,4 +1,6 @@
-"""fastres.deploy: a saved TensorRT engine run with NumPy and pycuda, without PyTorch.
+"""fastres.deploy: a saved engine run with NumPy, without PyTorch.
+
+TensorRT's plans run through pycuda, machine code of the triton backend through cuda-bindings.
 
     engine = fastres.deploy.load("engine.fastres", trust_engine=True)
     logits = engine(images)  # NumPy arrays in, NumPy arrays out
@@ -12,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -20,25 +23,30 @@ import numpy as np
 from fastres.backends.tensorrt.api import Api, find_api
 from fastres.backends.tensorrt.plan import Range
 from fastres.backends.tensorrt.stored import ABOUT, PLAN, Origin, read_plan
+from fastres.backends.triton.stored_kernels import KERNELS
 from fastres.container import Container, defect, open_container, place, read_manifest
 from fastres.errors import BackendUnavailable, InputError, OutOfMemory
+
+if TYPE_CHECKING:
+    from fastres.deploy_triton import TritonEngine
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def load(
     path: str | os.PathLike[str], *, trust_engine: bool = False, device: int = 0
-) -> DeployedEngine:
-    """Loads a saved engine that was compiled with backend="tensorrt".
+) -> DeployedEngine | TritonEngine:
+    """Loads a saved engine: of backend="tensorrt", or of triton with machine code (`target=`).
 
     Args:
         path: folder or file.
-        trust_engine: must be True: TensorRT runs whatever the plan holds.
+        trust_engine: must be True: what the file holds is run as it is.
         device: number of the GPU.
 
     Raises:
-        ArtifactError: the engine is damaged, holds no TensorRT plan, or is not trusted.
-        BackendUnavailable: pycuda, TensorRT or the GPU is missing, or the plan is for others.
+        ArtifactError: the engine is damaged, holds nothing to run, or is not trusted.
+        BackendUnavailable: pycuda and TensorRT, or for triton cuda-bindings, or the GPU is missing,
+            or what the file holds is for others.
         InputError: `trust_engine` or `device` is out of range.
     """
     if not isinstance(trust_engine, bool):
@@ -46,19 +54,24 @@ def load(
     if isinstance(device, bool) or not isinstance(device, int) or device < 0:
         raise InputError(f"device is {device!r}; give the number of a GPU, from 0 on")
     container = open_container(place(path))
-    stored = read_plan(_files(container))
-    if stored is None:
+    manifest = _manifest(container)
+    stored = read_plan(_files(container, manifest, (ABOUT, PLAN)))
+    if stored is None and KERNELS not in manifest.files:
         raise defect(
             container.path,
-            "it holds no TensorRT plan: compile the model with backend='tensorrt', or load it with "
-            "fastres.load, which takes PyTorch",
+            "it holds neither a TensorRT plan nor machine code: compile the model with "
+            "backend='tensorrt' or target=, or load it with fastres.load, which takes PyTorch",
         )
     if not trust_engine:
         raise defect(
             container.path,
-            "TensorRT runs whatever its plan holds: where you trust the file, pass "
-            "trust_engine=True",
+            "what it holds is run as it is: where you trust the file, pass trust_engine=True",
         )
+    if stored is None:
+        from fastres.deploy_triton import FILES, load_triton
+
+        files = _files(container, manifest, FILES)
+        return load_triton(files, manifest.options.precision, device)
     origin, built = stored
     api = find_api()
     if isinstance(api, str):
@@ -168,20 +181,28 @@ class _File(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class _Options(msgspec.Struct, frozen=True):
+    precision: str
+
+
 class _Manifest(msgspec.Struct, frozen=True):
     """As much of manifest.json as is needed here; all of it is under its seal."""
 
     files: dict[str, _File]
+    options: _Options
 
 
-def _files(container: Container) -> dict[str, bytes]:
-    """The two files of a TensorRT plan, with the digests of the manifest; not the weights."""
+def _manifest(container: Container) -> _Manifest:
     try:
-        manifest = msgspec.json.decode(read_manifest(container), type=_Manifest)
+        return msgspec.json.decode(read_manifest(container), type=_Manifest)
     except msgspec.MsgspecError as error:
         raise defect(container.path, f"its manifest cannot be read: {error}") from error
+
+
+def _files(container: Container, manifest: _Manifest, names: Sequence[str]) -> dict[str, bytes]:
+    """Those files that there are, with the digests of the manifest; no others are read."""
     found = {}
-    for name in (ABOUT, PLAN):
+    for name in names:
         if name not in manifest.files:
             continue
         if name not in container.sizes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # plans are read where there is no PyTorch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -139,5 +141,7 @@ def target_of(device: torch.device) -> Target:
     """The target a tensor's device stands for; anything but CUDA is shaped as for an H200."""
     if device.type != "cuda":
         return Target.typical(90)
+    import torch
+
     properties = torch.cuda.get_device_properties(device)
     return Target(10 * properties.major + properties.minor, properties.multi_processor_count)

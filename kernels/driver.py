@@ -56,17 +56,17 @@ def use_device(device: int) -> None:
         DriverUnavailable: no driver, or no such GPU.
     """
     driver = cuda_driver()
-    count = _checked(driver.cuDeviceGetCount())
+    count = checked(driver.cuDeviceGetCount())
     if not 0 <= device < count:
         raise DriverUnavailable(f"device is {device}, expected one of this machine's {count} GPUs")
-    _checked(driver.cuCtxSetCurrent(_primary_context(device)))
+    checked(driver.cuCtxSetCurrent(_primary_context(device)))
 
 
 @cache
 def _primary_context(device: int) -> Any:
     """Retained once and for good: the modules stay loaded in it as long as the process lives."""
     driver = cuda_driver()
-    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
+    return checked(driver.cuDevicePrimaryCtxRetain(checked(driver.cuDeviceGet(device))))
 
 
 class DriverModule:
@@ -119,7 +119,7 @@ def encode_tensor_map(tensor: TensorMap) -> bytes:
     fill = driver.CUtensorMapFloatOOBfill
     rank = len(tensor.sizes)
     # driver.c of Triton 3.9, lines 634 to 644; 3.6, lines 414 to 425
-    encoded = _checked(
+    encoded = checked(
         driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType(tensor.element_type),
             rank,
@@ -137,7 +137,7 @@ def encode_tensor_map(tensor: TensorMap) -> bytes:
         ),
         f"cuTensorMapEncodeTiled of {tensor}",
     )
-    version = _checked(driver.cuDriverGetVersion())
+    version = checked(driver.cuDriverGetVersion())
     return patched(ctypes.string_at(encoded.getPtr(), TENSOR_MAP_BYTES), tensor.span, version)
 
 
@@ -194,7 +194,7 @@ def launch(
     attributes = _attributes(driver, header)
     config.attrs, config.numAttrs = attributes, len(attributes)
     pointers, _memory = _parameter_array(arguments)
-    _checked(
+    checked(
         driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0),
         f"launch of {header.kernel} with {programs} programs",
     )
@@ -246,7 +246,7 @@ def _load(binary: KernelBinary, device: int) -> Function:
     names = driver.CUdevice_attribute
 
     def attribute(name: Any) -> int:
-        return int(_checked(driver.cuDeviceGetAttribute(name, device)))
+        return int(checked(driver.cuDeviceGetAttribute(name, device)))
 
     major = attribute(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
     minor = attribute(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
@@ -261,22 +261,22 @@ def _load(binary: KernelBinary, device: int) -> Function:
             f"{header.kernel} asks for {header.shared_bytes} bytes of shared memory, GPU {device} "
             f"has {limit} for a block"
         )
-    module = _checked(driver.cuModuleLoadData(binary.cubin), f"loading {header.kernel}")
-    function = _checked(driver.cuModuleGetFunction(module, header.kernel.encode()))
+    module = checked(driver.cuModuleLoadData(binary.cubin), f"loading {header.kernel}")
+    function = checked(driver.cuModuleGetFunction(module, header.kernel.encode()))
     settings = driver.CUfunction_attribute
     if header.shared_bytes > _DEFAULT_SHARED_BYTES:
         most = settings.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(
+        checked(
             driver.cuFuncSetCacheConfig(function, driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED)
         )
-        _checked(driver.cuFuncSetAttribute(function, most, header.shared_bytes))
+        checked(driver.cuFuncSetAttribute(function, most, header.shared_bytes))
     if header.num_ctas > _PORTABLE_CLUSTER:
         larger = settings.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-        _checked(driver.cuFuncSetAttribute(function, larger, 1))
+        checked(driver.cuFuncSetAttribute(function, larger, 1))
     return function
 
 
-def _checked(answer: tuple[Any, ...], doing: str = "a call of the CUDA driver") -> Any:
+def checked(answer: tuple[Any, ...], doing: str = "a call of the CUDA driver") -> Any:
     """The result of a driver call, without the error code that comes first.
 
     Raises:

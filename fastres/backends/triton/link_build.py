@@ -10,7 +10,8 @@ import torch
 
 from fastres.backends.triton.bind import bind, load_launch
 from fastres.backends.triton.contexts import views
-from fastres.backends.triton.link import (
+from fastres.backends.triton.link import takes_pictures
+from fastres.backends.triton.linked import (
     Argument,
     Descriptor,
     InArena,
@@ -20,7 +21,6 @@ from fastres.backends.triton.link import (
     Pictures,
     Pointer,
     extent,
-    takes_pictures,
 )
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import LoadInput, Plan

@@ -9,11 +9,12 @@ import torch
 from fastres.backends.base import CompiledParts
 from fastres.backends.triton.contexts import Record
 from fastres.backends.triton.eight_bits import FLOAT_OF
-from fastres.backends.triton.link import LinkedPlan
+from fastres.backends.triton.linked import LinkedPlan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.run_driver import CudaDriver, Driver, DriverRunner
-from fastres.backends.triton.stored_code import KERNELS, MachineCode, usable_code
+from fastres.backends.triton.stored_code import usable_code
+from fastres.backends.triton.stored_kernels import KERNELS, MachineCode
 from fastres.errors import ArtifactError
 from fastres.graph.ir import Graph
 from fastres.kernels.cost import Target

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, cast
+from typing import cast
 
 import msgspec
 import torch
 
+from fastres.backends.triton.linked import Key
 from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Graph, Normalize
@@ -16,7 +17,6 @@ from fastres.kernels.folding import pack_stem_weight
 from fastres.kernels.geometry import mergeable
 from fastres.weights import beyond_half
 
-Key: TypeAlias = tuple[str | float | None, ...]
 _RANKS = dict.fromkeys(("filters", "grouped", "matrix", "stem"), 4) | {"rows": 2}
 _RANKS |= dict.fromkeys(("bias", "scale", "shift", "products"), 1)
 

@@ -14,13 +14,8 @@ import torch
 
 from fastres.backends.triton.contexts import Bound, Call, Record, Runner, total
 from fastres.backends.triton.eight_bits import inverse
-from fastres.backends.triton.link import (
-    LinkedLaunch,
-    LinkedPlan,
-    check_linked,
-    takes_pictures,
-    values,
-)
+from fastres.backends.triton.link import check_linked, takes_pictures
+from fastres.backends.triton.linked import LinkedLaunch, LinkedPlan, values
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.errors import ArtifactError

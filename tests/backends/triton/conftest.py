@@ -12,7 +12,7 @@ import torch
 import fastres
 from fastres.backends.triton.plan import Plan
 from fastres.backends.triton.stored import recorded
-from fastres.backends.triton.stored_code import MachineCode, read_code
+from fastres.backends.triton.stored_kernels import MachineCode, read_code
 from fastres.kernels.binary import KernelBinary
 from fastres.kernels.tensor_map import TensorMap
 

@@ -17,7 +17,7 @@ from fastres.backends.triton import cross
 from fastres.backends.triton.backend import TritonExecutable
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.stored import PLANS, read_plans, recorded, write_plans
-from fastres.backends.triton.stored_code import CODE, KERNELS
+from fastres.backends.triton.stored_kernels import CODE, KERNELS
 from fastres.backends.triton.table import Tiles
 from fastres.errors import (
     ArtifactError,

@@ -21,12 +21,14 @@ from msgspec.structs import replace
 import fastres
 from fastres.backends.triton.bind import bind
 from fastres.backends.triton.contexts import views
-from fastres.backends.triton.link import Descriptor, InArena, InConstant, LinkedPlan, check_linked
+from fastres.backends.triton.link import check_linked
 from fastres.backends.triton.link_build import digest_of, link
+from fastres.backends.triton.linked import Descriptor, InArena, InConstant, LinkedPlan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import LaunchBoxConv2d, LaunchChain, LoadInput, Plan
 from fastres.backends.triton.run_driver import DriverRunner
-from fastres.backends.triton.stored_code import CODE, KERNELS, write_code
+from fastres.backends.triton.stored_code import write_code
+from fastres.backends.triton.stored_kernels import CODE, KERNELS
 from fastres.errors import ArtifactError
 from fastres.kernels.binary_build import arguments_of
 from fastres.kernels.cost import Target
@@ -123,7 +125,7 @@ from fastres import artifact
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.run_driver import DriverRunner
 from fastres.backends.triton.stored import recorded
-from fastres.backends.triton.stored_code import read_code
+from fastres.backends.triton.stored_kernels import read_code
 contents = artifact.read(sys.argv[1])
 (plan,) = recorded(contents.compiled, "sm_90").values()
 found = read_code(contents.compiled)

@@ -19,7 +19,8 @@ from fastres.backends.base import CompiledParts
 from fastres.backends.triton import machine_code
 from fastres.backends.triton.backend import TritonExecutable
 from fastres.backends.triton.run_driver import DriverRunner
-from fastres.backends.triton.stored_code import CODE, KERNELS, code_files, read_code, usable_code
+from fastres.backends.triton.stored_code import code_files, usable_code
+from fastres.backends.triton.stored_kernels import CODE, KERNELS, read_code
 from fastres.errors import ArtifactError
 from fastres.kernels.driver import DriverUnavailable
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastres.backends.triton.pack import Key, Packed
+from fastres.backends.triton.linked import Key
+from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Norm
 from fastres.errors import UnsupportedError
 from fastres.graph.capture import capture

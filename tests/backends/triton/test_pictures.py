@@ -17,8 +17,9 @@ from fastres import Preprocess
 from fastres.backends.base import CompiledParts
 from fastres.backends.triton import machine_code
 from fastres.backends.triton.backend import TritonExecutable
-from fastres.backends.triton.link import Pictures, check_linked
+from fastres.backends.triton.link import check_linked
 from fastres.backends.triton.link_build import digest_of, link, numbered
+from fastres.backends.triton.linked import Pictures
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import LaunchStem, LaunchStemPool, LoadInput, Plan
@@ -26,7 +27,7 @@ from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.run import PlanRunner
 from fastres.backends.triton.run_driver import DriverRunner
 from fastres.backends.triton.stored import recorded
-from fastres.backends.triton.stored_code import read_code
+from fastres.backends.triton.stored_kernels import read_code
 from fastres.backends.triton.table import Entry, Machine, Table, Tiles
 from fastres.graph.ir import Normalize
 from fastres.kernels.binary_build import arguments_of
