@@ -11,6 +11,7 @@ setup(
         "fastres.backends.triton",
         "fastres.backends.tensorrt",
         "fastres.cli",
+        "fastres.timing",
         "fastres.calib",
         "fastres.kernels",
     ],

@@ -45,12 +45,12 @@ from accuracy_report import Report, Section, section
 from datasets import Pictures, digits
 from torch import Tensor
 
-from fastres.bench_report import machine
 from fastres.calib.images import Preprocess
 from fastres.errors import FastresError, InputError
 from fastres.options import Input
-from fastres.peers import torch_threads
 from fastres.source import source_of
+from fastres.timing.machine import machine
+from fastres.timing.peers_torch import torch_threads
 
 OTHER_DAMAGE = 1000  # added to the seed: the pictures of `validate` are damaged in other ways
 

@@ -14,7 +14,6 @@ from accuracy_report import BASELINE, CLEAN, Report, Section, section
 from torch import Tensor
 
 import fastres
-from fastres.bench_report import machine
 from fastres.calib.images import EXTENSIONS, Preprocess, batches
 from fastres.cli.models import load_weights, make
 from fastres.errors import BuildError, InputError
@@ -22,6 +21,7 @@ from fastres.graph.ir import Graph
 from fastres.options import Input
 from fastres.source import source_of
 from fastres.text import progress_bar
+from fastres.timing.machine import machine
 
 AT_ONCE = 8  # pictures of one step of calibration
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastres.calib.images import Preprocess
-from fastres.peers import torch_threads
+from fastres.timing.peers_torch import torch_threads
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))  # scripts, as this is one

@@ -19,11 +19,11 @@ from torch import Tensor
 
 import fastres
 from fastres import models
-from fastres.bench_report import Machine, machine
 from fastres.calib.images import Preprocess, decode, find_images
 from fastres.errors import UnsupportedError
 from fastres.parity_report import ParityReport
 from fastres.text import json_text, render
+from fastres.timing.machine import Machine, machine
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from fastres.bench_report import Machine
 from fastres.calib.thresholds import ALGORITHMS
 from fastres.text import json_text, render
+from fastres.timing.machine import Machine
 
 BASELINE, AUTO, KEPT = "fp32", "int8 auto", "int8 auto, max_drop"
 FIXED = tuple(f"int8 {name}" for name in ALGORITHMS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastres import models
 from fastres.calib.images import Preprocess, find_images
 from fastres.options import Precision
-from fastres.peers import Reference, reference
+from fastres.timing.checks import Reference, reference
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 

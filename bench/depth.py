@@ -10,20 +10,21 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from fits import linear_fit
 from rich.table import Table
 
 from fastres.backends.cpu import CpuBackend
-from fastres.bench_report import machine
 from fastres.graph.capture import capture
 from fastres.graph.passes.pipeline import optimise
 from fastres.models import cifar_resnet
 from fastres.options import Options
 from fastres.text import render
+from fastres.timing.machine import machine
 
 T = TypeVar("T")
 PARTS = ("export", "read", "passes", "lower")
@@ -51,14 +52,6 @@ def measure(depth: int) -> dict[str, float]:
     return {"depth": depth, **seconds, "ours": read + passes + lower}
 
 
-def linear_fit(depths: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
-    """Least squares of seconds = slope * depth + intercept, and R^2."""
-    slope, intercept = np.polyfit(depths, seconds, 1)
-    residual = np.asarray(seconds) - (slope * np.asarray(depths) + intercept)
-    r2 = 1 - residual.var() / np.var(seconds)
-    return {"slope": float(slope), "intercept": float(intercept), "r2": float(r2)}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depths", default="110,302,602,1202", help="of cifar_resnet: 6n + 2")
@@ -77,11 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {"machine": str(machine()), "rows": rows, "fits": {}}
     for part in ("export", "ours") if len(rows) > 1 else ():
         fit = linear_fit([row["depth"] for row in rows], [row[part] for row in rows])
-        found["fits"][part] = fit
-        print(
-            f"{part}: {1e3 * fit['slope']:.2f} ms a layer, {fit['intercept']:+.2f} s, "
-            f"R^2 {fit['r2']:.4f}"
-        )
+        found["fits"][part] = asdict(fit)
+        print(f"{part}: {1e3 * fit.slope:.2f} ms a layer, {fit.intercept:+.2f} s, R^2 {fit.r2:.4f}")
     if given.output is not None:
         given.output.write_text(json.dumps(found, indent=2) + "\n")
     return 0

@@ -18,8 +18,8 @@ from typing import Any
 import questions
 import torch
 import torch.nn.functional as F
-from compare import photographs
 from gpu_tensorrt import tensorrt
+from pictures import photographs
 from quantised import in_precision
 from torch import Tensor, nn
 
@@ -41,8 +41,6 @@ from fastres.backends.triton.table import (
 )
 from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.tune import precompile, tune
-from fastres.bench_report import machine
-from fastres.benchmarking import Target, benchmark
 from fastres.graph.capture import capture
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, compile_launch, key_of
@@ -56,6 +54,8 @@ from fastres.kernels.layout import to_nhwc
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem_launch
 from fastres.options import Options, Precision
+from fastres.timing.benchmark import Target, benchmark
+from fastres.timing.machine import machine
 from fastres.tolerances import errors
 
 Row = dict[str, Any]

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from compare import photographs
+from pictures import photographs
 
 import fastres
 from fastres.backends.select import BACKENDS
-from fastres.benchmarking import Target, benchmark
 from fastres.options import Precision
+from fastres.timing.benchmark import Target, benchmark
 
 if TYPE_CHECKING:
     from gpu_sections import Run

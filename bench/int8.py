@@ -24,13 +24,10 @@ import multiprocessing
 import os
 import resource
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,16 +36,22 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastres
-from fastres.benchmarking import Target, benchmark
 from fastres.calib.images import Preprocess, find_images
 from fastres.calibrating import collect
 from fastres.compiler import optimised
 from fastres.errors import CaptureError
-from fastres.graph.onnx import to_onnx
 from fastres.options import Input
-from fastres.peers import torch_threads
 from fastres.source import source_of
 from fastres.text import render
+from fastres.timing.benchmark import Target, benchmark
+from fastres.timing.peers_exported import (
+    OrtSession,
+    in_openvino,
+    nncf_quantised,
+    onnx_bytes,
+    ort_quantised,
+)
+from fastres.timing.peers_torch import torch_threads
 from fastres.tolerances import Distance
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
@@ -94,77 +97,19 @@ def ours(model: nn.Module, images: Tensor, threads: int) -> Contender:
 
 def nncf(model: nn.Module, images: Tensor, threads: int) -> Contender:
     """OpenVINO's model of the network, quantised by NNCF, in OpenVINO."""
-    import nncf as package
-    import openvino
-
-    package.set_log_level(40)
-    whole = openvino.Core().read_model(_onnx_bytes(model))
+    network = onnx_bytes(model, images[:1], folded=True)
     start = time.perf_counter()
-    with _quiet():
-        quantised = package.quantize(
-            whole,
-            package.Dataset([x[None].numpy() for x in images]),
-            subset_size=len(images),
-            target_device=package.TargetDevice.CPU,
-        )
-    compiled: dict[tuple[int, ...], Any] = {}
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    config["INFERENCE_PRECISION_HINT"] = "f32"
-
-    def run(x: Tensor) -> Tensor:
-        shape = tuple(x.shape)
-        if shape not in compiled:
-            quantised.reshape(list(shape))
-            network = openvino.Core().compile_model(quantised, "CPU", config)
-            compiled[shape] = network.create_infer_request()
-        request = compiled[shape]
-        request.infer([openvino.Tensor(x.numpy(), shared_memory=True)])
-        return torch.from_numpy(request.get_output_tensor(0).data)
-
+    run = in_openvino(nncf_quantised(network, images), "int8", threads)
     run(images[:1])
     return Contender("NNCF + OpenVINO int8", run, time.perf_counter() - start)
 
 
 def onnxruntime(model: nn.Module, images: Tensor, threads: int) -> Contender:
-    import onnxruntime as package
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.left: Iterator[Tensor] = iter(images)
-
-        def get_next(self) -> dict[str, Any] | None:
-            x = next(self.left, None)
-            return None if x is None else {name: x[None].numpy()}
-
-    proto = _onnx_bytes(model)
-    with tempfile.TemporaryDirectory() as folder:
-        before, after = f"{folder}/float.onnx", f"{folder}/int8.onnx"
-        Path(before).write_bytes(proto)
-        name = (
-            package.InferenceSession(proto, providers=["CPUExecutionProvider"]).get_inputs()[0].name
-        )
-        start = time.perf_counter()
-        with _quiet():
-            quantize_static(
-                before,
-                after,
-                Reader(),
-                per_channel=True,
-                activation_type=QuantType.QInt8,
-                weight_type=QuantType.QInt8,
-                extra_options={"ActivationSymmetric": True},
-            )
-        options = package.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = package.InferenceSession(after, options, providers=["CPUExecutionProvider"])
-    session.run(None, {name: images[:1].numpy()})
-    seconds = time.perf_counter() - start
-    return Contender(
-        "ONNX Runtime int8",
-        lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]),
-        seconds,
-    )
+    network = onnx_bytes(model, images[:1], folded=True)
+    start = time.perf_counter()
+    run = OrtSession(ort_quantised(network, images), threads)
+    run(images[:1])
+    return Contender("ONNX Runtime int8", run, time.perf_counter() - start)
 
 
 def peak_of_calibration(name: str, images: int) -> float:
@@ -184,18 +129,6 @@ def _calibrate_alone(name: str, images: int) -> float:
     batches = ((few,) for _ in range(images // 8))
     collect(graph, source.inputs, batches, "mse")
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def _onnx_bytes(model: nn.Module) -> bytes:
-    source = source_of(model, Input((1, 3, SIZE, SIZE)))
-    return to_onnx(optimised(source.graph, CaptureError)).SerializeToString()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Peers print progress to stdout, which here is for figures."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,11 +14,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import fastres
-from fastres.bench_report import machine
-from fastres.benchmarking import Target
 from fastres.errors import BackendUnavailable, UnsupportedError
 from fastres.options import Precision
-from fastres.peers import PEERS, Reference, check_target, make_peer, torch_threads
+from fastres.timing.benchmark import Target
+from fastres.timing.checks import Reference, check_target
+from fastres.timing.machine import machine
+from fastres.timing.peers import PEERS, make_peer
+from fastres.timing.peers_torch import torch_threads
 
 THREADS = len(os.sched_getaffinity(0))
 
@@ -49,7 +51,7 @@ def test_resnet50(
     x = photographs(batch_size)
     target = prepare(name, network("resnet50"), x, precision)
     want = expected("resnet50", batch_size, precision)
-    found = check_target(target, want.oracle, x, precision, baseline=want.baseline)
+    found = check_target(target, want, x, precision)
     with torch_threads(THREADS):
         benchmark.pedantic(target.call, (x,), rounds=20, warmup_rounds=3)
     here = machine()

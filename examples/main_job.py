@@ -26,11 +26,11 @@ from rich.table import Table
 from torch import nn
 
 import fastres
-from fastres.bench_report import BenchReport
-from fastres.benchmarking import Target
 from fastres.calib.images import find_images
 from fastres.errors import BuildError, FastresError, UnsupportedError
 from fastres.parity_report import ParityReport
+from fastres.timing.benchmark import Target
+from fastres.timing.report import BenchReport
 from fastres.weights import read_weights
 
 PHOTOS = Path(__file__).parent / "photos"

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from fastres import errors as errors
     from fastres import models as models
     from fastres.artifact import load as load
-    from fastres.benchmarking import benchmark as benchmark
     from fastres.calib.images import Preprocess as Preprocess
     from fastres.calib.table import CalibrationTable as CalibrationTable
     from fastres.compiler import build as build
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from fastres.parity import verify as verify
     from fastres.quantizing import quantize as quantize
     from fastres.summaries import summary as summary
+    from fastres.timing.benchmark import benchmark as benchmark
 
 _HOMES = {
     "compile": "fastres.compiler",
@@ -39,7 +39,7 @@ _HOMES = {
     "verify": "fastres.parity",
     "quantize": "fastres.quantizing",
     "export": "fastres.exporting",
-    "benchmark": "fastres.benchmarking",
+    "benchmark": "fastres.timing.benchmark",
     "summary": "fastres.summaries",
     "Engine": "fastres.engine",
     "Prediction": "fastres.engine",

@@ -20,7 +20,7 @@ from fastres.cli.compile import compile_model
 from fastres.cli.doctor import doctor
 from fastres.cli.export import export
 from fastres.cli.inspect import inspect_engine
-from fastres.cli.output import complain
+from fastres.cli.output import WORDS, complain
 from fastres.cli.predict import predict
 from fastres.cli.profile import profile
 from fastres.cli.summary import summary
@@ -40,6 +40,10 @@ class Commands(TyperGroup):
             _drop_stdout()
             complain(f"the output cannot be written: {error.strerror}")
             sys.exit(2)
+
+    def make_context(self, info_name: Any, args: list[str], *rest: Any, **kwargs: Any) -> Any:
+        WORDS.set(tuple(args))  # parsing takes them off the list
+        return super().make_context(info_name, args, *rest, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:

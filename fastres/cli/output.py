@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from rich.text import Text
 from fastres import __version__
 from fastres.errors import InputError
 from fastres.text import json_text, printable
+
+WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())  # the command was given
 
 
 def emit(
@@ -64,15 +67,20 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[float], None] | None]:
-    """A bar on a terminal, moved by calling what this yields with the fraction done; else None."""
+def progress(what: str) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal, and nowhere else, moved by what this yields: the fraction done."""
     console = Console(stderr=True)
     if not console.is_interactive:
-        yield None
+        yield lambda done: None
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what, total=1.0)
         yield lambda done: bar.update(task, completed=done)
+
+
+def command_line() -> list[str]:
+    """The words of the command that runs, as they were given."""
+    return ["fastres", *WORDS.get()]
 
 
 def _say(text: Text) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from fastres import peers
 from fastres.errors import BackendUnavailable
+from fastres.timing import peers
 
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]

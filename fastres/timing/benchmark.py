@@ -8,27 +8,19 @@ ratio is formed within a round. Quoted are the median of those ratios and its in
 from __future__ import annotations
 
 import random
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.bench_report import BenchReport, Measurement, Ratio, machine
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.options import integer, is_number
-
-TURNS = 20  # into which the time of one target is cut
-MIN_ROUNDS = 8  # however slow the targets are: fewer pairs say nothing
-
-Call = Callable[[Tensor], Any]
-Progress = Callable[[float], None]
-Rounds = list[list[float]]  # seconds of each call, by round
+from fastres.timing.machine import machine
+from fastres.timing.report import BenchReport, Measurement, measurement
+from fastres.timing.turns import Call, Here, Progress, Rounds, interleave
 
 
 @dataclass(frozen=True)
@@ -93,9 +85,13 @@ def benchmark(
             if progress is not None:
                 progress((i + done) / len(batches))
 
+        timed: dict[str, Rounds] = {}
+        here = [Here(target.name, target.call, batch) for target in named]
         with torch.no_grad():
-            timed = _interleave(named, batch, duration_s, shuffler, report)
-        measurements += [_summary(t, size, timed[t.name], wanted) for t in named]
+            interleave(here, duration_s, shuffler, report, timed)
+        measurements += [
+            measurement(t.name, t.precision, size, timed[t.name], wanted) for t in named
+        ]
     return BenchReport(machine(), reference, seed, tuple(measurements)).against(reference)
 
 
@@ -108,7 +104,7 @@ def _as_targets(targets: Mapping[str, Call] | Sequence[Target]) -> list[Target]:
         if not (isinstance(t, Target) and isinstance(t.name, str) and callable(t.call)):
             raise InputError(
                 f"{t!r} is no target; give callables by name, {{'ours': engine}}, or a list of "
-                "fastres.benchmarking.Target"
+                "fastres.timing.benchmark.Target"
             )
     twice = [name for name, count in Counter(t.name for t in named).items() if count > 1]
     if not named or twice:
@@ -144,68 +140,3 @@ def _as_batches(examples: Mapping[int, Tensor] | Sequence[Tensor]) -> dict[int, 
     if not pairs or len(dict(pairs)) != len(pairs):
         raise InputError(f"batch sizes are {[size for size, _ in pairs]}; give each one once")
     return dict(pairs)
-
-
-def _interleave(
-    targets: Sequence[Target],
-    batch: Tensor,
-    duration_s: float,
-    shuffler: random.Random,
-    progress: Progress,
-) -> dict[str, Rounds]:
-    """Seconds of every timed call, by target and round."""
-    fastest = {t.name: _warm_up(t.call, batch, duration_s / 6) for t in targets}
-    timed: dict[str, Rounds] = {t.name: [] for t in targets}
-    spent, budget, rounds = 0.0, duration_s * len(targets), 0
-    while rounds < MIN_ROUNDS or spent < budget:
-        for target in shuffler.sample(targets, len(targets)):
-            calls = max(1, round(duration_s / TURNS / fastest[target.name]))
-            seconds = _turn(target.call, batch, calls)
-            timed[target.name].append(seconds)
-            fastest[target.name] = min(fastest[target.name], *seconds)
-            spent += sum(seconds)
-        rounds += 1
-        progress(min(1.0, spent / budget, rounds / MIN_ROUNDS))
-    return timed
-
-
-def _warm_up(call: Call, batch: Tensor, seconds: float) -> float:
-    """Calls until the time is over, at least twice, and returns the fastest call's time."""
-    call(batch)  # may compile for this shape: not part of the time
-    end, fastest = time.perf_counter() + seconds, float("inf")
-    while fastest == float("inf") or time.perf_counter() < end:
-        fastest = min(fastest, _timed(call, batch))
-    return fastest
-
-
-def _turn(call: Call, batch: Tensor, calls: int) -> list[float]:
-    call(batch)
-    return [_timed(call, batch) for _ in range(calls)]
-
-
-def _timed(call: Call, batch: Tensor) -> float:
-    if batch.is_cuda:
-        torch.cuda.synchronize(batch.device)
-    start = time.perf_counter()
-    call(batch)
-    if batch.is_cuda:
-        torch.cuda.synchronize(batch.device)
-    return time.perf_counter() - start
-
-
-def _summary(
-    target: Target, size: int, rounds: Rounds, percentiles: Sequence[float]
-) -> Measurement:
-    milliseconds = 1e3 * np.concatenate([np.asarray(calls) for calls in rounds])
-    latencies = np.percentile(milliseconds, list(percentiles))
-    return Measurement(
-        target.name,
-        target.precision,
-        size,
-        float(1e3 * size * len(milliseconds) / milliseconds.sum()),
-        {f"p{p:g}": float(ms) for p, ms in zip(percentiles, latencies, strict=True)},
-        float(milliseconds.min()),
-        len(milliseconds),
-        tuple(float(1e3 * np.median(calls)) for calls in rounds),
-        Ratio(1.0, 1.0, 1.0),
-    )

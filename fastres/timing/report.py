@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 
 from fastres.errors import InputError
 from fastres.text import json_text, render
+from fastres.timing.machine import Machine
+from fastres.timing.statistics import Ratio, bootstrap
+from fastres.timing.turns import Rounds
 
-RESAMPLES = 2000
 UNSTEADY = 3.0  # mean over fastest call
-_PACKAGES = ("fastres", "openvino", "onnxruntime", "triton", "tensorrt")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast as the baseline: the median over rounds, and its 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3g}x [{self.low:.3g}, {self.high:.3g}]"
 
 
 @dataclass(frozen=True)
@@ -44,6 +28,8 @@ class Measurement:
         samples: timed calls.
         round_ms: median latency within each round; entries of one index were timed together.
         speedup: over the baseline at the same batch size.
+        quantiles_ms: of the latency, percentiles 0, 1, ... 100.
+        model: which network it ran, where several are compared.
     """
 
     target: str
@@ -55,27 +41,13 @@ class Measurement:
     samples: int
     round_ms: tuple[float, ...]
     speedup: Ratio
+    quantiles_ms: tuple[float, ...] = ()
+    model: str = ""
 
     @property
     def mean_ms(self) -> float:
         """Of one call."""
         return 1e3 * self.batch_size / self.throughput
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where it was measured. `threads` are torch's; `versions` lists what is installed."""
-
-    cpu: str
-    cores: int
-    threads: int
-    gpu: str | None
-    versions: dict[str, str]
-
-    def __str__(self) -> str:
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        gpu = f", {self.gpu}" if self.gpu else ""
-        return f"{self.cpu}, {self.cores} cores, {self.threads} threads{gpu}; {versions}"
 
 
 @dataclass(frozen=True)
@@ -109,6 +81,10 @@ class BenchReport:
             for m in self.measurements
         )
         return replace(self, baseline=baseline, measurements=rated)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(m.batch_size for m in self.measurements))
 
     @property
     def unsteady(self) -> tuple[str, ...]:
@@ -153,35 +129,32 @@ class BenchReport:
         return "\n".join([str(self.machine), render(table, width=160), *self.unsteady])
 
 
-def machine() -> Machine:
-    """The facts about this machine and installation that a figure depends on."""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores = len(os.sched_getaffinity(0))
-    return Machine(_cpu_model(), cores, torch.get_num_threads(), gpu, versions)
-
-
-def bootstrap(ratios: Sequence[float], seed: int = 0) -> Ratio:
-    """The median of paired ratios with the bootstrap's 95 % interval (percentile method)."""
-    values = np.asarray(ratios, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(np.median(values[drawn], axis=1), (2.5, 97.5))
-    return Ratio(float(np.median(values)), float(low), float(high))
-
-
 def _ratio(baseline_ms: Sequence[float], measurement: Measurement, seed: int) -> Ratio:
     pairs = zip(baseline_ms, measurement.round_ms, strict=True)
     return bootstrap([theirs / own for theirs, own in pairs], seed)
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def measurement(
+    target: str,
+    precision: str,
+    size: int,
+    rounds: Rounds,
+    percentiles: Sequence[float],
+    model: str = "",
+) -> Measurement:
+    """What the timed calls of one target say; its ratio is set by `BenchReport.against`."""
+    milliseconds = 1e3 * np.concatenate([np.asarray(calls) for calls in rounds])
+    latencies = np.percentile(milliseconds, list(percentiles))
+    return Measurement(
+        target,
+        precision,
+        size,
+        float(1e3 * size * len(milliseconds) / milliseconds.sum()),
+        {f"p{p:g}": float(ms) for p, ms in zip(percentiles, latencies, strict=True)},
+        float(milliseconds.min()),
+        len(milliseconds),
+        tuple(float(1e3 * np.median(calls)) for calls in rounds),
+        Ratio(1.0, 1.0, 1.0),
+        tuple(float(ms) for ms in np.percentile(milliseconds, range(101))),
+        model,
+    )

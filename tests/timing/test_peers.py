@@ -7,14 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastres
 from fastres import models
-from fastres.benchmarking import Target
-from fastres.errors import BackendUnavailable, InputError, ParityError, UnsupportedError
+from fastres.errors import BackendUnavailable, InputError, UnsupportedError
 from fastres.options import Precision
-from fastres.peers import PEERS, check_target, contenders, make_peer, reference, torch_threads
-from fastres.tolerances import Errors
+from fastres.timing.checks import OWN_SCALES, Verdict, check_target, judge, reference
+from fastres.timing.peers import PEERS, make_peer
+from fastres.timing.peers_torch import torch_threads
 
-QUICK = [name for name in PEERS if name != "torch_compile"]
+QUICK = [
+    name
+    for name, peer in PEERS.items()
+    if "fp32" in peer.precisions and peer.only_on != "cuda" and not name.startswith("torch_compile")
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def has_bf16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def checked(name: str, model: nn.Module, x: Tensor, precision: Precision) -> Errors:
+def checked(name: str, model: nn.Module, x: Tensor, precision: Precision) -> Verdict:
     """The peer's error at its first batch size, after others have been through it."""
     target = make_peer(name, model, x, precision=precision)
     assert (target.name, target.precision) == (name, precision)
@@ -42,7 +47,7 @@ def checked(name: str, model: nn.Module, x: Tensor, precision: Precision) -> Err
         want = reference(model, batch, precision)
         result = target.call(batch)
         assert result.dtype == torch.float32 and not result.requires_grad
-        found.append(check_target(target, want.oracle, batch, precision, baseline=want.baseline))
+        found.append(check_target(target, want, batch, precision))
     return found[-1]
 
 
@@ -58,6 +63,20 @@ class TestPeers:
                 make_peer(name, model, x, precision="bf16")
         else:
             assert checked(name, model, x, "bf16").rms > 1e-4  # float32: below 1e-5
+
+    @pytest.mark.parametrize("name", ["nncf", "onnxruntime"])
+    def test_int8_is_really_int8(self, name: str, model: nn.Module, x: Tensor) -> None:
+        pytest.importorskip(name)
+        table = fastres.quantize(model, x, algorithm="mse", backend="cpu")
+        ours = fastres.compile(model, x, backend="cpu", calibration=table)
+        want = reference(model, x, "int8", ours.graph)
+        target = make_peer(name, model, x, precision="int8", images=x)
+        found = judge(target.call(x), want, name, "int8", len(x), OWN_SCALES)
+        assert not found.wrong and 1e-3 < found.rms
+
+    def test_int8_needs_images(self, model: nn.Module, x: Tensor) -> None:
+        with pytest.raises(InputError, match="needs images to calibrate with"):
+            make_peer("onnxruntime", model, x, precision="int8")
 
     @pytest.mark.slow
     def test_torch_compile(self, model: nn.Module, x: Tensor) -> None:
@@ -92,7 +111,7 @@ class TestRefusals:
             make_peer("tvm", model, x)
 
     def test_onnxruntime_has_no_bf16(self, model: nn.Module, x: Tensor) -> None:
-        with pytest.raises(UnsupportedError, match="onnxruntime runs fp32 here, not bf16"):
+        with pytest.raises(UnsupportedError, match="onnxruntime runs fp32, int8 here, not bf16"):
             make_peer("onnxruntime", model, x, precision="bf16")
 
     @pytest.mark.parametrize("package", ["openvino", "onnxruntime"])
@@ -106,8 +125,8 @@ class TestRefusals:
                 raise ImportError(f"No module named {name!r}")
             return real(name)
 
-        monkeypatch.setattr("fastres.peers.importlib.import_module", without)
-        monkeypatch.setattr("fastres.peers.openvino", lambda: without("openvino"))
+        monkeypatch.setattr("fastres.timing.peers_exported.importlib.import_module", without)
+        monkeypatch.setattr("fastres.timing.peers_exported.openvino", lambda: without("openvino"))
         with pytest.raises(BackendUnavailable, match=f"pip install {package}"):
             make_peer(package, model, x)
 
@@ -117,6 +136,22 @@ class TestRefusals:
         monkeypatch.setenv("CXX", "no-such-compiler")
         with pytest.raises(BackendUnavailable, match="there is no no-such-compiler; install g"):
             make_peer("torch_compile", model, x)
+
+    @pytest.mark.parametrize("name", ["torch_tensorrt", "tensorrt"])
+    def test_on_a_gpu_only(self, name: str, model: nn.Module, x: Tensor) -> None:
+        with pytest.raises(UnsupportedError, match=f"{name} is compared on cuda only"):
+            make_peer(name, model, x)
+
+    def test_cuda_graphs_on_the_cpu(self, model: nn.Module, x: Tensor) -> None:
+        with pytest.raises(UnsupportedError, match="reduce-overhead means CUDA graphs"):
+            make_peer("torch_compile_reduce_overhead", model, x)
+
+    def test_threads_are_restored_after_an_error(self) -> None:
+        before = torch.get_num_threads()
+        with pytest.raises(ZeroDivisionError), torch_threads(before + 1):
+            assert torch.get_num_threads() == before + 1
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == before
 
     def test_training_mode(self, x: Tensor) -> None:
         with pytest.raises(InputError, match="training mode"):
@@ -141,51 +176,3 @@ class TestRefusals:
 
         with pytest.raises(UnsupportedError, match="no ONNX form of .*sin"):
             make_peer("onnxruntime", Sine().eval(), x)
-
-
-class TestCheckTarget:
-    def test_returns_the_error(self, model: nn.Module, x: Tensor) -> None:
-        want = reference(model, x, "fp32")
-        found = check_target(Target("eager", model), want.oracle, x, "fp32", baseline=want.baseline)
-        assert found == want.baseline
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda y: y * 1.001, "largest error .* allowed are"),
-            (lambda y: y[:, :-1], r"shape \[4, 9\], expected \[4, 10\]"),
-            (lambda y: y / 0, "NaN or infinite"),
-            (lambda y: {"logits": y}, "returns dict"),
-        ],
-    )
-    def test_red_parity(
-        self, change: Callable[[Tensor], object], message: str, model: nn.Module, x: Tensor
-    ) -> None:
-        want = reference(model, x, "fp32")
-        target = Target("wrong", lambda batch: change(model(batch)))
-        with torch.no_grad(), pytest.raises(ParityError, match=f"wrong.*{message}"):
-            check_target(target, want.oracle, x, "fp32", baseline=want.baseline)
-
-    def test_the_floor_alone_without_a_baseline(self) -> None:
-        x = torch.ones(2, 3)
-        check_target(Target("near", lambda x: x + 5e-7), x.double(), x, "fp32")
-        with pytest.raises(ParityError):
-            check_target(Target("far", lambda x: x + 5e-3), x.double(), x, "fp32")
-
-
-class TestContenders:
-    def test_keeps_the_sound_and_names_the_rest(self, model: nn.Module, x: Tensor) -> None:
-        ours = [Target("ours", model), Target("bad at 4", lambda b: model(b) * (1 + len(b) // 4))]
-        names = ["eager", "onnxruntime", "nonesuch"]
-        with torch.no_grad():
-            found, refused = contenders(names, model, {1: x[:1], 4: x}, ours=ours)
-        assert [target.name for target in found] == ["ours", "eager", "onnxruntime"]
-        assert refused.keys() == {"nonesuch", "bad at 4"}
-        assert "at batch size 4" in refused["bad at 4"]
-
-    def test_threads_are_restored_after_an_error(self) -> None:
-        before = torch.get_num_threads()
-        with pytest.raises(ZeroDivisionError), torch_threads(before + 1):
-            assert torch.get_num_threads() == before + 1
-            raise ZeroDivisionError
-        assert torch.get_num_threads() == before

@@ -1,12 +1,10 @@
 """fastres.benchmark: planted speeds come out as planted, and the targets really take turns."""
 
 import json
-import runpy
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-from fastres import models
-from fastres.bench_report import bootstrap, machine
-from fastres.benchmarking import MIN_ROUNDS, Target, benchmark
 from fastres.errors import InputError
-
-BENCH = Path(__file__).parents[1] / "bench"
+from fastres.timing.benchmark import Target, benchmark
+from fastres.timing.machine import machine
+from fastres.timing.statistics import bootstrap
+from fastres.timing.turns import MIN_ROUNDS
 
 
 def sleeper(seconds: float) -> Callable[[Tensor], Tensor]:
@@ -203,43 +200,3 @@ class TestBootstrap:
         ratios = list(np.random.default_rng(1).uniform(1, 2, 15))
         assert bootstrap(ratios, 3) == bootstrap(ratios, 3)
         assert str(bootstrap([2.0])) == "2x [2, 2]"
-
-
-class TestScripts:
-    """The scripts of bench/ run; what they measure here means nothing."""
-
-    def test_compare(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        main = runpy.run_path(str(BENCH / "compare.py"), run_name="compare")["main"]
-        arguments = ["--model", "cifar_resnet:8", "--image-size", "32", "--precision", "fp32"]
-        arguments += ["--peers", "eager,nonesuch", "--batch-size", "1", "--duration", "0.02"]
-        assert main([*arguments, "-o", str(tmp_path / "out.json")]) == 0
-        shown = capsys.readouterr()
-        assert "as fast as eager" in shown.out
-        assert "not timed, nonesuch in fp32: there is no peer" in shown.err
-        (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
-        assert [m["target"] for m in run["measurements"]] == ["fastres", "eager"]
-
-    def test_compare_gives_no_speed_to_wrong_numbers(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        wrong = models.cifar_resnet(8, seed=1).eval()
-        monkeypatch.setattr(fastres, "compile", lambda *args, **kwargs: wrong)
-        main = runpy.run_path(str(BENCH / "compare.py"), run_name="compare")["main"]
-        arguments = ["--model", "cifar_resnet:8", "--image-size", "32", "--precision", "fp32"]
-        arguments += ["--peers", "eager", "--batch-size", "2", "--duration", "0.02"]
-        assert main(arguments) == 1
-        shown = capsys.readouterr()
-        assert "fastres" not in shown.out.replace("fastres 0", "")
-        assert "not timed, fastres in fp32" in shown.err
-
-    def test_depth(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        main = runpy.run_path(str(BENCH / "depth.py"), run_name="depth")["main"]
-        assert main(["--depths", "8,14", "-o", str(tmp_path / "out.json")]) == 0
-        assert "ms a layer" in capsys.readouterr().out
-        found = json.loads((tmp_path / "out.json").read_text())
-        assert [row["depth"] for row in found["rows"]] == [8, 14]
-
-    def test_linear_fit(self) -> None:
-        fit = runpy.run_path(str(BENCH / "depth.py"), run_name="depth")["linear_fit"]
-        assert fit([1, 2, 3], [3, 5, 7]) == pytest.approx({"slope": 2, "intercept": 1, "r2": 1})
-        assert fit([1, 2, 3, 4], [1, -1, 1, -1])["r2"] < 0.3

@@ -1,0 +1,24 @@
+"""Straight lines through measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Fit:
+    """y = slope * x + intercept, and how much of y's variance the line explains."""
+
+    slope: float
+    intercept: float
+    r2: float
+
+
+def linear_fit(x: Sequence[float], y: Sequence[float]) -> Fit:
+    """The line of least squares."""
+    slope, intercept = np.polyfit(x, y, 1)
+    residual = np.asarray(y) - (slope * np.asarray(x) + intercept)
+    return Fit(float(slope), float(intercept), float(1 - residual.var() / np.var(y)))

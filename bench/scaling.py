@@ -1,0 +1,233 @@
+"""How the time of one call grows: with the batch, the image, the depth and the threads.
+
+python bench/scaling.py [--series batch,...] [--model resnet50] [--precision fp32] [-o FILE.json]
+
+The points of a series take turns in one run, as the targets of `fastres bench` do. Each has the
+median of its rounds and a 95 % interval; through them goes the straight line of least squares, but
+for threads, where time does not grow. `fastres report FILE.json` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fits import Fit, linear_fit
+from pictures import photographs
+from rich.table import Table
+
+import fastres
+from fastres import models
+from fastres.graph.cost import multiply_adds
+from fastres.graph.shapes import infer_shapes
+from fastres.options import Options, Precision
+from fastres.text import json_text, render
+from fastres.timing.machine import commit, machine
+from fastres.timing.statistics import bootstrap
+from fastres.timing.turns import Here, Rounds, interleave
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """Milliseconds of one call, and their 95 % interval."""
+
+    x: float
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """One thing varied, all else equal."""
+
+    name: str
+    target: str
+    x_label: str
+    unit: str
+    points: tuple[Point, ...]
+    fit: Fit | None
+
+
+def measure(
+    name: str, target: str, x_label: str, calls: dict[float, Here], given: argparse.Namespace
+) -> Series:
+    """Times the points of a series in turns."""
+    timed: dict[str, Rounds] = {}
+    shuffler = random.Random(given.seed)
+    with torch.no_grad():
+        interleave(list(calls.values()), given.duration, shuffler, lambda done: None, timed)
+    points = []
+    for x, call in calls.items():
+        found = bootstrap([1e3 * float(np.median(turn)) for turn in timed[call.name]], given.seed)
+        points.append(Point(x, found.median, found.low, found.high))
+    fitted = len(points) > 2 and name != "threads"
+    fit = linear_fit([p.x for p in points], [p.median for p in points]) if fitted else None
+    return Series(name, target, x_label, "ms", tuple(points), fit)
+
+
+def batch(precision: Precision, given: argparse.Namespace) -> Series:
+    engine = _engine(given.model, precision, 224, given)
+    calls = {n: Here(str(n), engine, _pictures(n, 224, engine)) for n in given.batch_sizes}
+    return measure("batch", _named(given, precision), "images in a batch", calls, given)
+
+
+def image_size(precision: Precision, given: argparse.Namespace) -> Series:
+    calls = {}
+    for size in given.image_sizes:
+        engine = _engine(given.model, precision, size, given)
+        calls[size * size / 1e3] = Here(str(size), engine, _pictures(1, size, engine))
+    return measure("image size", _named(given, precision), "thousand pixels", calls, given)
+
+
+def depth(precision: Precision, given: argparse.Namespace) -> Series:
+    """ResNet-18 to -152: of different blocks, so that work is what grows."""
+    calls = {}
+    for layers in given.depths:
+        engine = _engine(f"resnet{layers}", precision, 224, given)
+        calls[_work(engine)] = Here(f"resnet{layers}", engine, _pictures(1, 224, engine))
+    return measure("depth", precision, "billion multiply-adds", calls, given)
+
+
+def depth_cifar(precision: Precision, given: argparse.Namespace) -> Series:
+    calls = {}
+    for layers in given.cifar_depths:
+        engine = _engine(f"cifar_resnet:{layers}", precision, 32, given)
+        calls[layers] = Here(str(layers), engine, _pictures(1, 32, engine))
+    return measure("depth of CIFAR nets", precision, "layers", calls, given)
+
+
+def threads(precision: Precision, given: argparse.Namespace) -> Series:
+    calls = {}
+    for count in range(1, Options().num_threads + 1):
+        engine = _engine(given.model, precision, 224, given, threads=count)
+        calls[count] = Here(str(count), engine, _pictures(1, 224, engine))
+    return measure("threads", _named(given, precision), "threads", calls, given)
+
+
+SERIES = {
+    "batch": batch,
+    "image_size": image_size,
+    "depth": depth,
+    "depth_cifar": depth_cifar,
+    "threads": threads,
+}
+
+
+def _work(engine: fastres.Engine) -> float:
+    """Billions of multiply-adds for one picture."""
+    shapes = infer_shapes(engine.graph, [(1, *engine.inputs[0].usual[1:])])
+    return sum(multiply_adds(node, shapes, engine.graph) for node in engine.graph.nodes) / 1e9
+
+
+def _engine(
+    name: str, precision: Precision, size: int, given: argparse.Namespace, **more: Any
+) -> fastres.Engine:
+    """Of random weights: how long it takes does not depend on them."""
+    factory, _, layers = name.partition(":")
+    arguments = (int(layers),) if layers else ()
+    model = getattr(models, factory)(*arguments, seed=0).eval()
+    x = photographs(2, size)
+    if precision == "int8":
+        models.settle(model, x)
+        more["calibration"] = [x]
+    return fastres.compile(model, x, backend=given.backend, precision=precision, **more)
+
+
+def _pictures(count: int, size: int, engine: fastres.Engine) -> torch.Tensor:
+    return photographs(count, size).to(engine.device)
+
+
+def _named(given: argparse.Namespace, precision: Precision) -> str:
+    return f"{given.model} {precision}"
+
+
+def table(found: Sequence[Series]) -> str:
+    shown = Table(title="milliseconds of one call, median over rounds and 95 % interval")
+    for column in ("varied", "target", "points", "straight line"):
+        shown.add_column(column)
+    for s in found:
+        points = "\n".join(f"{p.x:g}: {p.median:.3g} [{p.low:.3g}, {p.high:.3g}]" for p in s.points)
+        line = ""
+        if s.fit is not None:
+            line = f"{s.fit.slope:.4g} ms for each of {s.x_label}, {s.fit.intercept:+.3g} ms\n"
+            line += f"R² {s.fit.r2:.4f}"
+        shown.add_row(f"{s.name}, in {s.x_label}", s.target, points, line)
+        shown.add_section()
+    return render(shown, width=140)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    started = time.time()
+    found = []
+    for name in given.series:
+        for precision in given.precision.split(","):
+            found.append(SERIES[name](precision, given))
+            print(f"{name} in {precision} is done", file=sys.stderr, flush=True)
+    print(machine())
+    print(table(found))
+    if given.output is not None:
+        document = {
+            "command": "scaling",
+            "fastres": fastres.__version__,
+            "schema": SCHEMA,
+            "machine": asdict(machine()),
+            "run": {
+                "argv": ["python", *sys.argv],
+                "commit": commit(),
+                "date": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.time() - started, 1),
+                "duration_s": given.duration,
+                "seed": given.seed,
+                "transfers": "not included",
+                "finished": True,
+            },
+            "series": [asdict(series) for series in found],
+        }
+        given.output.write_text(json_text(document) + "\n")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    unknown = [name for name in text.split(",") if name not in SERIES]
+    if unknown:
+        known = ", ".join(SERIES)
+        raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}; there are {known}")
+    return text.split(",")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--series", type=_names, default=list(SERIES), help=f"any of {','.join(SERIES)}")
+    add("--model", default="resnet50", help="of fastres.models, where depth does not vary")
+    add("--precision", default="fp32,bf16")
+    add("--backend", default="auto")
+    add("--batch-sizes", type=_numbers, default=[1, 2, 4, 8, 16, 32])
+    add("--image-sizes", type=_numbers, default=[96, 128, 160, 224, 288, 384])
+    add("--depths", type=_numbers, default=[18, 34, 50, 101, 152])
+    add("--cifar-depths", type=_numbers, default=[110, 302, 602, 1202])
+    add("--duration", type=float, default=2.0, help="seconds for each point")
+    add("--seed", type=int, default=0)
+    add("-o", "--output", type=Path, help="also write everything as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""What this machine can do at most: rates that a roofline is drawn with, measured here.
+
+On the CPU, arithmetic is a 1x1 convolution of 1,024 channels in the backend that runs ours, which
+is one large matrix product, and traffic a copy of an array that no cache holds. On a GPU they are
+the published rates that the kernels' cost model has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastres.compiler import compile
+from fastres.kernels.cost import target_of
+from fastres.options import EIGHT_BITS, Precision
+from fastres.timing.processes import Made
+
+_CHANNELS, _SIDE = 1024, 32
+_COPIED = 1 << 28  # bytes: beyond any cache
+_TRIES = 9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates in one precision."""
+
+    gflop_per_s: float
+    gb_per_s: float
+
+    def least_seconds(self, flop: float, traffic: float) -> float:
+        """The roofline: the longer of arithmetic and traffic."""
+        return max(flop / self.gflop_per_s, traffic / self.gb_per_s) / 1e9
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def rates(precision: Precision, device: torch.device, threads: int) -> Rates:
+    """The rates of this machine in a precision."""
+    if device.type == "cuda":
+        target = target_of(device)
+        itemsize = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}[precision]
+        arithmetic = target.product_flops(itemsize, precision != "fp32") * target.sm_count
+        return Rates(arithmetic / 1e9, target.dram_bytes / 1e9)
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(_CHANNELS, _CHANNELS, 1, bias=False).eval()
+    nn.init.normal_(conv.weight, std=_CHANNELS**-0.5, generator=generator)
+    x = torch.randn(1, _CHANNELS, _SIDE, _SIDE, generator=generator)
+    more: dict[str, Any] = {"calibration": [x]} if precision in EIGHT_BITS else {}
+    engine = compile(conv, x, backend="cpu", precision=precision, threads=threads, **more)
+    source = torch.zeros(_COPIED // 4)
+    sink = torch.empty_like(source)
+    flop = 2 * _SIDE * _SIDE * _CHANNELS * _CHANNELS
+    return Rates(
+        flop / _fastest(lambda: engine(x)) / 1e9,
+        2 * _COPIED / _fastest(lambda: sink.copy_(source)) / 1e9,
+    )
+
+
+def maker(precisions: list[Precision], device: str, threads: int) -> Made:
+    """For a process of its own, pinned like the targets: its facts are the rates."""
+    torch.set_num_threads(threads)
+    where = torch.device(device)
+    found: dict[str, Any] = {p: rates(p, where, threads).to_dict() for p in precisions}
+    return Made(lambda x: x, facts=found)
+
+
+def _fastest(work: Callable[[], Any]) -> float:
+    work()
+    seconds = []
+    for _ in range(_TRIES):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

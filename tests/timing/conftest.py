@@ -1,0 +1,6 @@
+"""Processes of tests import `makers` by name."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,59 @@
+"""Targets for processes of their own: some well, some not."""
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.errors import UnsupportedError
+from fastres.timing.processes import Made
+
+
+def sleeper(seconds: float) -> Made:
+    def call(x: Tensor) -> Tensor:
+        time.sleep(seconds)
+        return 2 * x
+
+    return Made(call, facts={"pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0))})
+
+
+def wrong() -> Made:
+    return Made(lambda x: 3 * x)
+
+
+def talker() -> Made:
+    print("this is printed", flush=True)
+    return Made(lambda x: x, more={"add": lambda x, y: float(x.sum()) + y})
+
+
+def refused() -> Made:
+    raise UnsupportedError("not on a Monday")
+
+
+def broken() -> Made:
+    raise RuntimeError("first line\nit broke")
+
+
+def no_tensor() -> Made:
+    return Made(lambda x: {"logits": x})
+
+
+def mortal(calls: int) -> Made:
+    """Its process ends at that call."""
+    left = [calls]
+
+    def call(x: Tensor) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            print("about to end", flush=True)
+            os._exit(7)
+        time.sleep(1e-3)
+        return 2 * x
+
+    return Made(call)
+
+
+def torch_threads() -> Made:
+    return Made(lambda x: torch.full((1,), float(torch.get_num_threads())))

@@ -1,0 +1,101 @@
+"""Contests between processes: order, checks, those who fail, and interrupts."""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastres.errors import InputError, ParityError, UnsupportedError
+from fastres.timing.checks import Reference
+from fastres.timing.contest import Contest, Entrant
+from fastres.timing.turns import MIN_ROUNDS
+from fastres.tolerances import Errors
+
+X = torch.ones(2, 3)
+Make = Callable[..., Contest]
+
+
+def entrant(name: str, maker: str, ours: bool = False, **arguments: Any) -> Entrant:
+    return Entrant(name, "a net", "fp32", f"makers:{maker}", arguments, ours)
+
+
+def twice(_: Entrant, batch: Tensor, rows: Sequence[int]) -> Reference:
+    return Reference(2 * batch[list(rows)].double(), Errors(0.0, 0.0))
+
+
+def at_ease(done: float) -> None:
+    pass
+
+
+@pytest.fixture
+def contest(tmp_path: Path) -> Make:
+    cores = sorted(os.sched_getaffinity(0))
+    return lambda *entrants: Contest(entrants, cores=cores, folder=tmp_path)
+
+
+def test_the_right_are_timed_and_the_others_named(contest: Make) -> None:
+    entrants = (
+        entrant("ours", "sleeper", ours=True, seconds=0.002),
+        entrant("slow", "sleeper", seconds=0.01),
+        entrant("refused", "refused"),
+        entrant("wrong", "wrong"),
+        entrant("mortal", "mortal", calls=12),
+    )
+    done: list[float] = []
+    with contest(*entrants) as running:
+        running.prepare(done.append)
+        running.check(X, twice)
+        forecast = running.forecast(0.2, [2], 2)
+        running.time(2, 0.2, (50,), random.Random(0), at_ease)
+    assert done == sorted(done) and done[-1] == 1 and len(done) == 5
+    assert running.left_out.keys() == {"refused", "wrong", "mortal"}
+    assert "not on a Monday" in running.left_out["refused"]
+    assert "largest error" in running.left_out["wrong"]
+    assert "its process died, exit status 7" in running.left_out["mortal"]
+    ours, slow = running.measurements
+    assert (ours.target, ours.model, ours.batch_size) == ("ours", "a net", 2)
+    assert len(ours.round_ms) == len(slow.round_ms) >= MIN_ROUNDS
+    assert ours.min_ms >= 2 and slow.min_ms >= 10
+    assert ours.quantiles_ms[0] == pytest.approx(ours.min_ms) and len(ours.quantiles_ms) == 101
+    assert [v.target for v in running.verdicts if not v.wrong] == ["ours", "slow", "mortal"]
+    assert 0.4 < forecast < 5  # two of 0.2 s, warm-up, untimed calls
+
+
+def test_nothing_is_timed_if_ours_is_wrong(contest: Make) -> None:
+    with contest(entrant("ours", "wrong", ours=True)) as running:
+        running.prepare(at_ease)
+        with pytest.raises(ParityError, match="ours in fp32 at batch size 2"):
+            running.check(X, twice)
+
+
+def test_ours_must_be_made(contest: Make) -> None:
+    with contest(entrant("ours", "refused", ours=True)) as running:
+        with pytest.raises(UnsupportedError, match="not on a Monday"):
+            running.prepare(at_ease)
+
+
+def test_an_interrupt_keeps_whole_rounds(contest: Make) -> None:
+    rounds: list[float] = []
+
+    def interrupting(done: float) -> None:
+        rounds.append(done)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    entrants = [entrant(name, "sleeper", ours=True, seconds=0.001) for name in ("a", "b")]
+    with contest(*entrants) as running:
+        running.prepare(at_ease)
+        running.check(X, twice)
+        with pytest.raises(KeyboardInterrupt):
+            running.time(2, 0.5, (50,), random.Random(0), interrupting)
+    assert [len(m.round_ms) for m in running.measurements] == [3, 3]
+
+
+def test_two_of_one_name(contest: Make) -> None:
+    with pytest.raises(InputError, match="two targets have one name: a, a"):
+        contest(entrant("a", "wrong"), entrant("a", "wrong"))

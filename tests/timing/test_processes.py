@@ -1,0 +1,72 @@
+"""Targets in processes of their own: pinned, quiet, and told of when they fail."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastres.errors import UnsupportedError
+from fastres.timing.processes import Process, Stopped
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[Process] = []
+
+    def make(maker: str, **arguments: object) -> Process:
+        cores = sorted(os.sched_getaffinity(0))[:1]
+        process = Process(maker, f"makers:{maker}", arguments, cores=cores, folder=tmp_path)
+        started.append(process)
+        return process
+
+    yield make
+    for process in started:
+        process.close()
+
+
+def test_is_made_pinned_and_timed(start: Start) -> None:
+    process = start("sleeper", seconds=0.01)
+    facts = process.wait()
+    assert facts["pid"] != os.getpid() and len(facts["cores"]) == 1
+    x = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(process.feed(x), 2 * x)
+    assert torch.equal(process.feed(x, rows=[0, 2]), 2 * x[[0, 2]])
+    assert 0.01 <= process.warm_up(0.02) < 0.2
+    seconds = process.turn(3)
+    assert len(seconds) == 3 and all(0.01 <= s < 0.2 for s in seconds)
+
+
+def test_what_it_prints_spoils_nothing(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    process = start("talker")
+    process.wait()
+    process.feed(torch.ones(2))
+    assert process.ask("add", 3) == 5
+    assert capfd.readouterr().out == ""
+
+
+def test_errors_come_back(start: Start) -> None:
+    with pytest.raises(UnsupportedError, match="not on a Monday"):
+        start("refused").wait()
+    with pytest.raises(Stopped, match="broken stopped: RuntimeError: it broke"):
+        start("broken").wait()
+    process = start("no_tensor")
+    process.wait()
+    with pytest.raises(Stopped, match="it returns dict; a tensor is expected"):
+        process.feed(torch.ones(1))
+    with pytest.raises(Stopped):
+        process.raise_failure()
+
+
+def test_a_death_is_told_with_its_last_words(start: Start) -> None:
+    process = start("mortal", calls=3)
+    process.wait()
+    process.feed(torch.ones(1))
+    said = "its process died, exit status 7; the last it printed: about to end"
+    with pytest.raises(Stopped, match=said):
+        process.turn(5)
+    with pytest.raises(Stopped, match="its process died"):
+        process.turn(1)
