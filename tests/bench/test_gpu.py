@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_bench import interrupted
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 SMALL = ("--device=cpu", "--nets=cifar_resnet:8", "--image-size=32", "--batch-sizes=1")
@@ -78,6 +79,35 @@ def test_wrong_use(tmp_path: Path) -> None:
     if not os.path.exists("/dev/nvidia0"):
         nowhere = run(tmp_path, interpret=False)
         assert nowhere.returncode == 2 and "there is no CUDA device here" in nowhere.stderr
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_images_per_joule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a card that draws 250 W, as far as nvidia-smi says."""
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\nwhile :; do echo 250.0; echo '[N/A]'; sleep 0.05; done\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    done = run(tmp_path, *SMALL, "--only=power", "--budget=200")
+    assert done.returncode == 0, done.stderr
+    first, second = rows(tmp_path)
+    assert (first["name"], second["name"]) == ("fp16 batch 1", "int8 batch 1")
+    for row in (first, second):
+        assert row["watts"] == 250
+        assert row["images_per_joule"] == pytest.approx(row["images_per_second"] / 250)
+
+
+def test_a_command_whose_time_is_up_is_interrupted() -> None:
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept'); exit(130)"
+    assert interrupted([sys.executable, "-c", code], 1.0) == (130, "kept\n")
+    assert interrupted([sys.executable, "-c", "print('done')"], 30.0) == (0, "done\n")
+
+
+def test_without_results_there_is_no_report(tmp_path: Path) -> None:
+    assert run(tmp_path, *SMALL, "--only=report").returncode == 0
+    assert rows(tmp_path)[0]["reason"] == "there are no results of fastres bench"
 
 
 def test_without_tensorrt_for_a_gpu_it_says_why(tmp_path: Path) -> None:

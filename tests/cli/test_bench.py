@@ -1,5 +1,9 @@
 """fastres bench, profile and summary: figures of small networks."""
 
+import json
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,38 +11,79 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from fastres.errors import BackendUnavailable
-from fastres.timing import peers
-
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
 BRIEF = ("--duration", "0.02", "--device", "cpu")  # a device, unlike a backend, fits an engine too
 
 
-def test_ours_and_peers_take_turns(run_json: RunJson, small: str) -> None:
-    flags = (
-        "--peers",
-        "eager,onnxruntime",
-        "--batch-size",
-        "1,2",
-        "--percentile",
-        "50,99.9",
-        "--threads",
-        "1",
-    )
-    document = run_json("bench", small, *BRIEF, *flags)
+def test_ours_and_peers_take_turns(run: Run, small: str, tmp_path: Path) -> None:
+    flags = ("--peers", "eager,onnxruntime", "--batch-size", "1,2", "--percentile", "50,99.9")
+    base = tmp_path / "base.json"
+    result = run("bench", small, *BRIEF, *flags, "--threads", "1", "-o", base)
+    document = json.loads(base.read_text())
     rows = document["measurements"]
     assert document["baseline"] == "eager" and document["left_out"] == {}
     assert [(row["target"], row["batch_size"]) for row in rows] == [
-        (name, size) for size in (1, 2) for name in ("fastres cpu", "eager", "onnxruntime")
+        (name, size) for size in (1, 2) for name in ("fastres", "eager", "onnxruntime")
     ]
     assert all(row["precision"] == "fp32" and row["throughput"] > 0 for row in rows)
+    assert all(row["model"] == small and len(row["quantiles_ms"]) == 101 for row in rows)
     assert all(list(row["latency_ms"]) == ["p50", "p99.9"] for row in rows)
+    assert [v["target"] for v in document["parity"]] == ["fastres", "eager", "onnxruntime"] * 2
+    assert all(0 < v["rms"] < v["allowed_rms"] for v in document["parity"])
+    assert document["lanes"] == {"fastres": ["eager", "onnxruntime"]}
+    assert document["backends"] == {"fastres": "cpu"} and document["run"]["finished"]
+    assert document["run"]["argv"][:3] == ["fastres", "bench", small]
+    assert document["machine"]["threads"] == 1 and document["machine"]["state"]["pinned to"]
+    assert "batch 2: fastres is" in result.stdout and "as fast as onnxruntime" in result.stdout
+    assert "random weights: they are settled" in result.stderr and "takes about" in result.stderr
+
+    _compared(run, small, base, tmp_path)
+
+
+def _compared(run: Run, small: str, base: Path, folder: Path) -> None:
+    """The guard: the same run passes; with a base in which ours was faster, it fails."""
+    again = ("bench", small, *BRIEF, "--peers", "eager", "--compare", base)
+    result = run(*again, "--fail-if-slower", "95%")
+    assert "speed now over speed in" in result.stdout and "by eager" in result.stdout
+    document = json.loads(base.read_text())
+    for row in document["measurements"]:
+        if row["target"] == "fastres":
+            row["round_ms"] = [ms / 100 for ms in row["round_ms"]]
+    faster = folder / "faster.json"
+    faster.write_text(json.dumps(document))
+    again = ("bench", small, *BRIEF, "--peers", "eager", "--compare", faster)
+    result = run(*again, "--fail-if-slower", "50%", status=1)
+    assert "slower" in result.stdout
+
+
+def test_versions_are_explained(run: Run, tmp_path: Path) -> None:
+    names = ("fastres:resnet50@v1", "fastres:resnet50")
+    flags = ("--image-size", "64", "--peers", "none", "-o", tmp_path / "out.json")
+    assert "v1.5 beside v1" in run("bench", *names, *BRIEF, *flags).stdout
+    document = json.loads((tmp_path / "out.json").read_text())
+    (found,) = document["versions"]
+    assert (found["net"], found["precision"], found["batch_size"]) == ("resnet50", "fp32", 1)
+    assert 1.03 < found["macs_ratio"] < 1.1 and 1.0 < found["roofline_ratio"] < 1.1
+    macs = {group["group"]: (group["v1_macs"], group["v15_macs"]) for group in found["groups"]}
+    assert macs["layer1"][0] == macs["layer1"][1] and macs["layer2"][0] < macs["layer2"][1]
+    assert {p["target"] for p in document["profiles"]} == {f"{name} fastres" for name in names}
+    assert document["rates"]["fp32"]["gflop_per_s"] > document["rates"]["fp32"]["gb_per_s"] > 0
+
+
+def test_int8_is_calibrated_where_no_table_is_given(run_json: RunJson, small: str) -> None:
+    flags = ("--precision", "fp32,int8", "--peers", "onnxruntime")
+    document = run_json("bench", small, *BRIEF, *flags)
+    names = [row["target"] for row in document["measurements"]]
+    assert names == [f"{p} {who}" for p in ("fp32", "int8") for who in ("fastres", "onnxruntime")]
+    assert "int8" in document["measurements"][2]["precision"]
+    errors = {v["target"]: v["rms"] for v in document["parity"]}
+    assert errors["int8 fastres"] > 100 * errors["fp32 fastres"] > 0
 
 
 def test_a_saved_engine_beside_its_model(run: Run, small: str, engine: Path) -> None:
-    result = run("bench", engine, small, *BRIEF)
-    assert f"{engine.name} fastres cpu" in result.stdout and f"{small} fastres cpu" in result.stdout
+    result = run("bench", engine, small, *BRIEF, "--peers", "none")
+    assert f"{engine.name} fastres" in result.stdout and f"{small} fastres" in result.stdout
     assert "timed without a check" in result.stderr
 
 
@@ -47,27 +92,49 @@ def test_a_saved_engine_has_its_precision(run: Run, engine: Path) -> None:
     assert "is a saved engine" in result.stderr and "--precision cannot be given" in result.stderr
 
 
-def test_a_peer_that_is_missing_is_left_out_and_named(
-    run_json: RunJson, run: Run, small: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(package: str) -> Any:
-        raise BackendUnavailable(f"{package} cannot be imported; pip install {package}")
-
-    monkeypatch.setattr(peers, "_import", missing)
-    document = run_json("bench", small, *BRIEF, "--peers", "onnxruntime")
-    assert "pip install onnxruntime" in document["left_out"]["onnxruntime"]
-    assert document["baseline"] == "fastres cpu"
+def test_a_peer_that_cannot_run_is_left_out_and_named(run_json: RunJson, small: str) -> None:
+    peers = "torch_tensorrt,torch_compile_reduce_overhead"
+    document = run_json("bench", small, *BRIEF, "--peers", peers)
+    assert "on cuda only" in document["left_out"]["torch_tensorrt"]
+    assert "means CUDA graphs" in document["left_out"]["torch_compile_reduce_overhead"]
+    assert document["baseline"] == "fastres"
 
 
 def test_the_speed_of_wrong_results_is_not_shown(
-    run: Run, small: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastres.engine import Engine
+    """A model whose weights in the processes that run it are not those of the one that checks."""
+    (tmp_path / "two_faced.py").write_text(
+        "import multiprocessing, torch\n"
+        "from fastres import models\n"
+        "def net():\n"
+        "    there = multiprocessing.parent_process() is not None\n"
+        "    x = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))\n"
+        "    return models.settle(models.cifar_resnet(8, seed=int(there)), x)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = run("bench", "two_faced:net", *BRIEF, "--peers", "none", status=1)
+    assert result.stdout == "" and "fastres in fp32 at batch size 1: largest error" in result.stderr
 
-    honest = Engine.__call__
-    monkeypatch.setattr(Engine, "__call__", lambda self, *x: honest(self, *x) * 1.01)
-    result = run("bench", small, *BRIEF, status=1)
-    assert result.stdout == "" and "fastres cpu in fp32" in result.stderr
+
+def test_an_interrupt_keeps_what_was_measured(small: str, command: list[str]) -> None:
+    flags = ("--peers", "none", "--duration", "0.5", "--batch-size", "1,2,4,8,16,32,64,128,256")
+    process = subprocess.Popen(
+        [*command, "bench", small, *flags, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "takes about" in line:  # the first turn follows
+            break
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    document = json.loads(stdout)
+    assert process.returncode == 130 and document["run"]["finished"] is False
+    assert 1 <= len(document["measurements"]) < 9
 
 
 @pytest.mark.parametrize(
@@ -75,6 +142,11 @@ def test_the_speed_of_wrong_results_is_not_shown(
     [
         ((), "give a model"),
         (("SMALL", "--peers", "eager,abacus"), "there is no peer abacus; there are eager"),
+        (("SMALL", "--fail-if-slower", "5%"), "--compare BASE.json, to what"),
+        (("SMALL", "--compare", "no.json"), "no.json cannot be read"),
+        (("SMALL", "--compare", "WEIGHTS"), "holds no results of fastres bench"),
+        (("SMALL", "--compare", "no.json", "--fail-if-slower", "x"), "--fail-if-slower 'x'"),
+        (("SMALL", "--compare", "no.json", "--fail-if-slower", "100"), "below 100"),
         (("SMALL", "--percentile", "50,x"), "--percentile"),
         (("SMALL", "--percentile", "0"), "above 0"),
         (("SMALL", "--batch-size", "1,"), "not an integer"),

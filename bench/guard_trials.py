@@ -1,0 +1,188 @@
+"""How often the regression guard is right: equal runs, and runs with a planted slowdown.
+
+python bench/guard_trials.py [--trials 20] [--slowdown 0.1] [--limit 0.05] [-o FILE.json]
+
+Each trial makes three runs as `fastres bench` does, every target in a process of its own: a base,
+the same again, and one in which each call of ours is held up by a tenth of its time. Counted is how
+often the guard calls the second and the third slower, and how often the intervals of all ratios of
+the first two overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+import fastres
+from fastres import models
+from fastres.options import Options
+from fastres.text import json_text
+from fastres.timing.contest import Contest, Entrant
+from fastres.timing.guard import SCHEMA, Base, Comparison, compare
+from fastres.timing.machine import cores, machine
+from fastres.timing.peers import make_peer
+from fastres.timing.peers_torch import torch_threads
+from fastres.timing.processes import Made
+from fastres.timing.report import BenchReport, Measurement
+from fastres.timing.statistics import Ratio
+
+OURS = "fastres"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Changes as the guard sees them, its verdicts, and whether equal runs agree."""
+
+    same: Ratio
+    same_verdict: str
+    slowed: Ratio
+    slowed_verdict: str
+    agree: bool
+    seconds: float
+
+
+def network(name: str, size: int) -> torch.nn.Module:
+    """The same in every process."""
+    factory, _, depth = name.partition(":")
+    arguments = (int(depth),) if depth else ()
+    model = getattr(models, factory)(*arguments, seed=0)
+    picture = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    settled: torch.nn.Module = models.settle(model, picture)
+    return settled
+
+
+def ours(name: str, size: int, precision: Any, threads: int, slowdown: float) -> Made:
+    """Our engine, each call of which waits for so much of its own time."""
+    model, x = network(name, size), torch.zeros(1, 3, size, size)
+    engine = fastres.compile(model, x, backend="cpu", precision=precision, threads=threads)
+
+    def call(batch: Tensor) -> Tensor:
+        start = time.perf_counter()
+        result: Tensor = engine(batch)
+        end = time.perf_counter() + slowdown * (time.perf_counter() - start)
+        while time.perf_counter() < end:
+            pass
+        return result
+
+    return Made(call if slowdown else engine)
+
+
+def peer(peer: str, name: str, size: int, precision: Any, threads: int) -> Made:
+    with torch_threads(threads):
+        x = torch.zeros(1, 3, size, size)
+        target = make_peer(peer, network(name, size), x, precision=precision, threads=threads)
+    torch.set_num_threads(threads)
+    return Made(target.call)
+
+
+def run(given: argparse.Namespace, seed: int, slowdown: float) -> BenchReport:
+    """One run of ours and the peers."""
+    threads = Options().num_threads
+    common = {
+        "name": given.model,
+        "size": given.image_size,
+        "precision": given.precision,
+        "threads": threads,
+    }
+    made = {"slowdown": slowdown, **common}
+    entrants = [Entrant(OURS, given.model, given.precision, "guard_trials:ours", made, ours=True)]
+    entrants += [
+        Entrant(p, given.model, given.precision, "guard_trials:peer", {"peer": p, **common})
+        for p in given.peers.split(",")
+    ]
+    batch = torch.randn(given.batch_size, 3, given.image_size, given.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        with Contest(entrants, cores=cores(threads), folder=Path(folder)) as contest:
+            contest.prepare(lambda done: None)
+            contest.check(batch, lambda *_: None)
+            shuffler = random.Random(seed)
+            contest.time(len(batch), given.duration, (50,), shuffler, lambda done: None)
+    return BenchReport(machine(), "", seed, tuple(contest.measurements)).against(entrants[1].name)
+
+
+def judge(now: BenchReport, then: BenchReport, given: argparse.Namespace) -> Comparison:
+    """As `fastres bench --compare` does, through the file."""
+    lanes = {OURS: tuple(given.peers.split(","))}
+    document = {"command": "bench", "schema": SCHEMA, "lanes": lanes, **then.to_dict()}
+    base = msgspec.json.decode(json_text(document).encode(), type=Base)
+    return compare(now.measurements, lanes, base, "base", given.limit)
+
+
+def trial(given: argparse.Namespace, number: int) -> Trial:
+    started = time.time()
+    base, same = (run(given, 3 * number + i, 0.0) for i in range(2))
+    seconds = (time.time() - started) / 2
+    slowed = run(given, 3 * number + 2, given.slowdown)
+    (equal,), (planted,) = (judge(r, base, given).rows for r in (same, slowed))
+    ratios = zip(_ratios(base), _ratios(same), strict=True)
+    agree = all(a.overlaps(b) for a, b in ratios)
+    return Trial(
+        equal.change, equal.verdict, planted.change, planted.verdict, agree, round(seconds, 1)
+    )
+
+
+def _ratios(report: BenchReport) -> list[Ratio]:
+    """Ours over each peer."""
+    (size,) = report.batch_sizes
+    peers: list[Measurement] = [m for m in report.measurements if m.target != OURS]
+    return [report.against(m.target).of(OURS, size).speedup for m in peers]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    trials = []
+    for number in range(given.trials):
+        trials.append(trial(given, number))
+        t = trials[-1]
+        print(
+            f"{number}: same {t.same} {t.same_verdict}, slowed {t.slowed} {t.slowed_verdict}, "
+            f"agree {t.agree}, {t.seconds:.0f} s a run",
+            file=sys.stderr,
+            flush=True,
+        )
+    flagged = sum(t.same_verdict == "slower" for t in trials)
+    caught = sum(t.slowed_verdict == "slower" for t in trials)
+    agreeing = sum(t.agree for t in trials)
+    seconds = max(t.seconds for t in trials)
+    print(machine())
+    print(f"{given.model} {given.precision}, batch {given.batch_size}, peers {given.peers}")
+    print(f"equal runs called slower by more than {given.limit:.0%}: {flagged} of {len(trials)}")
+    print(f"a planted {given.slowdown:.0%} caught: {caught} of {len(trials)}")
+    print(f"equal runs whose intervals all overlap: {agreeing} of {len(trials)}")
+    print(f"at most {seconds:.0f} s a run")
+    if given.output is not None:
+        figures = {"argv": sys.argv, "trials": [asdict(t) for t in trials]}
+        given.output.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--trials", type=int, default=20)
+    add("--slowdown", type=float, default=0.1, help="of ours in the third run, as a fraction")
+    add("--limit", type=float, default=0.05, help="that the guard is given, as a fraction")
+    add("--model", default="cifar_resnet:20", help="of fastres.models")
+    add("--image-size", type=int, default=32)
+    add("--batch-size", type=int, default=32)
+    add("--precision", default="fp32")
+    add("--peers", default="eager,onnxruntime")
+    add("--duration", type=float, default=2.0)
+    add("-o", "--output", type=Path, help="also write every trial as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
