@@ -10,10 +10,11 @@ setup(
         "fastres.backends",
         "fastres.backends.triton",
         "fastres.backends.tensorrt",
+        "fastres.report",
         "fastres.cli",
         "fastres.calib",
         "fastres.kernels",
     ],
     package_dir={"fastres.kernels": "kernels", "fastres.calib": "calib"},
-    package_data={"fastres": ["py.typed", "backends/triton/tables/*.json"]},
+    package_data={"fastres": ["py.typed", "backends/triton/tables/*.json", "report/page.*"]},
 )
