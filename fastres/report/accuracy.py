@@ -20,7 +20,7 @@ from fastres.report.html import (
     tag,
 )
 from fastres.report.numbers import number, percent, short
-from fastres.report.plotting import MUTED, chart, colour, legend
+from fastres.report.plotting import MUTED, chart, colour, legend, linear_or_log
 from fastres.report.speed import called
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _settled_table(name: str, rows: Sequence[Settled]) -> Html:
     columns = [Column("network"), Column("precision"), Column("parity")]
     headings = ("logits SQNR dB", "cosine", "top-1 same", "middle layer dB", "layers")
     columns += [Column(heading, numeric=True) for heading in headings]
-    columns += [Column("worst layers, dB")]
+    columns += [Column("worst layers, dB", wraps=True)]
     cells = [
         (
             row.network,
@@ -178,6 +178,7 @@ def _top1_chart(trial: Trial) -> Html:
         axes.set_yticks(range(len(gaps)), list(gaps))
         axes.set_ylim(len(gaps) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
+        linear_or_log(axes, "x", [])
         axes.set_xlabel("top-1, points against fp32")
 
     title = f"{trial.network} on {trial.backend}"

@@ -43,22 +43,27 @@ def _said(head: str, document: Document) -> Iterator[str]:
 def _speed(head: str, bench: Bench) -> Iterator[str]:
     if not bench.measurements:
         yield f"{head}nothing was measured." if not bench.profiles else f"{head}profiles only."
-    own = [m for m in bench.measurements if _ours(m) and m.target != bench.baseline and rated(m)]
-    if not own:
+    whose = "other runtimes" if _ours(bench.baseline) else "fastres"
+    compared = [
+        m
+        for m in bench.measurements
+        if rated(m) and m.target != bench.baseline and _ours(m.target) != _ours(bench.baseline)
+    ]
+    if not compared:
         return
-    count = Counter(map(_side, own))
-    best = max(own, key=lambda m: m.speedup.median if m.speedup and m.speedup.median else 0)
+    count = Counter(map(_side, compared))
+    verdicts = ", ".join(f"{n} {side}" for side, n in count.most_common())
+    best = max(compared, key=lambda m: m.speedup.median if m.speedup and m.speedup.median else 0)
     where = ", ".join(filter(None, (bench.model_of(best), best.precision)))
     yield (
-        f"{head}of {len(own)} measurements of fastres, {count['faster']} are faster than "
-        f"{bench.baseline} and {count['slower']} slower; in {count['unclear']} the 95 % interval "
-        f"includes equal speed. The most is {times(best.speedup)} ({where}, batch "
-        f"{best.batch_size}: {short(best.throughput, 'img/s')})."
+        f"{head}{whose} against {bench.baseline}, by 95 % intervals: {verdicts}. The most is "
+        f"{times(best.speedup)}, by {best.target} ({where}, batch {best.batch_size}: "
+        f"{short(best.throughput, 'img/s')})."
     )
 
 
-def _ours(measurement: Measurement) -> bool:
-    return "fastres" in measurement.target
+def _ours(target: str) -> bool:
+    return "fastres" in target
 
 
 def _side(measurement: Measurement) -> str:
@@ -66,7 +71,7 @@ def _side(measurement: Measurement) -> str:
     assert ratio is not None and ratio.low is not None and ratio.high is not None
     if ratio.low > 1:
         return "faster"
-    return "slower" if ratio.high < 1 else "unclear"
+    return "slower" if ratio.high < 1 else "no difference shown"
 
 
 def _versions(bench: Bench) -> Iterator[str]:
@@ -138,7 +143,7 @@ def _fastest(name: str, bench: Bench) -> Html:
     rows = []
     for (model, precision, size), group in groups.items():
         best = max(group, key=_rate)
-        own = max(filter(_ours, group), key=_rate, default=None)
+        own = max((m for m in group if _ours(m.target)), key=_rate, default=None)
         rows.append(
             (
                 model,

@@ -42,7 +42,7 @@ def profile_tables(profile: Profile, head: str = "") -> Html:
     """Groups, and behind a fold every node."""
     title = f"{head}{profile.title}"
     groups = table(
-        f"{title}: by layer group",
+        f"{title}: time by layer group",
         _columns("group"),
         [_cells(work) for work in (*profile.groups, profile.total)],
     )
@@ -119,11 +119,4 @@ def _roofline(head: str, profile: Profile, rates: Mapping[str, Rate]) -> Html:
         f"{short(max(intensity.values()))} flop for each byte; the most is "
         f"{short(best.gflop_per_s, 'GFLOP/s')}, by {best.name}. {limits or 'No roofs are known'}."
     )
-    caption = f"{title}: each layer's rate over its intensity, both axes logarithmic"
-    return figure(
-        chart(alt, 300, paint),
-        f"{caption}; lines: {limits}"
-        if limits
-        else f"{caption}; the machine's roofs are not known",
-        legend(kinds),
-    )
+    return figure(chart(alt, 300, paint), title, legend(kinds))

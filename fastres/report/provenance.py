@@ -6,25 +6,27 @@ import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
 
-import msgspec
-
 from fastres.report.documents import Document, Machine, Run
 from fastres.report.html import Column, Html, join, table, tag
 from fastres.report.numbers import short
 
 
-def machine_tables(documents: Mapping[str, Document]) -> Html:
-    """One table for each distinct machine."""
-    machines: dict[bytes, Machine] = {}
-    names: dict[bytes, list[str]] = {}
+def machine_table(documents: Mapping[str, Document]) -> Html:
+    """A column for each distinct machine, under the names of the documents made there."""
+    machines: list[Machine] = []
+    names: list[list[str]] = []
     for name, document in documents.items():
-        key = msgspec.json.encode(document.machine)
-        machines[key] = document.machine
-        names.setdefault(key, []).append(name)
-    return join(
-        table(f"Machine of {', '.join(names[key])}", [Column("what"), Column("found")], _facts(m))
-        for key, m in machines.items()
-    )
+        if document.machine not in machines:
+            machines.append(document.machine)
+            names.append([])
+        names[machines.index(document.machine)].append(name)
+    found = [_facts(machine) for machine in machines]
+    rows = [
+        [fact, *(facts.get(fact, "") for facts in found)]
+        for fact in dict.fromkeys(fact for facts in found for fact in facts)
+    ]
+    columns = [Column("what"), *(Column(", ".join(made)) for made in names)]
+    return table("Where the figures were measured", columns, rows)
 
 
 def commands(documents: Mapping[str, Document]) -> Html:
@@ -35,7 +37,7 @@ def commands(documents: Mapping[str, Document]) -> Html:
     )
 
 
-def _facts(machine: Machine) -> list[tuple[str, str]]:
+def _facts(machine: Machine) -> dict[str, str]:
     facts = {
         "processor": machine.cpu,
         "cores": str(machine.cores or ""),
@@ -44,7 +46,7 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         **machine.versions,
         **machine.state,
     }
-    return [(what, found) for what, found in facts.items() if found]
+    return {fact: found for fact, found in facts.items() if found}
 
 
 def _command(run: Run) -> Html:

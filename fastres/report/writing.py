@@ -10,13 +10,26 @@ from fastres.report import documents as read
 from fastres.report.accuracy import accuracy_parts, parity_tables, sqnr_charts
 from fastres.report.documents import Accuracy, Bench, Document, Parities, Scaling, Source
 from fastres.report.findings import findings
-from fastres.report.html import Html, join
+from fastres.report.html import Html, join, tag
 from fastres.report.layers import layer_tables, roofline_charts
 from fastres.report.page import page, write_page
-from fastres.report.provenance import commands, machine_tables
+from fastres.report.provenance import commands, machine_table
 from fastres.report.scaling import scaling_charts
 from fastres.report.speed import change_tables, latency_charts, measurement_tables, ratio_charts
 from fastres.report.versions import version_tables
+
+_ORDER = (Bench, Scaling, Accuracy, Parities)
+_LEADS = {
+    "Speed over the baseline": "How many times as fast as the baseline, the dashed line: the "
+    "median over rounds in which both took turns, and its 95 % interval.",
+    "Latency": "Of single calls. Thick: the middle half, with a gap at the median; thin: from the "
+    "5th to the 95th percentile; mark: the 99th; black stroke: the longest.",
+    "v1 against v1.5": "A bottleneck strides in its first 1×1 convolution (v1) or in its 3×3 "
+    "(v1.5).",
+    "Scaling": "Medians with their 95 % intervals; dashed: the straight line that fits best.",
+    "Roofline": "What each layer reaches, over the work it has for each byte that it moves; both "
+    "axes are logarithmic. Lines: the most that the machine's rates allow, where they are known.",
+}
 
 
 def write_report(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
@@ -41,6 +54,7 @@ def report(sources: Sequence[Source]) -> Html:
     Raises:
         BackendUnavailable: matplotlib is not installed.
     """
+    sources = sorted(sources, key=lambda source: _ORDER.index(type(source.document)))
     named = dict(zip(_short_names(sources), (s.document for s in sources), strict=True))
     benches = {name: d for name, d in named.items() if isinstance(d, Bench)}
     scalings = {name: d for name, d in named.items() if isinstance(d, Scaling)}
@@ -58,10 +72,15 @@ def report(sources: Sequence[Source]) -> Html:
         ("Layers", layer_tables(benches)),
         ("INT8 accuracy", join([accuracy_parts(trials), sqnr_charts(parities, benches)])),
         ("Parity", parity_tables(benches, parities)),
-        ("Machine and versions", machine_tables(named)),
+        ("Machine and versions", machine_table(named)),
         ("How to reproduce", commands(named)),
     ]
-    return page("fastres: results", _subtitle(named), [part for part in parts if part[1]])
+    led = [(title, join([_lead(title), part])) for title, part in parts if part]
+    return page("fastres: results", _subtitle(named), led)
+
+
+def _lead(title: str) -> Html:
+    return tag("p", _LEADS[title], class_="lead") if title in _LEADS else Html("")
 
 
 def _subtitle(named: Mapping[str, Document]) -> str:
