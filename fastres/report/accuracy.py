@@ -20,7 +20,7 @@ from fastres.report.html import (
     tag,
 )
 from fastres.report.numbers import number, percent, short
-from fastres.report.plotting import MUTED, chart, colour, legend, linear_or_log
+from fastres.report.plotting import MUTED, chart, colour, label, legend, linear_or_log
 from fastres.report.speed import called
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _top1_chart(trial: Trial) -> Html:
                 axes.plot([100 * gap.low, 100 * gap.high], [y, y], color=colour(0), linewidth=2.2)
             if gap.value is not None:
                 axes.plot([100 * gap.value], [y], "o", color=colour(0), markersize=6.5)
-        axes.set_yticks(range(len(gaps)), list(gaps))
+        axes.set_yticks(range(len(gaps)), list(map(label, gaps)))
         axes.set_ylim(len(gaps) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         linear_or_log(axes, "x", [])
@@ -200,7 +200,7 @@ def _bars(title: str, names: Sequence[str], series: Mapping[str, Sequence[float 
             i = _KINDS[kind]
             places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(names))]
             axes.barh(places, [v or 0 for v in values], width * 0.9, color=colour(i))
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), list(map(label, names)))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("dB")

@@ -45,6 +45,11 @@ def text(value: str) -> Html:
     return value if isinstance(value, Html) else Html(escape(printable(value)))
 
 
+def shortened(words: str, letters: int) -> str:
+    """At most so many letters, the last an ellipsis where some were left out."""
+    return words if len(words) <= letters else words[: letters - 1] + "…"
+
+
 def join(parts: Iterable[str], between: str = "") -> Html:
     """All parts in a row, those that are text escaped."""
     return Html(between.join(map(text, parts)))
@@ -83,7 +88,12 @@ def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Cell]
         for row in rows
     )
     inner = join(
-        [tag("caption", caption), tag("thead", tag("tr", head)), Html("\n"), tag("tbody", body)]
+        [
+            tag("caption", tag("span", caption)),
+            tag("thead", tag("tr", head)),
+            Html("\n"),
+            tag("tbody", body),
+        ]
     )
     return tag(
         "div",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastres.report.documents import Bench, Profile, Rate, Work
 from fastres.report.html import Cell, Column, Html, figure, figures, folded, join, table, tag
 from fastres.report.numbers import number, percent, short
-from fastres.report.plotting import INK, chart, colour, legend, linear_or_log, marker
+from fastres.report.plotting import INK, chart, colour, label, legend, linear_or_log, marker
 from fastres.report.speed import called
 
 if TYPE_CHECKING:
@@ -97,7 +97,11 @@ def _roofline(head: str, profile: Profile, rates: Mapping[str, Rate]) -> Html:
                 roof = [min(rate.gflop_per_s, x * rate.gb_per_s) for x in bends]
                 axes.plot(bends, roof, color=INK, linewidth=1.4)
                 axes.annotate(
-                    precision, (right, roof[-1]), (0, 3), textcoords="offset points", ha="right"
+                    label(precision),
+                    (right, roof[-1]),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="right",
                 )
                 tops += roof
         for work in rows:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from fastres.errors import BackendUnavailable
-from fastres.report.html import Html, items, join, tag
+from fastres.report.html import Html, items, join, shortened, tag
 from fastres.report.numbers import short
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
     colour: f"series-{i + 1}" for i, colour in enumerate(_COLOURS)
 }
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # of matplotlib, of the legend
+_LETTERS = 24
 _HIDDEN = ("metadata", "style")
 _STYLE = {
     "svg.fonttype": "none",
@@ -54,6 +55,11 @@ def colour(i: int) -> str:
 def marker(i: int) -> str:
     """Of the i-th series: who cannot tell colours apart tells these."""
     return tuple(_MARKERS)[i % len(_MARKERS)]
+
+
+def label(words: str) -> str:
+    """What fits beside an axis or under it; the alternative text and the tables have all of it."""
+    return shortened(words, _LETTERS)
 
 
 def legend(series: Mapping[str, int]) -> Html:

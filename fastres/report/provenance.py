@@ -11,15 +11,15 @@ from fastres.report.html import Column, Html, join, table, tag
 from fastres.report.numbers import short
 
 
-def machine_table(documents: Mapping[str, Document]) -> Html:
-    """A column for each distinct machine, under the names of the documents made there."""
+def machine_table(measured: Mapping[str, Machine]) -> Html:
+    """A column for each distinct machine, under the names of what was measured there."""
     machines: list[Machine] = []
     names: list[list[str]] = []
-    for name, document in documents.items():
-        if document.machine not in machines:
-            machines.append(document.machine)
+    for name, machine in measured.items():
+        if machine not in machines:
+            machines.append(machine)
             names.append([])
-        names[machines.index(document.machine)].append(name)
+        names[machines.index(machine)].append(name)
     found = [_facts(machine) for machine in machines]
     rows = [
         [fact, *(facts.get(fact, "") for facts in found)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastres.report.documents import Scaling, Series
 from fastres.report.html import Column, Html, figure, figures, join, table
 from fastres.report.numbers import number, short
-from fastres.report.plotting import INK, chart, colour, linear_or_log
+from fastres.report.plotting import INK, chart, colour, label, linear_or_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,13 +44,12 @@ def _chart(head: str, series: Series) -> Html:
         else:
             axes.set_ylim(bottom=0)
         linear_or_log(axes, "x", [])
-        axes.set_xlabel(series.x_label or series.name)
-        axes.set_ylabel(series.unit)
+        axes.set_xlabel(label(series.x_label or series.name))
+        axes.set_ylabel(label(series.unit))
 
     said = "; ".join(f"{short(x)}: {short(y, series.unit)}" for x, y in known)
-    caption = f"{title}{_fit(series)}"
     alt = f"{title}: {said}{_fit(series)}."
-    return figure(chart(alt, 260, paint), caption)
+    return figure(chart(alt, 260, paint), title)
 
 
 def _fit(series: Series) -> str:

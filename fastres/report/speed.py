@@ -15,6 +15,7 @@ from fastres.report.plotting import (
     PAPER,
     chart,
     colour,
+    label,
     legend,
     linear_or_log,
     marker,
@@ -138,7 +139,7 @@ def _ratio_chart(panel: Panel) -> Html:
             bounds += [low, high]
         linear_or_log(axes, "x", bounds)
         panel.frame(axes)
-        axes.set_xlabel(f"times as fast as {panel.baseline}")
+        axes.set_xlabel(f"times as fast as {label(panel.baseline)}")
 
     said = "; ".join(
         f"batch {m.batch_size}, {m.target} {times(m.speedup)}" for m in panel.measurements

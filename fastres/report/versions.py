@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastres.report.documents import Bench, Versions
 from fastres.report.html import Column, Html, figure, figures, join, table
 from fastres.report.numbers import number, short, times_cell
-from fastres.report.plotting import chart, colour, legend
+from fastres.report.plotting import chart, colour, label, legend
 from fastres.report.speed import called
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _chart(head: str, pair: Versions) -> Html:
             spent = [stage.v1_ms if i == 0 else stage.v15_ms for stage in pair.groups]
             places = [place + (i - 0.5) * _WIDTH * 1.1 for place in range(len(spent))]
             axes.barh(places, [ms or 0 for ms in spent], _WIDTH, color=colour(i), label=key)
-        axes.set_yticks(range(len(pair.groups)), [stage.group for stage in pair.groups])
+        axes.set_yticks(range(len(pair.groups)), [label(stage.group) for stage in pair.groups])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("ms")

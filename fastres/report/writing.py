@@ -23,7 +23,7 @@ _LEADS = {
     "Speed over the baseline": "How many times as fast as the baseline, the dashed line: the "
     "median over rounds in which both took turns, and its 95 % interval.",
     "Latency": "Of single calls. Thick: the middle half, with a gap at the median; thin: from the "
-    "5th to the 95th percentile; mark: the 99th; black stroke: the longest.",
+    "5th to the 95th percentile; mark: the 99th; last stroke: the longest.",
     "v1 against v1.5": "A bottleneck strides in its first 1×1 convolution (v1) or in its 3×3 "
     "(v1.5).",
     "Scaling": "Medians with their 95 % intervals; dashed: the straight line that fits best.",
@@ -72,7 +72,7 @@ def report(sources: Sequence[Source]) -> Html:
         ("Layers", layer_tables(benches)),
         ("INT8 accuracy", join([accuracy_parts(trials), sqnr_charts(parities, benches)])),
         ("Parity", parity_tables(benches, parities)),
-        ("Machine and versions", machine_table(named)),
+        ("Machine and versions", machine_table({name: d.machine for name, d in named.items()})),
         ("How to reproduce", commands(named)),
     ]
     led = [(title, join([_lead(title), part])) for title, part in parts if part]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +256,70 @@ def _versions(precision: str, size: int) -> Document:
         "roofline_ratio": 1.06,
         "groups": stages,
     }
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a page is made of, by Python's own parser."""
+
+    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    _open: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.texts.setdefault(self._open[-1], []).append(data)
+
+    def attributes(self, *names: str) -> list[dict[str, str | None]]:
+        return [given for tag, given in self.tags if tag in names]
+
+    def check(self) -> None:
+        """Well-formed, accessible, and nothing comes from anywhere else."""
+        assert not self._open, f"never closed: {self._open}"
+        assert self.attributes("html") == [{"lang": "en"}]
+        levels = [int(tag[1]) for tag, _ in self.tags if tag in ("h1", "h2", "h3")]
+        assert levels[0] == 1 and levels.count(1) == 1
+        assert all(after <= before + 1 for before, after in pairwise(levels))
+        ids = [given["id"] for _, given in self.tags if "id" in given]
+        assert len(ids) == len(set(ids))
+        kinds = [tag for tag, _ in self.tags]
+        assert kinds.count("table") == kinds.count("caption") == kinds.count("thead")
+        assert kinds.count("figure") == kinds.count("figcaption")
+        assert all(given.get("scope") in ("col", "row") for given in self.attributes("th"))
+        for given in self.attributes("svg"):
+            assert given["role"] == "img" and len(given["aria-label"] or "") > 10
+        for _, given in self.tags:
+            links = [given.get(key) or "#" for key in ("href", "xlink:href")]
+            assert all(link.startswith("#") and link[1:] in [*ids, ""] for link in links)
+            assert "src" not in given and not any(key.startswith("on") for key in given)
+        assert kinds.count("script") == 1 and kinds.count("style") == 1
+        assert not {"link", "img", "iframe", "object"} & set(kinds)
+
+
+@pytest.fixture
+def parsed() -> Callable[[str], Page]:
+    """The page's parts, once it has passed the checks of every page."""
+
+    def parse(html: str) -> Page:
+        assert not re.search(r"https?:|@import|url\((?!#)", html)
+        page = Page()
+        page.feed(html)
+        page.close()
+        page.check()
+        return page
+
+    return parse
