@@ -29,8 +29,8 @@ def report(
 
     Needs matplotlib: pip install 'fastres[report]'.
     """
-    from fastres.report.documents import read
     from fastres.report.page import write_page
+    from fastres.report.reading import read
     from fastres.report.writing import report as make
 
     sources = [read(path) for path in dict.fromkeys(results)]

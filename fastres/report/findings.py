@@ -81,10 +81,9 @@ def _versions(bench: Bench) -> Iterator[str]:
         if pair.ratio is not None and pair.ratio.median is not None
     ]
     if known:
-        yield (
-            f"v1.5 runs at {min(known):.3g} to {max(known):.3g} times the speed of v1 "
-            f"({len(known)} comparisons)."
-        )
+        low, high = (f"{ratio:.3g}" for ratio in (min(known), max(known)))
+        span = low if low == high else f"{low} to {high}"
+        yield f"v1.5 runs at {span} times the speed of v1 ({len(known)} comparisons)."
 
 
 def _parity(bench: Bench) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 from fastres.errors import BackendUnavailable
 from fastres.report.html import Html, items, join, shortened, tag
 from fastres.report.numbers import short
+from fastres.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +61,7 @@ def marker(i: int) -> str:
 
 def label(words: str) -> str:
     """What fits beside an axis or under it; the alternative text and the tables have all of it."""
-    return shortened(words, _LETTERS)
+    return shortened(printable(words), _LETTERS)
 
 
 def legend(series: Mapping[str, int]) -> Html:
@@ -105,7 +107,8 @@ def chart(alt: str, height: float, paint: Callable[[Axes], None]) -> Html:
             f"charts need matplotlib, which cannot be imported ({error}); "
             "pip install 'fastres[report]'"
         ) from error
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser has other fonts
         matplotlib.rcdefaults()  # whatever the user's own style is
         matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": alt})
         drawing = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
@@ -150,7 +153,7 @@ def _inline(data: bytes, alt: str) -> Html:
                 element.set(key, _themed(value) if key == "style" else value)
     for unwanted in ("width", "height", "version"):
         root.attrib.pop(unwanted, None)
-    root.attrib.update({"class": "chart", "role": "img", "aria-label": alt})
+    root.attrib.update({"class": "chart", "role": "img", "aria-label": printable(alt)})
     return Html(ElementTree.tostring(root, encoding="unicode"))
 
 

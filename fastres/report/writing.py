@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastres.report import documents as read
 from fastres.report.accuracy import accuracy_parts, parity_tables, sqnr_charts
-from fastres.report.documents import Accuracy, Bench, Document, Parities, Scaling, Source
+from fastres.report.documents import Accuracy, Bench, Document, Parities, Scaling
 from fastres.report.findings import findings
 from fastres.report.html import Html, join, tag
 from fastres.report.layers import layer_tables, roofline_charts
 from fastres.report.page import page, write_page
 from fastres.report.provenance import commands, machine_table
+from fastres.report.reading import Source, from_memory
 from fastres.report.scaling import scaling_charts
 from fastres.report.speed import change_tables, latency_charts, measurement_tables, ratio_charts
 from fastres.report.versions import version_tables
@@ -44,7 +44,7 @@ def write_report(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """
     only = len(results) == 1
     names = ("this run" if only else f"run {i + 1}" for i in range(len(results)))
-    sources = [read.from_memory(*pair) for pair in zip(results, names, strict=True)]
+    sources = [from_memory(*pair) for pair in zip(results, names, strict=True)]
     write_page(path, report(sources))
 
 

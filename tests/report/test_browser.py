@@ -12,8 +12,8 @@ import torch
 
 import fastres
 from fastres import models
-from fastres.report.documents import from_memory
 from fastres.report.network import network_page
+from fastres.report.reading import from_memory
 from fastres.report.writing import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

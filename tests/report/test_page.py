@@ -14,7 +14,7 @@ import pytest
 from fastres.errors import InputError
 from fastres.report.html import Html
 from fastres.report.page import page, write_page
-from fastres.report.plotting import SERIES, chart, colour, legend, linear_or_log
+from fastres.report.plotting import SERIES, chart, colour, label, legend, linear_or_log
 
 CSS = (Path(__file__).parents[2] / "fastres" / "report" / "page.css").read_text()
 COLOURS = {
@@ -131,6 +131,10 @@ class TestChart:
             assert axes.get_yscale() == scale
 
         assert "×10" not in chart("a", 200, paint)
+
+    def test_letters_that_no_font_of_matplotlibs_has(self) -> None:
+        svg = chart("\x00 模型", 200, lambda axes: axes.set_xlabel(label("\x00 模型")))
+        assert svg.count("\\x00 模型") == 2
 
     def test_legend(self) -> None:
         found = legend({"<a>": 0, "b": 9})

@@ -12,7 +12,7 @@ import pytest
 
 from fastres.errors import BackendUnavailable, InputError
 from fastres.report import write_report
-from fastres.report.documents import Source, from_memory, read
+from fastres.report.reading import Source, from_memory, read
 from fastres.report.writing import report
 
 Document = dict[str, Any]
@@ -54,7 +54,7 @@ def test_the_summary_in_words(documents: list[Document]) -> None:
     html = report(sources(*documents))
     for said in (
         "fastres against eager, by 95 % intervals: 8 faster",
-        "v1.5 runs at 0.94 to 0.94 times the speed of v1 (4 comparisons)",
+        "v1.5 runs at 0.94 times the speed of v1 (4 comparisons)",
         "All 32 results are within their bounds",
         "Against last week: 1 slower, 1 unclear, 1 same, 1 faster",
         "in 2 of 2 series",

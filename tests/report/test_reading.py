@@ -1,4 +1,4 @@
-"""fastres.report.documents: what is read, and what is refused with a reason."""
+"""fastres.report.reading: what is read, and what is refused with a reason."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from fastres.report.documents import (
     Difference,
     Parities,
     Scaling,
-    decode,
-    from_memory,
-    read,
 )
+from fastres.report.reading import decode, from_memory, read
 
 Document = dict[str, Any]
 
@@ -83,7 +81,7 @@ def test_what_is_refused_and_why(data: bytes, said: str) -> None:
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [-1.0, True, "fast", [1.0]])
+@pytest.mark.parametrize("value", [-1.0, 1e300, True, "fast", [1.0]])
 def test_a_throughput_is_a_number_of_at_least_0(value: object) -> None:
     measurement = {"target": "t", "batch_size": 1, "throughput": value}
     with pytest.raises(InputError, match="throughput"):
