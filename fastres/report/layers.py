@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fastres.report.documents import Bench, Profile, Rate, Work
-from fastres.report.html import Cell, Column, Html, figure, figures, folded, join, table, tag
-from fastres.report.numbers import number, percent, short
+from fastres.report.html import Html, figure, figures, folded, join, tag
+from fastres.report.numbers import short
 from fastres.report.plotting import INK, chart, colour, label, legend, linear_or_log, marker
 from fastres.report.speed import called
+from fastres.report.timing import timing_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_RATES = ("ms", "share", "GFLOP/s", "GB/s", "roofline")
 
 
 def roofline_charts(benches: Mapping[str, Bench]) -> Html:
@@ -32,46 +31,25 @@ def roofline_charts(benches: Mapping[str, Bench]) -> Html:
 def layer_tables(benches: Mapping[str, Bench]) -> Html:
     """For each profile its groups, and behind a fold every node."""
     return join(
-        profile_tables(profile, called(name, benches))
+        _tables(profile, called(name, benches))
         for name, bench in benches.items()
         for profile in bench.profiles
     )
 
 
-def profile_tables(profile: Profile, head: str = "") -> Html:
+def _tables(profile: Profile, head: str) -> Html:
     """Groups, and behind a fold every node."""
     title = f"{head}{profile.title}"
-    groups = table(
-        f"{title}: time by layer group",
-        _columns("group"),
-        [_cells(work) for work in (*profile.groups, profile.total)],
-    )
-    nodes = folded(f"{len(profile.rows)} nodes of {title}", node_table(profile.rows, title))
-    return join([tag("h3", title), groups, nodes])
-
-
-def node_table(rows: Iterable[Work], title: str) -> Html:
-    """Every node, longest first."""
-    return table(
-        f"{title}: every node, and steps that are no node",
-        _columns("node", "operation", "precision", "kernel"),
-        [(*_cells(work), work.op, work.precision, work.kernel) for work in rows],
-    )
-
-
-def _columns(first: str, *words: str) -> list[Column]:
-    rates = [Column(heading, numeric=True) for heading in _RATES]
-    return [Column(first), *rates, *map(Column, words)]
-
-
-def _cells(work: Work) -> Sequence[Cell]:
-    return (
-        work.name,
-        number(work.milliseconds, ",.3f"),
-        percent(work.share),
-        number(work.gflop_per_s or None, ",.1f"),
-        number(work.gb_per_s or None, ",.2f"),
-        percent(work.roofline or None, ".0f"),
+    groups = [(work, ()) for work in (*profile.groups, profile.total)]
+    nodes = [(work, (work.op, work.precision, work.kernel)) for work in profile.rows]
+    words = ("operation", "precision", "kernel")
+    all_nodes = timing_table(f"{title}: every node, longest first", "node", nodes, words)
+    return join(
+        [
+            tag("h3", title),
+            timing_table(f"{title}: time by layer group", "group", groups),
+            folded(f"{len(nodes)} nodes of {title}", all_nodes),
+        ]
     )
 
 

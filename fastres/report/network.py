@@ -15,17 +15,17 @@ from fastres.engine_info import EngineInfo
 from fastres.graph.cost import Shapes
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
-from fastres.profiling import Profile, Row
+from fastres.profiling import Profile
 from fastres.report import documents
 from fastres.report.html import Cell, Column, Html, folded, items, join, table, tag
-from fastres.report.network_boxes import Box, boxes_of, captured_and_run
+from fastres.report.network_boxes import INPUT, Box, boxes_of, captured_and_run
 from fastres.report.network_drawing import drawing
 from fastres.report.network_layout import blocks_of
-from fastres.report.numbers import number, percent
+from fastres.report.numbers import number
 from fastres.report.page import page
 from fastres.report.provenance import machine_table
+from fastres.report.timing import timing_table
 
-_RATES = ("ms", "share", "GFLOP/s", "GB/s", "roofline")
 _LEAD = (
     "From the top down, one box for each node that runs: the operation and its shapes without the "
     "batch, what was fused into it, the precision and the kernel. The more colour, the more time. "
@@ -65,9 +65,10 @@ def draw(
     ran = ", ".join(info.precisions)
     spent = profile.total.milliseconds
     rate = f", {1e3 * size / spent:,.1f} img/s" if spent else ""
+    groups = [(row, ()) for row in (*profile.groups, profile.total)]
     parts = [
         ("What the engine did", _account(graph, source, info)),
-        ("Layer groups", _totals(profile)),
+        ("Layer groups", timing_table("In the order of the network", "group", groups)),
         ("The network", join([tag("p", _LEAD, class_="lead"), _groups(boxes)])),
         ("Every node", _nodes(boxes, profile)),
         ("Machine and versions", machine_table({"this run": where})),
@@ -78,26 +79,17 @@ def draw(
 
 def _groups(boxes: Sequence[Box]) -> Html:
     """Each layer group behind a fold of its own."""
-    longest = max((box.milliseconds for box in boxes), default=0.0)
+    longest = max((box.total.milliseconds for box in boxes), default=0.0)
     parts = []
     for _, together in groupby(blocks_of(boxes), key=lambda block: block[-1].group):
         blocks = list(together)
         members = [box for block in blocks for box in block]
-        spent = sum(box.milliseconds for box in members)
-        share = sum(box.share for box in members)
+        spent = sum(box.total.milliseconds for box in members)
+        share = sum(box.total.share for box in members)
         names = ", ".join(dict.fromkeys(box.group for box in members))
         aside = tag("span", f" {spent:.3f} ms, {100 * share:.1f} %", class_="aside")
         parts.append(folded(join([names, aside]), drawing(blocks, longest), unfolded=True))
     return join(parts)
-
-
-def _totals(profile: Profile) -> Html:
-    columns = [Column("group")]
-    columns += [Column(heading, True) for heading in _RATES]
-    rows: list[Sequence[Cell]] = [
-        (row.name, *_figures([row])) for row in (*profile.groups, profile.total)
-    ]
-    return table("Time by layer group, in the order of the network", columns, rows)
 
 
 def _account(graph: Graph, source: Graph, info: EngineInfo) -> Html:
@@ -126,29 +118,16 @@ def _account(graph: Graph, source: Graph, info: EngineInfo) -> Html:
 
 def _nodes(boxes: Sequence[Box], profile: Profile) -> Html:
     """All boxes in the order of the network, then the steps that are no node."""
-    columns = [Column("node"), Column("operation"), Column("shapes"), Column("fused")]
-    columns += [Column("precision"), Column("ran as")]
-    columns += [Column(heading, True) for heading in _RATES]
+    headings = ("operation", "shapes", "fused", "precision", "ran as")
+    rows = [
+        (
+            box.total,
+            (box.what, box.shapes, " + ".join(box.fused), box.precision, box.ran_as or box.note),
+        )
+        for box in boxes
+        if box.what != INPUT
+    ]
     shown = {row.name for box in boxes for row in box.rows}
-    rows: list[Sequence[Cell]] = []
-    for box in boxes:
-        if box.what != "input":
-            words = (box.what, box.shapes, " + ".join(box.fused), box.precision)
-            rows.append((box.name, *words, box.ran_as or box.note, *_figures(box.rows)))
-    for row in profile.rows:
-        if row.name not in shown:
-            rows.append((row.name, "", "", "", "", row.kernel, *_figures([row])))
-    return table("Every node, and steps that are no node", columns, rows)
-
-
-def _figures(rows: Sequence[Row]) -> Sequence[Cell]:
-    if not rows:
-        return [number(None)] * 5
-    main = max(rows, key=lambda row: row.milliseconds)
-    return (
-        number(sum(row.milliseconds for row in rows), ",.3f"),
-        percent(sum(row.share for row in rows)),
-        number(main.gflop_per_s or None, ",.1f"),
-        number(main.gb_per_s or None, ",.2f"),
-        percent(main.roofline or None, ".0f"),
-    )
+    steps = [row for row in profile.rows if row.name not in shown]
+    rows += [(row, ("", "", "", "", row.kernel)) for row in steps]
+    return timing_table("Every node, and steps that are no node", "node", rows, headings)

@@ -24,6 +24,7 @@ from fastres.graph.ir import (
 )
 from fastres.profiling import Profile, Row, group_of
 
+INPUT = "input"  # what stands in a box for an input of the graph
 _MAIN = ".main"  # what an int8 convolution is called once its residual add stands by itself
 _ACTIVATIONS = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU"}
 _OPERATIONS = {"batchnorm": "BatchNorm", "add": "residual add", "normalize": "normalise pictures"}
@@ -59,12 +60,16 @@ class Box:
     adds: bool = False
 
     @property
-    def milliseconds(self) -> float:
-        return sum(row.milliseconds for row in self.rows)
-
-    @property
-    def share(self) -> float:
-        return sum(row.share for row in self.rows)
+    def total(self) -> Row:
+        """All of its rows; no time where it has none."""
+        return Row(
+            self.name,
+            sum(row.milliseconds for row in self.rows),
+            sum(row.share for row in self.rows),
+            sum(row.flop for row in self.rows),
+            sum(row.bytes for row in self.rows),
+            least=sum(row.least for row in self.rows),
+        )
 
 
 def boxes_of(
@@ -86,7 +91,7 @@ def boxes_of(
     forms = _forms(info)
     quantised = {owner[node.name]: node for node in graph.nodes if isinstance(node.op, Quantize)}
     first = group_of(graph.nodes[0].name)
-    boxes = [Box(v.name, first, "input", _size(shapes[v.name])) for v in graph.inputs]
+    boxes = [Box(v.name, first, INPUT, _size(shapes[v.name])) for v in graph.inputs]
     for node in graph.nodes:
         if owner[node.name] != node.name:
             continue

@@ -68,7 +68,7 @@ def described(block: Block) -> str:
 
 
 def _spent(box: Box) -> str:
-    return f", {box.milliseconds:.3f} ms" if box.rows else ""
+    return f", {box.total.milliseconds:.3f} ms" if box.rows else ""
 
 
 def _block(block: Block, longest: float) -> Html:
@@ -110,7 +110,7 @@ def _edge(edge: Edge, end: Box) -> Html:
 
 
 def _box(box: Box, x: float, y: float, longest: float) -> Html:
-    heat = _HEAT * box.milliseconds / longest if longest else 0
+    heat = _HEAT * box.total.milliseconds / longest if longest else 0
     fill = f"fill: color-mix(in srgb, var(--heat) {heat:.0f}%, var(--raised))"
     frame = "box apart" if box.note else "box"
     place = {"x": f"{x:g}", "y": f"{y:g}", "width": f"{WIDTH:g}"}
@@ -119,10 +119,10 @@ def _box(box: Box, x: float, y: float, longest: float) -> Html:
         tag("rect", class_=frame, height=f"{HEIGHT:g}", rx="6", style=fill, **place),
     ]
     if box.rows:
-        bar = f"{WIDTH * box.milliseconds / longest if longest else 0:.1f}"
+        bar = f"{WIDTH * box.total.milliseconds / longest if longest else 0:.1f}"
         where = {**place, "y": f"{y + HEIGHT - 4:g}", "width": bar}
         parts.append(tag("rect", class_="bar", height="4", rx="2", **where))
-        time = f"{box.milliseconds:.3f} ms · {100 * box.share:.1f} %"
+        time = f"{box.total.milliseconds:.3f} ms · {100 * box.total.share:.1f} %"
         parts.append(_words(time, x + WIDTH - 10, y + 18, anchor="end"))
     parts.append(_words(shortened(box.name.split(".", 2)[-1], _NAME), x + 10, y + 18, "name"))
     for i, line in enumerate(list(_lines(box))[1:], 1):

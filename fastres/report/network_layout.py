@@ -58,7 +58,7 @@ class Block:
 
     @property
     def milliseconds(self) -> float:
-        return sum(box.milliseconds for box in self.boxes)
+        return sum(box.total.milliseconds for box in self.boxes)
 
 
 def blocks_of(boxes: Sequence[Box]) -> list[list[Box]]:
