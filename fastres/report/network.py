@@ -21,7 +21,7 @@ from fastres.report.html import Cell, Column, Html, folded, items, join, table, 
 from fastres.report.network_boxes import INPUT, Box, boxes_of, captured_and_run
 from fastres.report.network_drawing import drawing
 from fastres.report.network_layout import blocks_of
-from fastres.report.numbers import number
+from fastres.report.numbers import number, short
 from fastres.report.page import page
 from fastres.report.provenance import machine_table
 from fastres.report.timing import timing_table
@@ -73,7 +73,7 @@ def draw(
         ("Every node", _nodes(boxes, profile)),
         ("Machine and versions", machine_table({"this run": where})),
     ]
-    about = f"{info.backend} in {ran}, batch {size}: {spent:,.3f} ms in all nodes{rate}"
+    about = f"{info.backend} in {ran}, batch {size}: {short(spent, 'ms')} in all nodes{rate}"
     return page(name, about, parts)
 
 
@@ -87,7 +87,8 @@ def _groups(boxes: Sequence[Box]) -> Html:
         spent = sum(box.total.milliseconds for box in members)
         share = sum(box.total.share for box in members)
         names = ", ".join(dict.fromkeys(box.group for box in members))
-        aside = tag("span", f" {spent:.3f} ms, {100 * share:.1f} %", class_="aside")
+        taken = f" {short(spent, 'ms')}, {100 * share:.1f} %" if spent else ""
+        aside = tag("span", taken, class_="aside")
         parts.append(folded(join([names, aside]), drawing(blocks, longest), unfolded=True))
     return join(parts)
 

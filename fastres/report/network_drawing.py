@@ -15,6 +15,7 @@ from fastres.report.network_layout import (
     Edge,
     place,
 )
+from fastres.report.numbers import short
 
 _HEAT = 45  # percent of the colour, in the box that takes longest: text stays readable on it
 _LINE = 16.0
@@ -68,7 +69,7 @@ def described(block: Block) -> str:
 
 
 def _spent(box: Box) -> str:
-    return f", {box.total.milliseconds:.3f} ms" if box.rows else ""
+    return f", {short(box.total.milliseconds, 'ms')}" if box.rows else ""
 
 
 def _block(block: Block, longest: float) -> Html:
@@ -88,7 +89,7 @@ def _block(block: Block, longest: float) -> Html:
         )
     parts += [_edge(edge, boxes[edge.end]) for edge in block.edges]
     if len(block.boxes) > 1:  # over the lines
-        title = f"{block.name} · {block.milliseconds:.3f} ms"
+        title = f"{block.name} · {short(block.milliseconds, 'ms')}"
         parts.append(_words(title, MARGIN, block.top + GAP + 17, "over"))
     parts += [_box(box, *block.places[box.name], longest) for box in block.boxes]
     return join(parts)
@@ -122,7 +123,7 @@ def _box(box: Box, x: float, y: float, longest: float) -> Html:
         bar = f"{WIDTH * box.total.milliseconds / longest if longest else 0:.1f}"
         where = {**place, "y": f"{y + HEIGHT - 4:g}", "width": bar}
         parts.append(tag("rect", class_="bar", height="4", rx="2", **where))
-        time = f"{box.total.milliseconds:.3f} ms · {100 * box.total.share:.1f} %"
+        time = f"{short(box.total.milliseconds, 'ms')} · {100 * box.total.share:.1f} %"
         parts.append(_words(time, x + WIDTH - 10, y + 18, anchor="end"))
     parts.append(_words(shortened(box.name.split(".", 2)[-1], _NAME), x + 10, y + 18, "name"))
     for i, line in enumerate(list(_lines(box))[1:], 1):

@@ -38,13 +38,15 @@ def timing_table(
         first: what the names are of.
         rows: what took time, and as many words as there are headings for them.
     """
+    longest = max((row.milliseconds or 0.0 for row, _ in rows), default=0.0)
+    digits = ",.3f" if longest >= 1 else ",.4f"
     known = any(row.roofline for row, _ in rows)
     headings = ("ms", "share", "GFLOP/s", "GB/s", *(("roofline",) if known else ()))
     columns = [Column(first), *(Column(heading, numeric=True) for heading in headings)]
     cells: list[Sequence[Cell]] = [
         (
             row.name,
-            number(row.milliseconds or None, ",.3f"),
+            number(row.milliseconds or None, digits),
             percent(row.share or None),
             number(row.gflop_per_s or None, ",.1f"),
             number(row.gb_per_s or None, ",.2f"),
