@@ -10,11 +10,12 @@ setup(
         "fastres.backends",
         "fastres.backends.triton",
         "fastres.backends.tensorrt",
+        "fastres.report",
         "fastres.cli",
         "fastres.timing",
         "fastres.calib",
         "fastres.kernels",
     ],
     package_dir={"fastres.kernels": "kernels", "fastres.calib": "calib"},
-    package_data={"fastres": ["py.typed", "backends/triton/tables/*.json"]},
+    package_data={"fastres": ["py.typed", "backends/triton/tables/*.json", "report/page.*"]},
 )

@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.deploy_triton",
         "fastres.deploy_weights",
     ),
+    ("fastres.report",),
     ("fastres.cli",),
     ("fastres.__main__",),
 )
@@ -64,6 +65,7 @@ ONLY_IN = {  # package → the modules that may import it
     "tensorrt": ("fastres.backends.tensorrt",),
     "tensorrt_rtx": ("fastres.backends.tensorrt",),
     "pycuda": ("fastres.deploy",),
+    "matplotlib": ("fastres.report",),
     "cuda": ("fastres.kernels",),
 }
 TRITON_FREE = (
@@ -175,6 +177,7 @@ def test_import_fastres_is_lazy() -> None:
         "msgspec",
         "safetensors",
         "typer",
+        "matplotlib",
     }
     assert not heavy & set(result.stdout.split())
 

@@ -23,6 +23,7 @@ from fastres.cli.inspect import inspect_engine
 from fastres.cli.output import WORDS, complain
 from fastres.cli.predict import predict
 from fastres.cli.profile import profile
+from fastres.cli.report import report
 from fastres.cli.summary import summary
 from fastres.cli.verify import verify
 from fastres.errors import BackendUnavailable, FastresError, ParityError
@@ -90,6 +91,7 @@ app.command("inspect")(inspect_engine)
 app.command("profile")(profile)
 app.command("summary")(summary)
 app.command("predict")(predict)
+app.command("report")(report)
 app.command("doctor")(doctor)
 
 

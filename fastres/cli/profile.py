@@ -25,6 +25,10 @@ def profile(
         Path | None,
         typer.Option(metavar="FILE", help="Also write a Chrome trace there, by torch.profiler."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the network there, as a page for a browser."),
+    ] = None,
 ) -> None:
     """Show the time, GFLOP/s and GB/s of every node in one run; on a GPU, share of the roofline."""
     request = request.about(model)
@@ -37,6 +41,11 @@ def profile(
     batch = pictures.synthetic(size, target).to(engine.device)
     with working(f"profiling {target.name}"):
         found = engine.profile(batch, trace=trace)
+    if html is not None:
+        from fastres.report.network import network_page
+        from fastres.report.page import write_page
+
+        write_page(html, network_page(target.name, engine, [batch], found))
     ran = precision_ran(engine)
     head = f"{target.name} on {engine.info.backend} in {ran}, batch {size}"
     fields = {

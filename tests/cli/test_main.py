@@ -16,7 +16,17 @@ from fastres.cli import main
 
 Run = Callable[..., Result]
 Shell = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = ("compile", "verify", "bench", "inspect", "profile", "summary", "predict", "doctor")
+COMMANDS = (
+    "compile",
+    "verify",
+    "bench",
+    "inspect",
+    "profile",
+    "summary",
+    "predict",
+    "report",
+    "doctor",
+)
 ESCAPE = "\x1b"
 
 

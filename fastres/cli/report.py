@@ -1,0 +1,42 @@
+"""fastres report: documents of results as one page for a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastres.cli import flags
+from fastres.cli.output import emit, working
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS.json...",
+            help="What fastres bench -o FILE or fastres profile -o FILE wrote, bench/accuracy.py "
+            "or bench/int8.py; together in one page.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")
+    ] = Path("report.html"),
+    as_json: flags.Json = False,
+) -> None:
+    """Write charts and tables of results as one HTML file that needs nothing else.
+
+    Needs matplotlib: pip install 'fastres[report]'.
+    """
+    from fastres.report.page import write_page
+    from fastres.report.reading import read
+    from fastres.report.writing import report as make
+
+    sources = [read(path) for path in dict.fromkeys(results)]
+    with working("drawing"):
+        page = make(sources)
+    write_page(output, page)
+    size = len(page.encode())
+    fields = {"page": str(output), "bytes": size, "results": [source.name for source in sources]}
+    emit("report", f"{output}: {size / 1024:.0f} KiB", fields, as_json=as_json)

@@ -1,0 +1,5 @@
+"""Pages for a browser: results as charts and tables, and a network with where its time goes."""
+
+from fastres.report.writing import write_report
+
+__all__ = ["write_report"]

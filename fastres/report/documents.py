@@ -1,0 +1,291 @@
+"""What the JSON documents hold that a report is made of; `fastres.report.reading` reads them.
+
+A field that fastres came to write later has a default, a number may be null where it was NaN, and
+fields that nobody here knows are passed over.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]  # beyond, a chart has no axis for it
+Real = Finite | None
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e30)] | None
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**18)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=10**18)]
+
+
+class Interval(msgspec.Struct, frozen=True):
+    """A median and its 95 % interval."""
+
+    median: Real = None
+    low: Real = None
+    high: Real = None
+
+
+class Machine(msgspec.Struct, frozen=True):
+    cpu: str = ""
+    cores: Count = 0
+    threads: Count = 0
+    gpu: str | None = None
+    versions: dict[str, str] = {}
+    state: dict[str, str] = {}
+
+
+class Run(msgspec.Struct, frozen=True):
+    """By which command, when, and for how long."""
+
+    argv: tuple[str, ...] = ()
+    commit: str | None = None
+    date: str = ""
+    seconds: Amount = None
+    duration_s: Amount = None
+    seed: int | None = None
+    transfers: str = ""
+    finished: bool = True
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    """One target at one batch size; `quantiles_ms` go from the least to the most in even steps."""
+
+    target: str
+    batch_size: Size
+    throughput: Amount
+    precision: str = ""
+    model: str = ""
+    latency_ms: dict[str, Amount] = {}
+    min_ms: Amount = None
+    samples: Count = 0
+    quantiles_ms: tuple[Amount, ...] = ()
+    speedup: Interval | None = None
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """How far a target's results are from the reference's, and how far they may be."""
+
+    target: str
+    batch_size: Size
+    model: str = ""
+    precision: str = ""
+    rms: Amount = None
+    largest: Amount = None
+    allowed_rms: Amount = None
+    allowed_largest: Amount = None
+
+    @property
+    def passed(self) -> bool:
+        return _within(self.rms, self.allowed_rms) and _within(self.largest, self.allowed_largest)
+
+
+class Work(msgspec.Struct, frozen=True):
+    """Time of a node or a group, and what was done in it; a row of `fastres.profiling.Profile`."""
+
+    name: str
+    milliseconds: Amount
+    share: Amount = None
+    flop: Count = 0
+    bytes: Count = 0
+    op: str = ""
+    kernel: str = ""
+    precision: str = ""
+    gflop_per_s: Amount = None
+    gb_per_s: Amount = None
+    roofline: Amount = None
+
+
+class Profile(msgspec.Struct, frozen=True):
+    rows: tuple[Work, ...]
+    groups: tuple[Work, ...]
+    total: Work
+    model: str = ""
+    batch_size: Size = 1
+    target: str = ""
+    precision: str = ""
+    precision_ran: str = ""  # how `fastres profile --json` calls it
+    backend: str = ""
+
+    @property
+    def title(self) -> str:
+        where = self.target or self.backend
+        words = (self.model, where, self.precision or self.precision_ran)
+        return ", ".join([*filter(None, words), f"batch {self.batch_size}"])
+
+
+class Rate(msgspec.Struct, frozen=True):
+    """What a machine can do at most in one precision."""
+
+    gflop_per_s: Amount = None
+    gb_per_s: Amount = None
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """A layer group in both versions of a network."""
+
+    group: str
+    v1_ms: Amount = None
+    v15_ms: Amount = None
+    v1_macs: Count = 0
+    v15_macs: Count = 0
+
+
+class Versions(msgspec.Struct, frozen=True):
+    """A network as v1 and as v1.5; every ratio is v1.5 over v1."""
+
+    net: str
+    precision: str
+    batch_size: Size
+    v1_img_s: Amount = None
+    v15_img_s: Amount = None
+    ratio: Interval | None = None
+    macs_ratio: Amount = None
+    roofline_ratio: Amount = None
+    groups: tuple[Stage, ...] = ()
+
+
+class Change(msgspec.Struct, frozen=True):
+    """The speed of one target now, over that in an earlier run."""
+
+    target: str
+    batch_size: Size
+    verdict: str
+    model: str = ""
+    precision: str = ""
+    change: Interval = Interval()
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    base: str = ""
+    yardstick: str = ""
+    limit: Amount = None
+    rows: tuple[Change, ...] = ()
+
+
+class Bench(msgspec.Struct, frozen=True):
+    """What `fastres bench` writes, and bench/int8.py, which has `model` and `sqnr_db`."""
+
+    measurements: tuple[Measurement, ...]
+    machine: Machine = Machine()
+    run: Run = Run()
+    models: tuple[str, ...] = ()
+    model: str = ""
+    left_out: dict[str, str] = {}
+    baseline: str = ""
+    parity: tuple[Difference, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+    rates: dict[str, Rate] = {}
+    versions: tuple[Versions, ...] = ()
+    comparison: Comparison | None = None
+    sqnr_db: dict[str, Real] = {}
+
+    def model_of(self, measurement: Measurement) -> str:
+        """Older documents say it once for all measurements."""
+        only = self.models[0] if len(self.models) == 1 else ""
+        return measurement.model or self.model or only
+
+
+class Point(msgspec.Struct, frozen=True):
+    x: Finite
+    median: Amount = None
+    low: Amount = None
+    high: Amount = None
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """y = slope * x + intercept."""
+
+    slope: Finite
+    intercept: Finite
+    r2: Real = None
+
+
+class Series(msgspec.Struct, frozen=True):
+    """How long a target takes as one thing grows."""
+
+    name: str
+    target: str
+    points: tuple[Point, ...]
+    x_label: str = ""
+    unit: str = "ms"
+    fit: Fit | None = None
+
+
+class Scaling(msgspec.Struct, frozen=True):
+    """What `fastres bench` writes of how time grows."""
+
+    series: tuple[Series, ...]
+    machine: Machine = Machine()
+    run: Run = Run()
+
+
+class Gap(msgspec.Struct, frozen=True):
+    """A difference of two shares, with its 95 % interval."""
+
+    value: Real = None
+    low: Real = None
+    high: Real = None
+
+
+class Figures(msgspec.Struct, frozen=True):
+    top1: Amount = None
+    difference: Gap = Gap()
+    agreement: Amount = None
+
+
+class Scored(msgspec.Struct, frozen=True):
+    """One engine's answers, by part of the pictures."""
+
+    name: str
+    parts: dict[str, Figures]
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """One network on one backend."""
+
+    network: str
+    backend: str
+    pictures: Count
+    rows: tuple[Scored, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Accuracy(msgspec.Struct, frozen=True):
+    """What bench/accuracy.py prints with --json."""
+
+    sections: tuple[Trial, ...]
+    machine: Machine = Machine()
+    run: Run = Run()
+    notes: tuple[str, ...] = ()
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """One network in one precision against the model in float64."""
+
+    network: str
+    precision: str
+    pictures: Count = 0
+    failure: str = ""
+    sqnr_db: Real = None
+    cosine: Real = None
+    top1: Amount = None
+    layers: Count = 0
+    median_db: Real = None
+    worst: dict[str, Real] = {}
+
+
+class Parities(msgspec.Struct, frozen=True):
+    """What bench/accuracy.py writes of settled networks."""
+
+    rows: tuple[Settled, ...]
+    machine: Machine = Machine()
+    run: Run = Run()
+    notes: tuple[str, ...] = ()
+
+
+Document = Bench | Scaling | Accuracy | Parities
+
+
+def _within(value: float | None, allowed: float | None) -> bool:
+    """Where there is no bound nothing is outside; a value that is NaN is outside of any."""
+    return allowed is None or (value is not None and value <= allowed)

@@ -1,0 +1,79 @@
+"""v1 against v1.5: where a bottleneck has its stride, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fastres.report.documents import Bench, Versions
+from fastres.report.html import Column, Html, figure, figures, join, table
+from fastres.report.numbers import number, short, times_cell
+from fastres.report.plotting import chart, colour, label, legend
+from fastres.report.speed import called
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SERIES = {"v1": 0, "v1.5": 1}
+_WIDTH = 0.36  # of a bar
+
+
+def version_tables(benches: Mapping[str, Bench]) -> Html:
+    """A table for each document, then where the time goes, layer group by layer group."""
+    compared = {name: bench for name, bench in benches.items() if bench.versions}
+    tables = [_table(called(name, benches), bench.versions) for name, bench in compared.items()]
+    charts = [
+        _chart(called(name, benches), pair)
+        for name, bench in compared.items()
+        for pair in bench.versions
+        if pair.groups
+    ]
+    return join([*tables, figures(charts)])
+
+
+def _table(head: str, pairs: tuple[Versions, ...]) -> Html:
+    columns = [Column("network"), Column("precision"), Column("batch", True)]
+    headings = ("v1 img/s", "v1.5 img/s", "speed v1.5 over v1", "arithmetic", "least time")
+    columns += [Column(heading, numeric=True) for heading in headings]
+    rows = [
+        (
+            pair.net,
+            pair.precision,
+            number(pair.batch_size),
+            number(pair.v1_img_s, ",.1f"),
+            number(pair.v15_img_s, ",.1f"),
+            times_cell(pair.ratio),
+            number(pair.macs_ratio, ".3f"),
+            number(pair.roofline_ratio, ".3f"),
+        )
+        for pair in pairs
+    ]
+    caption = (
+        f"{head}speed with its 95 % interval; arithmetic: multiply-adds of v1.5 over those of v1; "
+        "least time: what the machine's rates allow, v1.5 over v1"
+    )
+    return table(caption, columns, rows)
+
+
+def _chart(head: str, pair: Versions) -> Html:
+    title = f"{head}{pair.net} in {pair.precision}, batch {pair.batch_size}"
+
+    def paint(axes: Axes) -> None:
+        for key, i in _SERIES.items():
+            spent = [stage.v1_ms if i == 0 else stage.v15_ms for stage in pair.groups]
+            places = [place + (i - 0.5) * _WIDTH * 1.1 for place in range(len(spent))]
+            axes.barh(places, [ms or 0 for ms in spent], _WIDTH, color=colour(i), label=key)
+        axes.set_yticks(range(len(pair.groups)), [label(stage.group) for stage in pair.groups])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("ms")
+
+    said = "; ".join(
+        f"{stage.group} {short(stage.v1_ms)} and {short(stage.v15_ms)} ms" for stage in pair.groups
+    )
+    drawn = chart(
+        f"Time by layer group of v1 and v1.5, {title}: {said}.",
+        64 + 30 * len(pair.groups),
+        paint,
+    )
+    return figure(drawn, f"{title}: time by layer group", legend(_SERIES))

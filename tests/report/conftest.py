@@ -1,0 +1,325 @@
+"""Documents of results, written by hand in the shape that fastres bench gives them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Document = dict[str, Any]
+TARGETS = {"eager": 1.0, "fastres cpu": 1.9, "openvino": 1.85, "onnxruntime": 1.3}
+MACHINE = {
+    "cpu": "Imaginary(R) Processor 9000",
+    "cores": 2,
+    "threads": 2,
+    "gpu": None,
+    "versions": {"python": "3.11.7", "torch": "2.15.0", "openvino": "2026.4.1"},
+    "state": {"governor": "performance", "load": "0.4"},
+}
+RUN = {
+    "argv": ["/usr/bin/fastres", "bench", "fastres:resnet50", "--batch-size", "1,8", "-o", "a b"],
+    "commit": "0123abc",
+    "date": "2026-11-23T12:00:00+00:00",
+    "seconds": 321.5,
+    "duration_s": 3.0,
+    "seed": 0,
+    "transfers": "none",
+    "finished": True,
+}
+
+
+@pytest.fixture
+def bench_document() -> Document:
+    """Two models in two precisions at two batch sizes, with everything else that there can be."""
+    draw = random.Random(0)
+    models = ("fastres:resnet18", "fastres:resnet50")
+    measurements = [
+        _measurement(draw, model, precision, size, target)
+        for model in models
+        for precision in ("fp32", "int8")
+        for size in (1, 8)
+        for target in TARGETS
+    ]
+    return {
+        "command": "bench",
+        "fastres": "0.1.0",
+        "schema": 1,
+        "machine": MACHINE,
+        "run": RUN,
+        "models": models,
+        "left_out": {"torch_compile": "no compiler is installed"},
+        "baseline": "eager",
+        "measurements": measurements,
+        "parity": [_parity(m) for m in measurements],
+        "profiles": [_profile(draw, "fp32"), _profile(draw, "int8")],
+        "rates": {
+            "fp32": {"gflop_per_s": 210.0, "gb_per_s": 18.0},
+            "int8": {"gflop_per_s": 840.0, "gb_per_s": 18.0},
+        },
+        "versions": [
+            _versions(precision, size) for precision in ("fp32", "int8") for size in (1, 8)
+        ],
+        "comparison": {
+            "base": "last week",
+            "yardstick": "eager",
+            "limit": 0.03,
+            "rows": [
+                {
+                    "target": m["target"],
+                    "model": m["model"],
+                    "precision": m["precision"],
+                    "batch_size": m["batch_size"],
+                    "change": {"median": 0.9 + 0.05 * i, "low": 0.88 + 0.05 * i, "high": 1.3},
+                    "verdict": verdict,
+                }
+                for i, (m, verdict) in enumerate(
+                    zip(measurements, ("slower", "unclear", "same", "faster"), strict=False)
+                )
+            ],
+        },
+    }
+
+
+@pytest.fixture
+def scaling_document() -> Document:
+    def series(name: str, label: str, xs: list[float], fit: Document | None) -> Document:
+        points = [
+            {"x": x, "median": 3 + 2 * x, "low": 2.7 + 2 * x, "high": 3.4 + 2 * x} for x in xs
+        ]
+        return {
+            "name": name,
+            "target": "fastres cpu",
+            "x_label": label,
+            "unit": "ms",
+            "points": points,
+            "fit": fit,
+        }
+
+    straight = {"slope": 2.0, "intercept": 3.0, "r2": 0.998}
+    return {
+        "command": "scaling",
+        "fastres": "0.1.0",
+        "schema": 1,
+        "machine": MACHINE,
+        "run": RUN,
+        "series": [
+            series("batch", "images in a batch", [1, 2, 4, 8, 16], straight),
+            series("image size", "pixels, thousands", [12, 25, 50, 100], straight),
+            series("threads", "threads", [1, 2], None),
+        ],
+    }
+
+
+@pytest.fixture
+def accuracy_document() -> Document:
+    def engine(name: str, change: float) -> Document:
+        gap = {"value": change, "low": change - 0.001, "high": change + 0.001}
+        found = {
+            "predictions": 1000,
+            "top1": 0.95 + change,
+            "difference": gap,
+            "agreement": 0.99,
+            "lost": 3,
+            "won": 2,
+            "other": 1,
+        }
+        return {"name": name, "parts": {"clean": found, "all": found}, "versions": {}}
+
+    engines = {"fp32": 0.0, "bf16": 0.0002, "int8 minmax": -0.0012, "int8 auto": -0.0005}
+    rows = [engine(*pair) for pair in engines.items()]
+    trial = {"network": "resnet20", "backend": "cpu", "pictures": 1797, "rows": rows}
+    return {
+        "machine": MACHINE,
+        "settings": {"seed": 0},
+        "sections": [{**trial, "notes": ["auto took mse"]}],
+        "notes": [],
+    }
+
+
+@pytest.fixture
+def documents(
+    bench_document: Document, scaling_document: Document, accuracy_document: Document
+) -> list[Document]:
+    """One of each kind; that of parity is the one in the repository."""
+    parity = json.loads((RESULTS / "parity.json").read_text())
+    return [bench_document, scaling_document, accuracy_document, parity]
+
+
+@pytest.fixture
+def results() -> Path:
+    """The documents of the repository, some of which are older than the schema."""
+    return RESULTS
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Document], Path]:
+    def save(document: Document, name: str = "results.json") -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps(document))
+        return path
+
+    return save
+
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def _measurement(
+    draw: random.Random, model: str, precision: str, size: int, target: str
+) -> Document:
+    cost = 9.0 if model.endswith("18") else 24.0
+    median = cost * size**0.9 / TARGETS[target] / (2.5 if precision == "int8" else 1)
+    tail = draw.uniform(1.2, 1.9)
+    quantiles = [median * (0.93 + 0.0014 * q + (tail - 1) * (q / 100) ** 24) for q in range(101)]
+    ratio = TARGETS[target] * draw.uniform(0.95, 1.05) if target != "eager" else 1.0
+    spread = 0.0 if target == "eager" else 0.06
+    return {
+        "target": target,
+        "model": model,
+        "precision": precision,
+        "batch_size": size,
+        "throughput": 1e3 * size / median,
+        "latency_ms": {f"p{q}": quantiles[q] for q in (50, 90, 95, 99)},
+        "min_ms": quantiles[0],
+        "samples": 321,
+        "round_ms": [median] * 8,
+        "quantiles_ms": quantiles,
+        "speedup": {"median": ratio, "low": ratio * (1 - spread), "high": ratio * (1 + spread)},
+    }
+
+
+def _parity(measurement: Document) -> Document:
+    kept = {key: measurement[key] for key in ("target", "model", "precision", "batch_size")}
+    bounds = {"allowed_rms": 2e-6, "allowed_largest": 3e-5}
+    return {**kept, "rms": 1.1e-7, "largest": 2.3e-6, **bounds}
+
+
+def _profile(draw: random.Random, precision: str) -> Document:
+    def work(name: str, flop: int, moved: int, op: str = "conv2d") -> Document:
+        ms = max(flop / 1.6e8, moved / 9e6) * draw.uniform(0.8, 2.4)
+        return {
+            "name": name,
+            "milliseconds": ms,
+            "share": 0.05,
+            "flop": flop,
+            "bytes": moved,
+            "op": op,
+            "kernel": f"brgconv_avx512_{precision}",
+            "precision": precision,
+            "least": 0.0,
+            "gflop_per_s": flop / ms / 1e6,
+            "gb_per_s": moved / ms / 1e6,
+            "roofline": 0.0,
+        }
+
+    rows = [
+        work(f"layer{stage}.{i}.conv{j}", 210_000_000 >> (j % 2), 4_000_000 >> stage)
+        for stage in (1, 2, 3, 4)
+        for i in (0, 1)
+        for j in (1, 2, 3)
+    ]
+    rows += [work("maxpool", 0, 4_000_000, "maxpool"), work("fc", 4_096_000, 8_200_000, "linear")]
+    groups = [{**work(f"layer{stage}", 10**9, 10**7), "op": ""} for stage in (1, 2, 3, 4)]
+    return {
+        "target": "fastres cpu",
+        "model": "fastres:resnet50",
+        "precision": precision,
+        "batch_size": 1,
+        "backend": "cpu",
+        "rows": rows,
+        "groups": groups,
+        "total": work("total", 8 * 10**9, 10**8),
+    }
+
+
+def _versions(precision: str, size: int) -> Document:
+    stages = [
+        {"group": f"layer{i}", "v1_ms": 4.0 + i, "v15_ms": 4.5 + i, "v1_macs": 9, "v15_macs": 10}
+        for i in (1, 2, 3, 4)
+    ]
+    return {
+        "net": "resnet50",
+        "precision": precision,
+        "batch_size": size,
+        "v1_img_s": 48.0,
+        "v15_img_s": 45.0,
+        "ratio": {"median": 0.94, "low": 0.92, "high": 0.96},
+        "macs_ratio": 1.063,
+        "roofline_ratio": 1.06,
+        "groups": stages,
+    }
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a page is made of, by Python's own parser."""
+
+    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    _open: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.texts.setdefault(self._open[-1], []).append(data)
+
+    def attributes(self, *names: str) -> list[dict[str, str | None]]:
+        return [given for tag, given in self.tags if tag in names]
+
+    def check(self) -> None:
+        """Well-formed, accessible, and nothing comes from anywhere else."""
+        assert not self._open, f"never closed: {self._open}"
+        assert self.attributes("html") == [{"lang": "en"}]
+        levels = [int(tag[1]) for tag, _ in self.tags if tag in ("h1", "h2", "h3")]
+        assert levels[0] == 1 and levels.count(1) == 1
+        assert all(after <= before + 1 for before, after in pairwise(levels))
+        ids = [given["id"] for _, given in self.tags if "id" in given]
+        assert len(ids) == len(set(ids))
+        kinds = [tag for tag, _ in self.tags]
+        assert kinds.count("table") == kinds.count("caption") == kinds.count("thead")
+        assert kinds.count("figure") == kinds.count("figcaption")
+        assert all(given.get("scope") in ("col", "row") for given in self.attributes("th"))
+        for given in self.attributes("svg"):
+            assert given["role"] == "img" and len(given["aria-label"] or "") > 10
+        for _, given in self.tags:
+            links = [given.get(key) or "#" for key in ("href", "xlink:href")]
+            assert all(link.startswith("#") and link[1:] in [*ids, ""] for link in links)
+            assert "src" not in given and not any(key.startswith("on") for key in given)
+        assert kinds.count("script") == 1 and kinds.count("style") == 1
+        assert not {"link", "img", "iframe", "object"} & set(kinds)
+
+
+@pytest.fixture
+def parsed() -> Callable[[str], Page]:
+    """The page's parts, once it has passed the checks of every page."""
+
+    def parse(html: str) -> Page:
+        assert not re.search(r"https?:|@import|url\((?!#)", html)
+        page = Page()
+        page.feed(html)
+        page.close()
+        page.check()
+        return page
+
+    return parse
