@@ -98,7 +98,7 @@ def peer(
         return target.call(x.to(where)).cpu()
 
     call = there_and_back if transfers else target.call
-    return Made(call, where, {"precision": precision}, transfers=transfers)
+    return Made(call, where, transfers=transfers)
 
 
 def module_of(target: Target) -> nn.Module:

@@ -9,7 +9,6 @@ from itertools import groupby
 import msgspec
 import torch
 
-from fastres.bench_report import machine
 from fastres.engine import Engine
 from fastres.engine_info import EngineInfo
 from fastres.graph.cost import Shapes
@@ -25,6 +24,7 @@ from fastres.report.numbers import number, short
 from fastres.report.page import page
 from fastres.report.provenance import machine_table
 from fastres.report.timing import timing_table
+from fastres.timing.machine import machine
 
 _LEAD = (
     "From the top down, one box for each node that runs: the operation and its shapes without the "

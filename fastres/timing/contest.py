@@ -180,9 +180,9 @@ class Contest:
         for e in self.entrants:
             if timed.get(e.name):
                 rounds = timed[e.name]
-                ran = self.processes[e.name].facts.get("precision", e.precision)
+                ran = self.processes[e.name].facts.get("precision", "")
                 self.measurements.append(
-                    measurement(e.name, ran, size, rounds, percentiles, e.model)
+                    measurement(e.name, e.precision, size, rounds, percentiles, e.model, ran)
                 )
 
     @contextmanager

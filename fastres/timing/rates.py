@@ -1,8 +1,8 @@
 """What this machine can do at most: rates that a roofline is drawn with, measured here.
 
-On the CPU, arithmetic is a 1x1 convolution of 1,024 channels in the backend that runs ours, which
-is one large matrix product, and traffic a copy of an array that no cache holds. On a GPU they are
-the published rates that the kernels' cost model has.
+On the CPU, arithmetic is the best of some large convolutions in the backend that runs ours, and
+traffic a copy of an array that no cache holds: layers whose operands stay in a cache can go beyond
+it. On a GPU they are the published rates that the kernels' cost model has.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fastres.kernels.cost import target_of
 from fastres.options import EIGHT_BITS, Precision
 from fastres.timing.processes import Made
 
-_CHANNELS, _SIDE = 1024, 32
+_PRODUCTS = ((1, 1024, 32), (1, 512, 56), (3, 256, 56))  # filter, channels, height and width
 _COPIED = 1 << 28  # bytes: beyond any cache
-_TRIES = 9
+_TRIES = 30
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,26 @@ def rates(precision: Precision, device: torch.device, threads: int) -> Rates:
         itemsize = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}[precision]
         arithmetic = target.product_flops(itemsize, precision != "fp32") * target.sm_count
         return Rates(arithmetic / 1e9, target.dram_bytes / 1e9)
-    generator = torch.Generator().manual_seed(0)
-    conv = nn.Conv2d(_CHANNELS, _CHANNELS, 1, bias=False).eval()
-    nn.init.normal_(conv.weight, std=_CHANNELS**-0.5, generator=generator)
-    x = torch.randn(1, _CHANNELS, _SIDE, _SIDE, generator=generator)
-    more: dict[str, Any] = {"calibration": [x]} if precision in EIGHT_BITS else {}
-    engine = compile(conv, x, backend="cpu", precision=precision, threads=threads, **more)
     source = torch.zeros(_COPIED // 4)
     sink = torch.empty_like(source)
-    flop = 2 * _SIDE * _SIDE * _CHANNELS * _CHANNELS
     return Rates(
-        flop / _fastest(lambda: engine(x)) / 1e9,
+        max(_arithmetic(*product, precision, threads) for product in _PRODUCTS) / 1e9,
         2 * _COPIED / _fastest(lambda: sink.copy_(source)) / 1e9,
     )
+
+
+def _arithmetic(
+    filter_size: int, channels: int, side: int, precision: Precision, threads: int
+) -> float:
+    """Floating-point operations a second of one convolution."""
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(channels, channels, filter_size, padding=filter_size // 2, bias=False).eval()
+    nn.init.normal_(conv.weight, std=channels**-0.5, generator=generator)
+    x = torch.randn(1, channels, side, side, generator=generator)
+    more: dict[str, Any] = {"calibration": [x]} if precision in EIGHT_BITS else {}
+    engine = compile(conv, x, backend="cpu", precision=precision, threads=threads, **more)
+    flop = 2 * side * side * channels * channels * filter_size**2
+    return flop / _fastest(lambda: engine(x))
 
 
 def maker(precisions: list[Precision], device: str, threads: int) -> Made:

@@ -30,6 +30,7 @@ class Measurement:
         speedup: over the baseline at the same batch size.
         quantiles_ms: of the latency, percentiles 0, 1, ... 100.
         model: which network it ran, where several are compared.
+        ran: what its nodes really run in, most frequent first, where that is known.
     """
 
     target: str
@@ -43,6 +44,7 @@ class Measurement:
     speedup: Ratio
     quantiles_ms: tuple[float, ...] = ()
     model: str = ""
+    ran: str = ""
 
     @property
     def mean_ms(self) -> float:
@@ -120,7 +122,7 @@ class BenchReport:
             table.add_row(
                 str(m.batch_size),
                 m.target,
-                m.precision,
+                m.ran or m.precision,
                 f"{m.throughput:.1f}",
                 *times,
                 str(m.samples),
@@ -141,6 +143,7 @@ def measurement(
     rounds: Rounds,
     percentiles: Sequence[float],
     model: str = "",
+    ran: str = "",
 ) -> Measurement:
     """What the timed calls of one target say; its ratio is set by `BenchReport.against`."""
     milliseconds = 1e3 * np.concatenate([np.asarray(calls) for calls in rounds])
@@ -157,4 +160,5 @@ def measurement(
         Ratio(1.0, 1.0, 1.0),
         tuple(float(ms) for ms in np.percentile(milliseconds, range(101))),
         model,
+        ran,
     )

@@ -76,7 +76,8 @@ def test_int8_is_calibrated_where_no_table_is_given(run_json: RunJson, small: st
     document = run_json("bench", small, *BRIEF, *flags)
     names = [row["target"] for row in document["measurements"]]
     assert names == [f"{p} {who}" for p in ("fp32", "int8") for who in ("fastres", "onnxruntime")]
-    assert "int8" in document["measurements"][2]["precision"]
+    assert document["measurements"][2]["precision"] == "int8"
+    assert document["measurements"][2]["ran"].startswith("int8")
     errors = {v["target"]: v["rms"] for v in document["parity"]}
     assert errors["int8 fastres"] > 100 * errors["fp32 fastres"] > 0
 
