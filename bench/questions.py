@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from questions_case import Case, Posed
+from questions_case import Case
 from questions_gemm import layouts, peaks
 from questions_system import chains, launches, loads
+from rotation import in_turn, one_pass, rotation
 
 from fastres.backends.triton.choosing import tiles_for
 from fastres.backends.triton.table import Tiles
@@ -79,12 +80,12 @@ def precompile(name: str, target: Target) -> int:
 def _answer(case: Case, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     sets = [case.pose(device)]
-    _pass(sets[0])
+    one_pass(sets[0])
     reason = sets[0].wrong()
     if reason is None:
-        sets += [case.pose(device) for _ in range(_more_sets(case, sets[0], device))]
-        turns = itertools.cycle(sets)
-        ms = milliseconds(lambda: _pass(next(turns)), device)
+        if case.rotate:
+            sets = rotation(sets[0], case.pose, device, _SETS)
+        ms = milliseconds(in_turn(sets), device)
         reason = sets[0].wrong()
     if reason is not None:
         return {"right": False, "why": reason}
@@ -96,20 +97,6 @@ def _answer(case: Case, device: torch.device) -> dict[str, Any]:
     if sets[0].tiles:
         row["tiles"] = sets[0].tiles
     return row
-
-
-def _pass(posed: Posed) -> None:
-    for call in posed.calls:
-        call.run()
-
-
-def _more_sets(case: Case, posed: Posed, device: torch.device) -> int:
-    """How many further sets of operands make three times what L2 holds."""
-    if device.type != "cuda" or not case.rotate:
-        return 0
-    operands = {t.data_ptr(): t.nbytes for call in posed.calls for t in call.tensors()}
-    wanted = 3 * torch.cuda.get_device_properties(device).L2_cache_size
-    return min(_SETS, -(-wanted // sum(operands.values()))) - 1
 
 
 def _table(rows: Sequence[Row]) -> str:
