@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from questions_case import Case
+from questions_case import Case, compiled
 from questions_gemm import layouts, peaks
 from questions_system import chains, launches, loads
 from rotation import in_turn, one_pass, rotation
@@ -21,9 +21,7 @@ from rotation import in_turn, one_pass, rotation
 from fastres.backends.triton.choosing import tiles_for
 from fastres.backends.triton.table import Tiles
 from fastres.backends.triton.timing import milliseconds
-from fastres.kernels.aot import compile_kernel, key_of
 from fastres.kernels.cost import Target
-from fastres.kernels.launch import Launch
 from fastres.options import Options
 
 if TYPE_CHECKING:
@@ -67,14 +65,7 @@ def precompile(name: str, target: Target) -> int:
         How many kernels compiled; of those that do not, the case itself will say why.
     """
     case = next(case for case in cases(Tiles(target)) if case.name == name)
-    try:
-        calls = case.pose(torch.device("meta")).calls
-        kernels = {key_of(call): call for call in calls if isinstance(call, Launch)}
-        for launch in kernels.values():
-            compile_kernel(launch, target.sm)
-    except Exception:  # of Triton or its compiler: they raise many kinds
-        return 0
-    return len(kernels)
+    return compiled(case.pose, target)
 
 
 def _answer(case: Case, device: torch.device) -> dict[str, Any]:
