@@ -24,6 +24,7 @@ from rich.table import Table
 import fastres
 from fastres import models
 from fastres.backends.triton.bind import bind, load_launch
+from fastres.backends.triton.choosing import problem_of
 from fastres.backends.triton.contexts import views
 from fastres.backends.triton.eight_bits import FLOAT_OF
 from fastres.backends.triton.lower import make_plan
@@ -160,7 +161,8 @@ def _calls(
 
 
 def _row(step: AnyStep, calls: Sequence[Launch], plan: Plan, tiles: Tiles) -> Row:
-    problem = _problem(step, plan, tiles)
+    key = problem_of(plan, step.node)
+    problem = next((problem for problem in tiles.asked() if problem.key == key), None)
     if problem is None:
         first, *_, last = calls[0].tensors()
         name = calls[0].kernel.__name__.strip("_").removesuffix("_kernel")
@@ -188,15 +190,6 @@ def _sizes(problem: Problem) -> str:
     if problem.projection is not None:
         text += f" +{problem.projection.channels} projected"
     return text + (" +residual" if problem.residual else "")
-
-
-def _problem(step: AnyStep, plan: Plan, tiles: Tiles) -> Problem | None:
-    """What the step was reckoned as; of several choices about a node the last is its own."""
-    asked = {problem.key: problem for problem in tiles.asked()}
-    for choice in reversed(plan.choices):
-        if step.node in choice.nodes and choice.problem:
-            return asked[choice.problem]
-    return None
 
 
 def _parser() -> argparse.ArgumentParser:
