@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,11 @@ from fastres.options import Precision
 from fastres.timing.checks import Reference, reference
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+sys.path.insert(0, str(Path(__file__).parent))  # as when one of the scripts is started
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tiles-in", help="folder with tables of tiles that were measured")
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kernel_cases
 import questions
 import torch
 import torch.nn.functional as F
+from gpu_bench import peers, power, report
+from gpu_pytest import kernels, tests
 from gpu_tensorrt import tensorrt
 from pictures import photographs
 from quantised import in_precision
@@ -130,6 +133,7 @@ def compiling(run: Run) -> Iterator[Row]:
         for version in ("v1.5", "v1"):
             jobs += [("tiles", p, target) for p in _problems(version, batch, run)]
     jobs += [("question", case.name, target) for case in questions.cases(Tiles(target))]
+    jobs += [("kernel", kernel_cases.name_of(case), target) for case in kernel_cases.cases()]
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
     context = multiprocessing.get_context("spawn")
     started, kernels = time.time(), 0
@@ -161,6 +165,8 @@ def _compile(job: Job) -> int:
         return precompile(*job[1:], tried=TRIED)
     if job[0] == "question":
         return questions.precompile(*job[1:])
+    if job[0] == "kernel":
+        return kernel_cases.precompile(*job[1:])
     _, net, version, precision, batch, target, size = job
     shape = (batch, 3, size, size)
     graph = optimise(capture(_make(net, version).eval(), [fastres.Input(shape)]).graph)
@@ -172,30 +178,6 @@ def _compile(job: Job) -> int:
     for key, launch in {key_of(launch): launch for _, launch in launches}.items():
         known[key] = compile_launch(launch, target.sm)
     return len(known)
-
-
-def tests(run: Run) -> Iterator[Row]:
-    """The tests marked gpu."""
-    left = max(30.0, run.until - time.time())
-    folders = ["tests/kernels", "tests/backends/triton"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        *folders,
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
-        tail = done.stdout.strip().splitlines()[-30:]
-        yield {"name": "pytest", "right": done.returncode == 0, "tail": tail}
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout.decode() if isinstance(error.stdout, bytes) else str(error.stdout)
-        yield {"name": "pytest", "error": "out of time", "tail": text.strip().splitlines()[-30:]}
 
 
 def parity(run: Run) -> Iterator[Row]:
@@ -372,7 +354,11 @@ SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], float]] = {
     "stem": (stem, 25),
     "tuning": (tuning, 90),
     "questions": (questions.questions, 60),
+    "kernels": (kernels, 60),
     "speed": (speed, 200),
+    "peers": (peers, 240),
+    "power": (power, 60),
     "profile": (profile, 40),
     "tensorrt": (tensorrt, 90),
+    "report": (report, 20),
 }

@@ -13,16 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from questions_case import Case, Posed
+from questions_case import Case, compiled
 from questions_gemm import layouts, peaks
 from questions_system import chains, launches, loads
+from rotation import in_turn, one_pass, rotation
 
 from fastres.backends.triton.choosing import tiles_for
 from fastres.backends.triton.table import Tiles
 from fastres.backends.triton.timing import milliseconds
-from fastres.kernels.aot import compile_kernel, key_of
 from fastres.kernels.cost import Target
-from fastres.kernels.launch import Launch
 from fastres.options import Options
 
 if TYPE_CHECKING:
@@ -66,25 +65,18 @@ def precompile(name: str, target: Target) -> int:
         How many kernels compiled; of those that do not, the case itself will say why.
     """
     case = next(case for case in cases(Tiles(target)) if case.name == name)
-    try:
-        calls = case.pose(torch.device("meta")).calls
-        kernels = {key_of(call): call for call in calls if isinstance(call, Launch)}
-        for launch in kernels.values():
-            compile_kernel(launch, target.sm)
-    except Exception:  # of Triton or its compiler: they raise many kinds
-        return 0
-    return len(kernels)
+    return compiled(case.pose, target)
 
 
 def _answer(case: Case, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     sets = [case.pose(device)]
-    _pass(sets[0])
+    one_pass(sets[0])
     reason = sets[0].wrong()
     if reason is None:
-        sets += [case.pose(device) for _ in range(_more_sets(case, sets[0], device))]
-        turns = itertools.cycle(sets)
-        ms = milliseconds(lambda: _pass(next(turns)), device)
+        if case.rotate:
+            sets = rotation(sets[0], case.pose, device, _SETS)
+        ms = milliseconds(in_turn(sets), device)
         reason = sets[0].wrong()
     if reason is not None:
         return {"right": False, "why": reason}
@@ -96,20 +88,6 @@ def _answer(case: Case, device: torch.device) -> dict[str, Any]:
     if sets[0].tiles:
         row["tiles"] = sets[0].tiles
     return row
-
-
-def _pass(posed: Posed) -> None:
-    for call in posed.calls:
-        call.run()
-
-
-def _more_sets(case: Case, posed: Posed, device: torch.device) -> int:
-    """How many further sets of operands make three times what L2 holds."""
-    if device.type != "cuda" or not case.rotate:
-        return 0
-    operands = {t.data_ptr(): t.nbytes for call in posed.calls for t in call.tensors()}
-    wanted = 3 * torch.cuda.get_device_properties(device).L2_cache_size
-    return min(_SETS, -(-wanted // sum(operands.values()))) - 1
 
 
 def _table(rows: Sequence[Row]) -> str:

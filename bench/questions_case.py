@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastres.kernels.aot import compile_kernel, key_of
+from fastres.kernels.cost import Target
+from fastres.kernels.launch import Launch
 from fastres.tolerances import errors
 
 
@@ -73,6 +76,22 @@ class Case:
         return f"{self.group}, {self.setting}" if self.setting else self.group
 
 
+def compiled(pose: Callable[[torch.device], Posed], target: Target) -> int:
+    """Compiles the kernels of what is posed into Triton's cache; needs no GPU.
+
+    Returns:
+        How many kernels compiled; of those that do not, the case itself will say why.
+    """
+    try:
+        calls = pose(torch.device("meta")).calls
+        kernels = {key_of(call): call for call in calls if isinstance(call, Launch)}
+        for launch in kernels.values():
+            compile_kernel(launch, target.sm)
+    except Exception:  # of Triton or its compiler: they raise many kinds
+        return 0
+    return len(kernels)
+
+
 def normal(
     device: torch.device, *sizes: int, dtype: torch.dtype = torch.float16, scale: float = 1.0
 ) -> Tensor:
@@ -85,8 +104,9 @@ def normal(
 
 
 def poisoned(device: torch.device, *sizes: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """An output full of NaN."""
-    return torch.full(sizes, float("nan"), dtype=dtype, device=device)
+    """An output full of NaN; of -128, which `normal` does not give, where there is none."""
+    value = float("nan") if dtype.is_floating_point else -128
+    return torch.full(sizes, value, dtype=dtype, device=device)
 
 
 def difference(found: Tensor, exact: Tensor, tolerance: float) -> str | None:

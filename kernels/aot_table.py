@@ -59,6 +59,13 @@ class Layer:
     residual: bool = False
     activation: ActivationKind | None = "relu"
 
+    def shape(self, batch: int) -> ConvShape:
+        """Of a call for so many images; groups that are one product count as one."""
+        stride, padding = (self.stride,) * 2, (self.taps // 2,) * 2
+        taps, groups = (self.taps, self.taps), self.groups // self.merged
+        sizes = (batch, self.size, self.size, self.c, self.k, *taps)
+        return ConvShape(*sizes, stride, padding, groups=groups)
+
 
 STEM = Layer("conv1", 224, 3, 64, taps=7, stride=2)
 CONV_3X3 = Layer("layer1.0.conv2", 56, 64, 64, taps=3)
@@ -252,19 +259,7 @@ def conv2d_case(
     scales: dict[str, Any] = {"scale": meta(layer.k, dtype=torch.float32), "out_scale": 9.5}
     if layer.residual:
         scales["residual_scale"] = 0.125
-    stride, padding = (layer.stride, layer.stride), (layer.taps // 2, layer.taps // 2)
-    shape = ConvShape(
-        n=batch,
-        h=layer.size,
-        w=layer.size,
-        c=layer.c,
-        k=layer.k,
-        r=layer.taps,
-        s=layer.taps,
-        stride=stride,
-        padding=padding,
-        groups=layer.groups // layer.merged,
-    )
+    shape = layer.shape(batch)
     y_sizes = (batch, shape.p, shape.q, layer.k)
     launch = conv2d_launch(
         meta(batch, layer.size, layer.size, layer.c, dtype=dtype),

@@ -20,6 +20,7 @@ from fastres.kernels.chain_tiles import (
     DEPTH,
     ChainShape,
     ChainTile,
+    chain_cost,
     choose_chain_tile,
     is_valid,
     refusal,
@@ -237,6 +238,7 @@ def chain_launch(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         fp_fusion=scales is None,
+        cost=chain_cost(shape, a.element_size()),
     )
 
 

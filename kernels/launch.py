@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from triton.compiler.errors import CompilationError
@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastres.kernels.cost import Cost
+from fastres.kernels.cost import Cost, Target, least_seconds
 
 _INTERPRETER = threading.Lock()  # Triton's interpreter runs one kernel at a time
 _SIDES = ("BLOCK", "BOX", "CHUNK", "SPLIT")  # constants that a tile brings
@@ -69,6 +69,25 @@ class Launch:
         if self.dependent:
             options["launch_pdl"] = True
         return options
+
+    @property
+    def tile(self) -> str:
+        """Block sizes, warps and stages, in short."""
+        blocks = [str(v) for name, v in self.constants.items() if name.startswith("BLOCK_")]
+        return f"{'x'.join(blocks)} w{self.num_warps} s{self.num_stages}"
+
+    def least(self, target: Target) -> tuple[float, Literal["arithmetic", "memory"]]:
+        """The seconds that a target's rates allow at least, and which rate it is that limits.
+
+        0 and "memory" of a family that cannot tell its cost.
+        """
+        if self.cost is None:
+            return 0.0, "memory"
+        itemsize = min(tensor.element_size() for tensor in self.tensors())
+        tensor_cores = itemsize < 4 or self.constants.get("INPUT_PRECISION") == "tf32"
+        seconds = least_seconds(self.cost, target, itemsize, tensor_cores)
+        in_memory = self.cost.bytes / target.dram_bytes
+        return seconds, "arithmetic" if seconds > in_memory else "memory"
 
     def overlapping(self) -> "Launch":
         """The same as a dependent launch: `fastres.kernels.dependent`.

@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from gpu_bench import interrupted
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
@@ -117,3 +120,64 @@ def test_without_tensorrt_for_a_gpu_it_says_why(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (row,) = rows(tmp_path)
     assert row["name"] == "not run" and "there is no NVIDIA GPU" in row["reason"]
+
+
+def test_without_a_gpu_kernels_say_why_they_were_not_timed(tmp_path: Path) -> None:
+    done = run(tmp_path, *SMALL, "--only=kernels")
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(tmp_path)
+    assert row["name"] == "not run" and "need an NVIDIA GPU" in row["reason"]
+
+
+OPTION = "def pytest_addoption(parser):\n    parser.addoption('--tiles-in')\n"
+BENCHMARKS = """
+import time, pytest
+
+@pytest.mark.parametrize("i", range({count}))
+def test_kernel(benchmark, i):
+    benchmark.pedantic(time.sleep, ({seconds},), rounds=1)
+    assert i != {wrong}
+    benchmark.extra_info.update(
+        family="boxes", batch_size=32, dtype="fp16", microseconds=2.0 + i,
+        share_of_roofline=0.25 + i / 4, tflops=100.0 * i, gbs=10.0,
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "wrong", "right", "kept"),
+    [
+        (3, 0.0, -1, True, 3),
+        (3, 0.0, 1, False, 2),
+        (9, 1.5, -1, True, None),
+        (9, 1.5, 1, False, None),
+    ],
+    ids=["all", "a failure", "out of time", "a failure and out of time"],
+)
+def test_kernels_are_summed_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    seconds: float,
+    wrong: int,
+    right: bool,
+    kept: int | None,
+) -> None:
+    """The section itself over other benchmarks, which take no GPU."""
+    import gpu_pytest
+
+    source = BENCHMARKS.format(count=count, seconds=seconds, wrong=wrong)
+    (tmp_path / "test_kernels.py").write_text(source)
+    (tmp_path / "conftest.py").write_text(OPTION)
+    monkeypatch.setattr(gpu_pytest, "_BENCH", tmp_path)
+    asked = SimpleNamespace(
+        device=torch.device("cuda"), out=tmp_path, until=time.time() + (5 if kept is None else 60)
+    )
+    (row,) = gpu_pytest.kernels(asked)
+    assert row["right"] is right, row
+    assert row["out_of_time"] == (kept is None)
+    assert row["kernels"] == kept if kept else 1 <= row["kernels"] < count
+    line = row["table"].strip()
+    assert line.startswith(f"boxes batch 32 fp16: {row['kernels']} kernels, ")
+    if kept == 3:
+        assert "9.0 us in all, 25% to 75% of the roofline, at most 200 TFLOP/s and 10 GB/s" in line

@@ -44,10 +44,20 @@ def ban(tiles: Tiles, plan: Plan, node: str, reason: str) -> None:
         UnsupportedError: the node has no tile that could be another.
     """
     tile = next((getattr(s, "tile", None) for s in plan.steps if s.node == node), None)
-    problem = next((c.problem for c in plan.choices if node in c.nodes and c.problem), None)
+    problem = problem_of(plan, node)
     if tile is None or problem is None:
         raise UnsupportedError(f"{node} cannot run on sm_{tiles.target.sm}: {reason}")
     tiles.ban(problem, tile, f"{node}: {reason}")
+
+
+def problem_of(plan: Plan, node: str) -> str | None:
+    """The key of what a node's step was reckoned as; None of a step without a choice.
+
+    A chain's choice names the next block's 1x1 too, also where that stays a kernel of its own: its
+    own choice comes later.
+    """
+    own = (c.problem for c in reversed(plan.choices) if node in c.nodes and c.problem)
+    return next(own, None)
 
 
 def tuned(graph: Graph, options: Options, device: torch.device, shapes: Shapes) -> Tiles:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 
@@ -21,7 +20,7 @@ from fastres.backends.triton.table import Tiles, shipped_for
 from fastres.graph.ir import Graph
 from fastres.kernels.aot import MATRIX, KernelFacts, fits, key_of
 from fastres.kernels.binary_build import Built, build_launch
-from fastres.kernels.cost import Cost, Target, least_seconds
+from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 from fastres.options import Options, Precision
 from fastres.text import progress_bar
@@ -110,7 +109,7 @@ def compile_launches(
 
 
 def _compiled(node: str, launch: Launch, target: Target) -> Built:
-    what = f"{launch.kernel.__name__} with {_tile(launch)}"
+    what = f"{launch.kernel.__name__} with {launch.tile}"
     try:
         built = build_launch(launch, target.sm)
     except Exception as error:  # Triton raises many kinds
@@ -135,35 +134,18 @@ def _compiled(node: str, launch: Launch, target: Target) -> Built:
 
 def _report(group: Sequence[tuple[str, Launch]], facts: KernelFacts, target: Target) -> KernelInfo:
     launch = group[0][1]
-    microseconds, bound = max(_times(other.cost, launch, target) for _, other in group)
+    seconds, bound = max(other.least(target) for _, other in group)
     return KernelInfo(
         kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         nodes=tuple(name for name, _ in group),
-        tile=_tile(launch),
+        tile=launch.tile,
         registers=facts.registers,
         spilled=facts.spill_stores,
         shared_bytes=facts.shared_bytes,
         instructions=_mix(facts),
-        microseconds=microseconds,
+        microseconds=1e6 * seconds,
         bound=bound,
     )
-
-
-def _times(
-    cost: Cost | None, launch: Launch, target: Target
-) -> tuple[float, Literal["arithmetic", "memory"]]:
-    if cost is None:
-        return 0.0, "memory"
-    itemsize = min(tensor.element_size() for tensor in launch.tensors())
-    tensor_cores = itemsize < 4 or launch.constants.get("INPUT_PRECISION") == "tf32"
-    least = least_seconds(cost, target, itemsize, tensor_cores)
-    in_memory = cost.bytes / target.dram_bytes
-    return 1e6 * least, "arithmetic" if least > in_memory else "memory"
-
-
-def _tile(launch: Launch) -> str:
-    blocks = [str(v) for name, v in launch.constants.items() if name.startswith("BLOCK_")]
-    return f"{'x'.join(blocks)} w{launch.num_warps} s{launch.num_stages}"
 
 
 def _mix(facts: KernelFacts) -> dict[str, int]:

@@ -12,7 +12,7 @@ from fastres.backends.triton.form import SEVERAL
 from fastres.backends.triton.plan import Plan
 from fastres.kernels.cost import Target
 
-_SAVED = 1.0  # us a step inside a CUDA graph: a guess, until a GPU has answered
+LAUNCH_US = 1.0  # a step inside a CUDA graph: a guess, until a GPU has answered
 _WORTH = 0.05  # of the plan's time: for less, nothing is changed
 
 
@@ -29,7 +29,7 @@ def with_overlap(plan: Plan, target: Target, asked: bool | None) -> Plan:
     if not has_dependent_launch(target):
         return plan
     total = sum(choice.microseconds for choice in plan.choices if choice.taken != SEVERAL)
-    saved = _SAVED * len(plan.steps)
+    saved = LAUNCH_US * len(plan.steps)
     dependent = saved >= _WORTH * total if asked is None else asked
     forms = ("launched one after the other", "dependent launches")
     times = (total + saved, total)

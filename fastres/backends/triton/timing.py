@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-_REPEATS = 20  # in one graph: what a replay costs by itself is spread over them
+REPEATS = 20  # in one graph: what a replay costs by itself is spread over them
 _ROUNDS = 7
 _recording = threading.Lock()
 
@@ -29,25 +29,52 @@ def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
 def milliseconds(work: Callable[[], None], device: torch.device) -> float:
     """The median time of one pass.
 
-    On a GPU the passes run back to back, so that a launch does not wait for Python; what they read
-    may then lie in L2.
+    What the passes read may lie in L2, as they run back to back.
 
     Args:
         work: launches kernels and does nothing else; it is run at least twice.
     """
+    timed = stopwatch(work, device)
+    rounds = _ROUNDS if device.type == "cuda" else 1
+    return statistics.median(timed() for _ in range(rounds))
+
+
+def stopwatch(
+    work: Callable[[], None], device: torch.device, passes: int = REPEATS
+) -> Callable[[], float]:
+    """Runs the work, so that its kernels are compiled; what it returns times it from then on.
+
+    On a GPU the passes run back to back, so that a launch does not wait for Python.
+
+    Args:
+        work: one pass: launches kernels and does nothing else.
+        passes: on a GPU, how many are recorded, and run for each time.
+
+    Returns:
+        A function that gives the milliseconds of one pass.
+    """
     if device.type != "cuda":
         work()
-        start = time.perf_counter()
-        work()
-        return 1e3 * (time.perf_counter() - start)
+        return lambda: _clocked(work)
     with torch.cuda.device(device):
-        replay = record_cuda_graph(lambda: _repeat(work))
+        replay = record_cuda_graph(lambda: _repeat(work, passes))
         replay()
-        return statistics.median(_round(replay) / _REPEATS for _ in range(_ROUNDS))
+
+    def timed() -> float:
+        with torch.cuda.device(device):
+            return _round(replay) / passes
+
+    return timed
 
 
-def _repeat(work: Callable[[], None]) -> None:
-    for _ in range(_REPEATS):
+def _clocked(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _repeat(work: Callable[[], None], passes: int) -> None:
+    for _ in range(passes):
         work()
 
 

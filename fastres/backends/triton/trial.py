@@ -208,6 +208,7 @@ class Trial:
             target=target,
             activation="relu",
             tile=tile,
+            **self._scales,
         )
 
     def _reference(self, chosen: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

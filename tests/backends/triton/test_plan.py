@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres.backends.triton.choosing import ban
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.plan import (
     LaunchBoxConv2d,
@@ -208,6 +209,27 @@ def test_where_no_tile_of_a_form_is_left_another_form_is_taken(batch: int) -> No
     assert LaunchBoxConv2d in usual and kinds[LaunchConv2d] + kinds[LaunchStem] == 53
     assert not kinds.keys() & {LaunchBoxConv2d, LaunchChain, LaunchStemPool}
     assert any("no tile can run" in c.others.get("boxes", "") for c in plan.choices)
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+def test_a_banned_tile_is_the_nodes_own(batch: int) -> None:
+    """Also of a 1x1 that the chain in front of it leaves out: the chain's choice names it, too."""
+    graph, shapes = bottleneck("v1.5"), ((batch, 3, 224, 224),)
+    chained_for = set()
+    for step in make_plan(graph, shapes, "fp16", HOPPER).steps:
+        if (tile := getattr(step, "tile", None)) is None:
+            continue
+        tiles = Tiles(HOPPER.target)
+        plan = make_plan(graph, shapes, "fp16", tiles)
+        kinds = {problem.key: problem.kind for problem in tiles.asked()}
+        ban(tiles, plan, step.node, "it spills")
+        ((key, banned),) = tiles.banned
+        assert banned == tile and isinstance(tile, TILE_OF[kinds[key]]), step.node
+        after = {s.node: s for s in make_plan(graph, shapes, "fp16", tiles).steps}
+        assert after.get(step.node) != step
+        if sum(step.node in c.nodes and bool(c.problem) for c in plan.choices) > 1:
+            chained_for.add(step.node)
+    assert batch == 1 or "layer2.1.conv1" in chained_for
 
 
 @pytest.mark.parametrize("target", [HOPPER, AMPERE], ids=["sm_90", "sm_80"])

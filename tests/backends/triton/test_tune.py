@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastres.backends.triton import trial as trial_module
+from fastres.backends.triton import trial_eight_bits as eight_bits
 from fastres.backends.triton import tune as tuning
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.table import (
@@ -52,6 +53,8 @@ EIGHT_BITS = [
     Problem("boxes", POINTWISE, "int8", residual=True, floating=True),
     Problem("stem and pool", stem_shape(2, 12, 20, 32), "int8"),
     Problem("folded stem", stem_shape(2, 12, 20, 32), "int8"),
+    Problem("chain", ChainShape(2, 4, 4, 64, 256, 64), "int8"),
+    Problem("chain", ChainShape(1, 8, 8, 64, 128, 0, 64, 2, 2), "int8"),
 ]
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
@@ -268,10 +271,11 @@ class TestTrials:
         trial = make_trial(problem, CPU)
         for launch in trial.launches(problem.candidates(Target(90, 1))[0], Target(90, 1)):
             launch.run()
-        out = trial._outputs[0]
-        assert out[out > 0].float().std() > 10  # values all over the range of int8
-        out[-1, -1, -1, 0] += 1
-        assert "1 values of the output are not the reference's" in str(trial.difference())
+        for i, out in enumerate(trial._outputs):
+            assert out[out > 0].float().std() > 10  # values all over the range of int8
+            out[-1, -1, -1, 0] += 1
+            assert f"1 values of output {i} are not the reference's" == trial.difference()
+            out[-1, -1, -1, 0] -= 1
 
 
 def test_tf32_is_measured_by_its_own_rounding() -> None:
@@ -292,12 +296,35 @@ class TestFp8Trials:
         assert out.dtype == torch.float8_e4m3fn
         trial.poison()
         assert "not written" in str(trial.difference())
-        exact = trial._exact(torch.arange(len(out))).float()  # type: ignore[attr-defined]
+        (exact,) = trial._exact(torch.arange(len(out)))  # type: ignore[attr-defined]
         assert exact.std() > 10
         out.copy_(exact.to(out.dtype))
         assert trial.difference() is None
         out.copy_((exact * 1.3).to(out.dtype))
-        assert "values of the output are not the reference's" in str(trial.difference())
+        assert "values of output 0 are not the reference's" in str(trial.difference())
+
+    def test_a_chain_may_round_its_inner_values_otherwise(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trial = make_trial(replace(CHAIN, precision="fp8"), CPU)
+        finished = eight_bits._finished
+
+        def other_sums(acc: torch.Tensor, *more: Any) -> torch.Tensor:
+            noise = torch.randn(acc.shape, generator=torch.Generator().manual_seed(1))
+            return finished(acc + 2**-11 * acc.std() * noise, *more)
+
+        exact = trial._exact(trial.chosen())  # type: ignore[attr-defined]
+        with monkeypatch.context() as patched:
+            patched.setattr(eight_bits, "_finished", other_sums)
+            found = trial._exact(trial.chosen())  # type: ignore[attr-defined]
+        for out, values in zip(trial._outputs, found, strict=True):
+            out.copy_(values.to(out.dtype))
+        assert trial.difference() is None
+        for i, values in enumerate(exact):
+            assert values.std() > 10 and not torch.equal(values, found[i])
+            trial._outputs[i].copy_((values * 1.5).to(torch.float8_e4m3fn))
+            assert f"of output {i} are not the reference's" in str(trial.difference())
+            trial._outputs[i].copy_(values.to(torch.float8_e4m3fn))
 
     @pytest.mark.parametrize("sm", [89, 90])
     def test_launches_are_there_to_compile(self, sm: int) -> None:
