@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: run test install dev lint types unit interpret bench gpu kernels clean
+.PHONY: run test install dev lint types unit interpret bench report gpu kernels clean
 
 run: install  ## install, then the main job: photographs through ResNet-50, digits through trained nets
 	$(BIN)/python examples/main_job.py
@@ -46,8 +46,20 @@ interpret: dev
 unit: dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not interpret'
 
-bench: dev
-	$(BIN)/python bench/compare.py
+# bf16 only where the processor has it
+PRECISIONS := fp32$(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo ,bf16),int8
+
+bench: dev  ## ours and peers on ResNet-50, interleaved
+	$(BIN)/fastres bench fastres:resnet50 --precision $(PRECISIONS) --batch-size 1,8
+
+report: dev  ## everything that a report shows, measured afresh: about half an hour, into build/report
+	mkdir -p build/report
+	$(BIN)/fastres bench fastres:resnet50 --precision $(PRECISIONS) --batch-size 1,8 --layers -o build/report/peers.json
+	$(BIN)/fastres bench fastres:resnet50@v1 fastres:resnet50@v1.5 --precision $(PRECISIONS) --batch-size 1,8 --peers none -o build/report/versions.json
+	$(BIN)/python bench/scaling.py -o build/report/scaling.json
+	$(BIN)/python bench/accuracy.py --quick -o build/report/accuracy.json
+	$(BIN)/python bench/accuracy.py --parity --depths 18,50 -o build/report/parity.json
+	$(BIN)/fastres report build/report/*.json -o build/report/report.html
 
 gpu:  ## on a machine with an NVIDIA GPU: right first, then tuned, then how fast; results in build/gpu
 	$(PYTHON) bench/gpu.py --out build/gpu

@@ -51,6 +51,12 @@ def bench(
     layers: Annotated[
         bool, typer.Option("--layers", help="Also time ours layer by layer; --html does so, too.")
     ] = False,
+    launches: Annotated[
+        int,
+        typer.Option(
+            min=1, max=50, help="Times that every process is started; the duration is shared."
+        ),
+    ] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of turns.")] = 0,
     compare: Annotated[
         Path | None,
@@ -76,8 +82,9 @@ def bench(
 ) -> None:
     """Time models, and peers beside them.
 
-    Every target runs in a process of its own on the same cores. All are checked against the model
-    in float64 first; then they take turns. An interrupt keeps what was measured.
+    Every target runs in a process of its own on the same cores, started several times. All are
+    checked against the model in float64 first; then they take turns. An interrupt keeps what was
+    measured.
     """
     from fastres.cli.bench_run import Bench
     from fastres.timing.guard import read_base
@@ -95,6 +102,7 @@ def bench(
         percentiles=_percentiles(percentile),
         transfers=transfers,
         layers=layers or html is not None,
+        launches=launches,
         seed=seed,
     )
     results = bench.run()

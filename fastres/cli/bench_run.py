@@ -41,6 +41,7 @@ class Bench:
         models: names and paths, as given.
         peers: their names; None: those that are usual on the device.
         layers: whether ours are profiled as well.
+        launches: how many times every process is started.
     """
 
     models: Sequence[str]
@@ -50,6 +51,7 @@ class Bench:
     percentiles: tuple[float, ...]
     transfers: bool
     layers: bool
+    launches: int
     seed: int
 
     def __post_init__(self) -> None:
@@ -74,9 +76,8 @@ class Bench:
             batches = {n: pictures.synthetic(n, networks[0].target) for n in self.asked.batch_sizes}
             entrants = self._entrants(networks, batches, folder)
             lanes = _lanes(entrants)
-            with Contest(entrants, cores=self.cores, folder=folder) as contest:
-                with progress("preparing") as advance:
-                    contest.prepare(advance)
+            launches = self.launches
+            with Contest(entrants, cores=self.cores, folder=folder, launches=launches) as contest:
                 finished = self._time(contest, networks, lanes, batches)
                 profiled = finished and (self.layers or bool(_pairs(lanes)))
                 profiles = self._profiles(contest, batches) if profiled else []
@@ -102,6 +103,7 @@ class Bench:
                 "date": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.time() - started, 1),
                 "duration_s": self.duration_s,
+                "launches": self.launches,
                 "transfers": "included" if self.transfers else "not included",
             },
         )
@@ -174,19 +176,24 @@ class Bench:
             return network.expected(entrant, ours[entrant.name], contest, batch, rows)
 
         shuffler = random.Random(self.seed)
-        sizes = list(batches)
         try:
-            for i, (size, batch) in enumerate(batches.items()):
-                with working(f"checking at batch {size}"):
-                    contest.check(batch, expected)
-                if i == 0:
-                    seconds = contest.forecast(self.duration_s, sizes, size)
-                    note(f"timing {len(contest.entrants)} targets takes about {_time(seconds)}")
-                with progress(f"timing at batch {size}") as advance:
-                    contest.time(size, self.duration_s, self.percentiles, shuffler, advance)
+            for launch in range(self.launches):
+                with progress(f"preparing, launch {launch + 1} of {self.launches}") as advance:
+                    contest.prepare(advance)
+                for size, batch in batches.items():
+                    with working(f"checking at batch {size}"):
+                        contest.check(batch, expected)
+                    if launch == 0 and size == next(iter(batches)):
+                        self._announce(contest, list(batches))
+                    with progress(f"timing at batch {size}") as advance:
+                        contest.time(size, self.duration_s, shuffler, advance)
         except KeyboardInterrupt:
             return False
         return True
+
+    def _announce(self, contest: Contest, sizes: list[int]) -> None:
+        seconds = contest.forecast(self.duration_s, sizes, sizes[0])
+        note(f"timing {len(contest.entrants)} targets takes about {_time(seconds)}")
 
     def _profiles(self, contest: Contest, batches: dict[int, Tensor]) -> list[dict[str, Any]]:
         found = []
@@ -218,8 +225,8 @@ class Bench:
         """The first peer that was timed is the baseline; without peers, the first of ours."""
         here = replace(machine(), threads=self.threads)
         here.state["pinned to"] = ", ".join(map(str, self.cores))
-        report = BenchReport(here, "", self.seed, tuple(contest.measurements))
-        timed = [m.target for m in contest.measurements]
+        report = BenchReport(here, "", self.seed, contest.measurements(self.percentiles))
+        timed = [m.target for m in report.measurements]
         peers = [peer for lane in lanes for peer in lane.peers if peer in timed]
         everywhere = [  # a peer may have been left out at a larger batch size
             name for name in (*peers, *timed) if timed.count(name) == len(report.batch_sizes)

@@ -90,7 +90,7 @@ def benchmark(
         with torch.no_grad():
             interleave(here, duration_s, shuffler, report, timed)
         measurements += [
-            measurement(t.name, t.precision, size, timed[t.name], wanted) for t in named
+            measurement(t.name, t.precision, size, [timed[t.name]], wanted) for t in named
         ]
     return BenchReport(machine(), reference, seed, tuple(measurements)).against(reference)
 

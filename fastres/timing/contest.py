@@ -7,6 +7,7 @@ policy first. Nothing is timed if one of ours is wrong; a peer that is wrong is 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from fastres.options import EIGHT_BITS, Precision
 from fastres.timing.checks import OWN_SCALES, Reference, Verdict, judge, rows_to_judge
 from fastres.timing.processes import Process
 from fastres.timing.report import Measurement, measurement
-from fastres.timing.turns import MIN_ROUNDS, TURNS, Progress, Rounds, interleave
+from fastres.timing.turns import TURNS, Progress, Rounds, interleave, rounds_at_least
 
 PAUSE = 0.005  # seconds before a turn: threads of the target before spin that long at most
 AT_ONCE = 2  # processes that are made at a time
@@ -54,31 +55,39 @@ class Contest:
         entrants: all of different names.
         cores: every process is pinned to these.
         folder: an existing one for what processes print and hand over.
+        launches: how many times `prepare` will be called.
 
     Raises:
         InputError: two entrants of one name.
     """
 
-    def __init__(self, entrants: Sequence[Entrant], *, cores: Sequence[int], folder: Path) -> None:
+    def __init__(
+        self,
+        entrants: Sequence[Entrant],
+        *,
+        cores: Sequence[int],
+        folder: Path,
+        launches: int = 1,
+    ) -> None:
         names = [entrant.name for entrant in entrants]
         if len(set(names)) < len(names):
             raise InputError(f"two targets have one name: {', '.join(names)}")
         self.entrants = list(entrants)  # who still takes part
         self.processes: dict[str, Process] = {}
         self.left_out: dict[str, str] = {}  # why, by name
-        self.verdicts: list[Verdict] = []
-        self.measurements: list[Measurement] = []
+        self.verdicts: list[Verdict] = []  # of the first launch
+        self._timed: dict[tuple[int, str], list[Rounds]] = {}  # launches, by batch size and name
         self._cores, self._folder = cores, folder
+        self._launches, self._preparing_s = launches, 0.0
 
     def __enter__(self) -> Contest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes.values():
-            process.close()
+        self.close()
 
     def prepare(self, progress: Progress) -> None:
-        """Makes everybody, ours first.
+        """Makes everybody anew, ours first.
 
         Args:
             progress: called with the share of entrants that are made.
@@ -86,13 +95,20 @@ class Contest:
         Raises:
             FastresError: one of ours cannot be made.
         """
-        done, everybody = 0, tuple(self.entrants)
+        started, done, everybody = time.perf_counter(), 0, tuple(self.entrants)
+        self.close()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for ours in (True, False):
                 group = [entrant for entrant in everybody if entrant.ours is ours]
                 for _ in pool.map(self._make, group):
                     done += 1
                     progress(done / len(everybody))
+        self._preparing_s = time.perf_counter() - started
+
+    def close(self) -> None:
+        """Ends all processes."""
+        for process in self.processes.values():
+            process.close()
 
     def _make(self, entrant: Entrant) -> None:
         process = Process(
@@ -122,6 +138,7 @@ class Contest:
             ParityError: one of ours is wrong.
         """
         rows = rows_to_judge(len(batch))
+        known = {(verdict.target, verdict.batch_size) for verdict in self.verdicts}
         for entrant in tuple(self.entrants):
             with self._leaving_out(entrant):
                 result = self.processes[entrant.name].feed(batch, rows=rows)
@@ -136,54 +153,73 @@ class Contest:
                         len(batch),
                         OWN_SCALES if own_scales else 2.0,
                     )
-                    self.verdicts.append(replace(verdict, model=entrant.model))
+                    if (entrant.name, len(batch)) not in known:
+                        self.verdicts.append(replace(verdict, model=entrant.model))
                     verdict.raise_if_wrong()
 
     def forecast(self, duration_s: float, batch_sizes: Sequence[int], fed: int) -> float:
-        """Seconds that timing will take, by one call of each with the batch of `fed` images."""
-        seconds = 0.0
+        """Seconds that all of it will take from here, by one call of each with `fed` images."""
+        seconds = self._preparing_s * (self._launches - 1)
         for entrant in tuple(self.entrants):
             with self._leaving_out(entrant):
                 (one,) = self.processes[entrant.name].turn(1)
                 for size in batch_sizes:
                     call = one * size / fed
                     calls = max(1, round(duration_s / TURNS / call))
-                    rounds = max(MIN_ROUNDS, duration_s / (calls * call))
-                    seconds += duration_s / 6 + rounds * ((calls + 1) * call + PAUSE)
+                    share = duration_s / self._launches / (calls * call)
+                    rounds = self._launches * max(rounds_at_least(self._launches), share)
+                    warming = self._launches * (duration_s / 6 + call)
+                    seconds += warming + rounds * ((calls + 1) * call + PAUSE)
         return seconds
 
     def time(
-        self,
-        size: int,
-        duration_s: float,
-        percentiles: Sequence[float],
-        shuffler: random.Random,
-        progress: Progress,
+        self, size: int, duration_s: float, shuffler: random.Random, progress: Progress
     ) -> None:
-        """Times everybody with the batch they were given; what an interrupt leaves is kept."""
+        """Times this launch with the batch that was fed; what an interrupt leaves is kept."""
         timed: dict[str, Rounds] = {}
         while self.entrants:
             contestants = [self.processes[entrant.name] for entrant in self.entrants]
             try:
-                interleave(contestants, duration_s, shuffler, progress, timed, pause_s=PAUSE)
+                interleave(
+                    contestants,
+                    duration_s,
+                    shuffler,
+                    progress,
+                    timed,
+                    pause_s=PAUSE,
+                    launches=self._launches,
+                )
                 break
             except FastresError:  # the others start again
                 for entrant in tuple(self.entrants):
                     with self._leaving_out(entrant):
                         self.processes[entrant.name].raise_failure()
             except KeyboardInterrupt:
-                self._keep(size, timed, percentiles)
+                self._keep(size, timed)
                 raise
-        self._keep(size, timed, percentiles)
+        self._keep(size, timed)
 
-    def _keep(self, size: int, timed: dict[str, Rounds], percentiles: Sequence[float]) -> None:
-        for e in self.entrants:
-            if timed.get(e.name):
-                rounds = timed[e.name]
-                ran = self.processes[e.name].facts.get("precision", "")
-                self.measurements.append(
-                    measurement(e.name, e.precision, size, rounds, percentiles, e.model, ran)
-                )
+    def _keep(self, size: int, timed: dict[str, Rounds]) -> None:
+        for entrant in self.entrants:
+            if timed.get(entrant.name):
+                self._timed.setdefault((size, entrant.name), []).append(timed[entrant.name])
+
+    def measurements(self, percentiles: Sequence[float]) -> tuple[Measurement, ...]:
+        """What is known of all who took part to the end, by batch size."""
+        by_name = {entrant.name: entrant for entrant in self.entrants}
+        return tuple(
+            measurement(
+                name,
+                by_name[name].precision,
+                size,
+                launches,
+                percentiles,
+                by_name[name].model,
+                self.processes[name].facts.get("precision", ""),
+            )
+            for (size, name), launches in self._timed.items()
+            if name in by_name
+        )
 
     @contextmanager
     def _leaving_out(self, entrant: Entrant) -> Iterator[None]:

@@ -1,14 +1,14 @@
 """Has ours become slower? Two runs, compared through the peers that both of them timed.
 
 A machine's speed changes from day to day, so times of different runs say little about a change of
-ours. Each run has peers, which have not changed: within a round, ours is divided by their geometric
-mean, the yardstick, and the medians of those quotients are compared.
+ours. Each run has peers, which have not changed. The steadiest of them, whose ratio to ours varies
+least between the launches of both runs, is the yardstick:
 
     relative = yardstick_ms / ours_ms        per round of one run
-    change = median(relative now) / median(relative then)
+    change = relative now / relative then
 
-with a 95 % interval from resampling the rounds of both. Ours is called slower when the whole
-interval lies below 1 - limit: where it does not, noise could explain what is seen.
+with a 95 % interval (`fastres.timing.statistics`). Ours is called slower when the whole interval
+lies below 1 - limit: where it does not, noise could explain what is seen.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
 from fastres.errors import InputError
 from fastres.text import render
-from fastres.timing.report import Measurement
-from fastres.timing.statistics import Ratio, change
+from fastres.timing.report import Measurement, by_launch
+from fastres.timing.statistics import Launches, Ratio, change, spread
 
 Verdict = Literal["slower", "faster", "same", "unclear"]
 Key = tuple[str, str, int]  # target, model, batch size
-Run = Mapping[Key, Sequence[float]]  # milliseconds by round
+Run = Mapping[Key, "Timed | Measurement"]
 SCHEMA = 1  # of what `fastres bench -o` writes
 
 
@@ -40,6 +39,7 @@ class Timed(msgspec.Struct, frozen=True):
     batch_size: int
     round_ms: tuple[float, ...]
     model: str = ""
+    launches: tuple[int, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -63,6 +63,7 @@ class Row:
     model: str
     precision: str
     batch_size: int
+    yardstick: str
     change: Ratio
     verdict: Verdict
 
@@ -73,12 +74,10 @@ class Comparison:
 
     Args:
         base: the file of the earlier run.
-        yardstick: the peers that ours is measured by, by lane.
         limit: as a fraction: 0.05.
     """
 
     base: str
-    yardstick: str
     limit: float
     rows: tuple[Row, ...]
 
@@ -92,12 +91,13 @@ class Comparison:
     def __str__(self) -> str:
         from rich.table import Table
 
-        table = Table(title=f"speed now over speed in {self.base}, by {self.yardstick}")
-        for column in ("batch", "target", "precision", "change", f"more than {self.limit:.0%}?"):
+        table = Table(title=f"speed now over speed in {self.base}, by a peer of both runs")
+        columns = ("batch", "target", "precision", "measured by", "change")
+        for column in (*columns, f"more than {self.limit:.0%}?"):
             table.add_column(column, no_wrap=True)
         for row in self.rows:
-            size = str(row.batch_size)
-            table.add_row(size, row.target, row.precision, str(row.change), row.verdict)
+            words = (row.target, row.precision, row.yardstick, str(row.change), row.verdict)
+            table.add_row(str(row.batch_size), *words)
         return render(table, width=160)
 
 
@@ -142,9 +142,9 @@ def compare(
     Raises:
         InputError: the runs share nothing of ours, or no peer to measure it by.
     """
-    now: Run = {(m.target, m.model, m.batch_size): m.round_ms for m in measured}
-    then: Run = {m.key: m.round_ms for m in base.measurements}
-    rows, used = [], set[str]()
+    now: Run = {(m.target, m.model, m.batch_size): m for m in measured}
+    then: Run = {m.key: m for m in base.measurements}
+    rows = []
     for m in measured:
         key = (m.target, m.model, m.batch_size)
         if m.target not in lanes or key not in then:
@@ -159,24 +159,25 @@ def compare(
                 f"{m.target} at batch {m.batch_size}: this run and {name} share no peer to measure "
                 "it by; time the same --peers in both"
             )
-        used.update(peers)
-        keys = [(peer, m.model, m.batch_size) for peer in peers]
-        found = change(_relative(now, key, keys), _relative(then, key, keys), seed)
-        rows.append(
-            Row(m.target, m.model, m.precision, m.batch_size, found, _verdict(found, limit))
-        )
+        options = {peer: [_relative(run, key, peer) for run in (now, then)] for peer in peers}
+        yardstick = min(options, key=lambda peer: sum(map(spread, options[peer])))
+        relative_now, relative_then = options[yardstick]
+        found = change(relative_now, relative_then, seed)
+        verdict = _verdict(found, limit)
+        rows.append(Row(m.target, m.model, m.precision, m.batch_size, yardstick, found, verdict))
     if not rows:
         raise InputError(
             f"{name} timed {', '.join(base.lanes)}; none of that is in this run: time the same "
             "models, precisions and batch sizes"
         )
-    return Comparison(name, ", ".join(sorted(used)), limit, tuple(rows))
+    return Comparison(name, limit, tuple(rows))
 
 
-def _relative(run: Run, ours: Key, peers: Sequence[Key]) -> list[float]:
-    """Per round, how many times as fast as the peers' geometric mean."""
-    yardstick = np.exp(np.mean([np.log(np.asarray(run[peer])) for peer in peers], axis=0))
-    return list(yardstick / np.asarray(run[ours]))
+def _relative(run: Run, ours: Key, peer: str) -> Launches:
+    """How many times as fast as the peer, by round and launch."""
+    own, theirs = run[ours], run[peer, ours[1], ours[2]]
+    pairs = zip(theirs.round_ms, own.round_ms, strict=True)
+    return by_launch([a / b for a, b in pairs], own.launches)
 
 
 def _verdict(found: Ratio, limit: float) -> Verdict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from rich.table import Table
 from fastres.errors import InputError
 from fastres.text import json_text, render
 from fastres.timing.machine import Machine
-from fastres.timing.statistics import Ratio, bootstrap
+from fastres.timing.statistics import Ratio, estimate
 from fastres.timing.turns import Rounds
 
 UNSTEADY = 3.0  # mean over fastest call
@@ -27,6 +28,7 @@ class Measurement:
         latency_ms: of one call, by percentile: `latency_ms["p99"]`.
         samples: timed calls.
         round_ms: median latency within each round; entries of one index were timed together.
+        launches: how many of the rounds belong to each launch of the target's process.
         speedup: over the baseline at the same batch size.
         quantiles_ms: of the latency, percentiles 0, 1, ... 100.
         model: which network it ran, where several are compared.
@@ -45,6 +47,7 @@ class Measurement:
     quantiles_ms: tuple[float, ...] = ()
     model: str = ""
     ran: str = ""
+    launches: tuple[int, ...] = ()
 
     @property
     def mean_ms(self) -> float:
@@ -79,7 +82,7 @@ class BenchReport:
             InputError: it was not measured.
         """
         rated = tuple(
-            replace(m, speedup=_ratio(self.of(baseline, m.batch_size).round_ms, m, self.seed))
+            replace(m, speedup=estimate(paired(self.of(baseline, m.batch_size), m), self.seed))
             for m in self.measurements
         )
         return replace(self, baseline=baseline, measurements=rated)
@@ -131,21 +134,29 @@ class BenchReport:
         return "\n".join([str(self.machine), render(table, width=160), *self.unsteady])
 
 
-def _ratio(baseline_ms: Sequence[float], measurement: Measurement, seed: int) -> Ratio:
-    pairs = zip(baseline_ms, measurement.round_ms, strict=True)
-    return bootstrap([theirs / own for theirs, own in pairs], seed)
+def by_launch(values: Sequence[float], launches: Sequence[int]) -> list[list[float]]:
+    """Values of rounds, a list for each launch; all in one where launches are not told."""
+    ends = list(accumulate(launches)) or [len(values)]
+    return [list(values[start:end]) for start, end in pairwise([0, *ends])]
+
+
+def paired(theirs: Measurement, own: Measurement) -> list[list[float]]:
+    """How many times as fast `own` was, by round and launch."""
+    pairs = zip(theirs.round_ms, own.round_ms, strict=True)
+    return by_launch([a / b for a, b in pairs], own.launches)
 
 
 def measurement(
     target: str,
     precision: str,
     size: int,
-    rounds: Rounds,
+    launches: Sequence[Rounds],
     percentiles: Sequence[float],
     model: str = "",
     ran: str = "",
 ) -> Measurement:
     """What the timed calls of one target say; its ratio is set by `BenchReport.against`."""
+    rounds = [calls for launch in launches for calls in launch]
     milliseconds = 1e3 * np.concatenate([np.asarray(calls) for calls in rounds])
     latencies = np.percentile(milliseconds, list(percentiles))
     return Measurement(
@@ -161,4 +172,5 @@ def measurement(
         tuple(float(ms) for ms in np.percentile(milliseconds, range(101))),
         model,
         ran,
+        tuple(len(launch) for launch in launches),
     )

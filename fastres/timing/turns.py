@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ def interleave(
     timed: dict[str, Rounds],
     *,
     pause_s: float = 0.0,
+    launches: int = 1,
 ) -> None:
     """Fills `timed` with the seconds of every timed call, by name and round.
 
@@ -49,12 +51,14 @@ def interleave(
 
     Args:
         pause_s: before each turn, in which the threads of the one before come to rest.
+        launches: this is one of so many, among which time and rounds are shared.
     """
     fastest = {c.name: c.warm_up(duration_s / 6) for c in contestants}
     timed.update({c.name: [] for c in contestants})
-    spent, budget, rounds = 0.0, duration_s * len(contestants), 0
+    spent, budget, rounds = 0.0, duration_s * len(contestants) / launches, 0
+    least = rounds_at_least(launches)
     try:
-        while rounds < MIN_ROUNDS or spent < budget:
+        while rounds < least or spent < budget:
             for contestant in shuffler.sample(contestants, len(contestants)):
                 calls = max(1, round(duration_s / TURNS / fastest[contestant.name]))
                 if pause_s:
@@ -64,10 +68,15 @@ def interleave(
                 fastest[contestant.name] = min(fastest[contestant.name], *seconds)
                 spent += sum(seconds)
             rounds += 1
-            progress(min(1.0, spent / budget, rounds / MIN_ROUNDS))
+            progress(min(1.0, spent / budget, rounds / least))
     finally:
         for turns in timed.values():
             del turns[rounds:]
+
+
+def rounds_at_least(launches: int) -> int:
+    """Of each of so many launches."""
+    return max(3, math.ceil(MIN_ROUNDS / launches))
 
 
 class Here:

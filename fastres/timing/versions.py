@@ -17,8 +17,8 @@ from rich.table import Table
 
 from fastres.text import render
 from fastres.timing.rates import Rates
-from fastres.timing.report import Measurement
-from fastres.timing.statistics import Ratio, bootstrap
+from fastres.timing.report import Measurement, paired
+from fastres.timing.statistics import Ratio, estimate
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ def versions(
         rates: of this machine in that precision.
     """
     (old, old_profile), (new, new_profile) = v1, v15
-    pairs = zip(old.round_ms, new.round_ms, strict=True)
     groups = {
         row["name"]: row for row in (*old_profile["groups"], *new_profile["groups"])
     }  # every name of either, in order
@@ -83,7 +82,7 @@ def versions(
         old.batch_size,
         old.throughput,
         new.throughput,
-        bootstrap([a / b for a, b in pairs], seed),
+        estimate(paired(old, new), seed),
         new_profile["total"]["flop"] / old_profile["total"]["flop"],
         _least(new_profile, rates) / _least(old_profile, rates) if rates else None,
         tuple(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ import fastres
 from fastres.errors import InputError
 from fastres.timing.benchmark import Target, benchmark
 from fastres.timing.machine import machine
-from fastres.timing.statistics import bootstrap
 from fastres.timing.turns import MIN_ROUNDS
 
 
@@ -182,21 +180,3 @@ class TestReport:
         assert here.cpu and here.cores >= 1 and here.threads == torch.get_num_threads()
         assert {"python", "torch", "openvino"} <= here.versions.keys()
         assert "some GPU" in str(replace(here, gpu="some GPU"))
-
-
-class TestBootstrap:
-    def test_interval_covers_the_true_ratio(self) -> None:
-        draw = np.random.default_rng(0)
-        intervals = [bootstrap(1.5 * np.exp(draw.normal(0, 0.1, 20)), i) for i in range(200)]
-        covered = np.mean([r.low <= 1.5 <= r.high for r in intervals])
-        assert covered > 0.9
-
-    def test_one_outlier_moves_nothing(self) -> None:
-        calm = bootstrap([2.0] * 20)
-        assert bootstrap([2.0] * 19 + [200.0]).median == calm.median == 2.0
-        assert (calm.low, calm.high) == (2.0, 2.0)
-
-    def test_same_seed_same_interval(self) -> None:
-        ratios = list(np.random.default_rng(1).uniform(1, 2, 15))
-        assert bootstrap(ratios, 3) == bootstrap(ratios, 3)
-        assert str(bootstrap([2.0])) == "2x [2, 2]"

@@ -35,7 +35,7 @@ def at_ease(done: float) -> None:
 @pytest.fixture
 def contest(tmp_path: Path) -> Make:
     cores = sorted(os.sched_getaffinity(0))
-    return lambda *entrants: Contest(entrants, cores=cores, folder=tmp_path)
+    return lambda *entrants, **more: Contest(entrants, cores=cores, folder=tmp_path, **more)
 
 
 def test_the_right_are_timed_and_the_others_named(contest: Make) -> None:
@@ -51,13 +51,13 @@ def test_the_right_are_timed_and_the_others_named(contest: Make) -> None:
         running.prepare(done.append)
         running.check(X, twice)
         forecast = running.forecast(0.2, [2], 2)
-        running.time(2, 0.2, (50,), random.Random(0), at_ease)
+        running.time(2, 0.2, random.Random(0), at_ease)
     assert done == sorted(done) and done[-1] == 1 and len(done) == 5
     assert running.left_out.keys() == {"refused", "wrong", "mortal"}
     assert "not on a Monday" in running.left_out["refused"]
     assert "largest error" in running.left_out["wrong"]
     assert "its process died, exit status 7" in running.left_out["mortal"]
-    ours, slow = running.measurements
+    ours, slow = running.measurements((50,))
     assert (ours.target, ours.model, ours.batch_size) == ("ours", "a net", 2)
     assert len(ours.round_ms) == len(slow.round_ms) >= MIN_ROUNDS
     assert ours.min_ms >= 2 and slow.min_ms >= 10
@@ -79,6 +79,21 @@ def test_ours_must_be_made(contest: Make) -> None:
             running.prepare(at_ease)
 
 
+def test_every_launch_is_a_new_process(contest: Make) -> None:
+    entrants = [entrant(name, "sleeper", ours=True, seconds=0.001) for name in ("a", "b")]
+    pids = set()
+    with contest(*entrants, launches=3) as running:
+        for _ in range(3):
+            running.prepare(at_ease)
+            running.check(X, twice)
+            running.time(2, 0.1, random.Random(0), at_ease)
+            pids |= {process.facts["pid"] for process in running.processes.values()}
+    assert len(pids) == 6 and len(running.verdicts) == 2
+    first, second = running.measurements((50,))
+    assert len(first.launches) == 3 and min(first.launches) >= 3
+    assert sum(first.launches) == len(first.round_ms) and first.launches == second.launches
+
+
 def test_an_interrupt_keeps_whole_rounds(contest: Make) -> None:
     rounds: list[float] = []
 
@@ -92,8 +107,8 @@ def test_an_interrupt_keeps_whole_rounds(contest: Make) -> None:
         running.prepare(at_ease)
         running.check(X, twice)
         with pytest.raises(KeyboardInterrupt):
-            running.time(2, 0.5, (50,), random.Random(0), interrupting)
-    assert [len(m.round_ms) for m in running.measurements] == [3, 3]
+            running.time(2, 0.5, random.Random(0), interrupting)
+    assert [len(m.round_ms) for m in running.measurements((50,))] == [3, 3]
 
 
 def test_two_of_one_name(contest: Make) -> None:

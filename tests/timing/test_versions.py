@@ -10,7 +10,7 @@ from fastres.timing.versions import table, versions
 
 
 def timed(ms: float) -> Measurement:
-    return measurement("x", "bf16", 8, [[ms / 1e3]] * 10, (50,))
+    return measurement("x", "bf16", 8, [[[ms / 1e3]] * 10], (50,))
 
 
 def profile(**groups: tuple[float, int, int]) -> dict[str, Any]:
