@@ -45,15 +45,10 @@ class TestLaunches:
 
     def test_more_launches_tell_more(self) -> None:
         draw = np.random.default_rng(0)
-        width = {
-            count: np.mean(
-                [
-                    r.high - r.low
-                    for r in (estimate(launches(draw, 1.0, 0.05, count=count)) for _ in range(50))
-                ]
-            )
-            for count in (2, 5, 30)
-        }
+        width = {}
+        for count in (2, 5, 30):
+            found = [estimate(launches(draw, 1.0, 0.05, count=count)) for _ in range(50)]
+            width[count] = np.mean([r.high - r.low for r in found])
         assert width[2] > 2 * width[5] > 4 * width[30] > 0.05
 
     def test_change_between_runs_is_covered(self) -> None:
