@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, default=32)
     add("--batch-size", type=int, default=8)
     add("--precision", default="fp32")
-    add("--peers", default="onnxruntime,openvino")
+    add("--peers", default="openvino")
     add("--launches", type=int, default=3)
     add("--duration", type=float, default=1.5)
     add("-o", "--output", type=Path, help="also write every trial as JSON")
