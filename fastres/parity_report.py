@@ -165,12 +165,18 @@ class ParityReport:
         Raises:
             ParityError: names the outputs, and the first layer, that are past their bounds.
         """
-        if self.passed:
-            return
+        if not self.passed:
+            raise ParityError(
+                f"{self.candidate} does not match {self.reference}: {self.why_failed}"
+            )
+
+    @property
+    def why_failed(self) -> str:
+        """The outputs and the first layer past their bounds, and where it began if known."""
         wrong = [f"{row.name}: {row.reason}" for row in self.outputs if not row.passed]
         wrong += self._first_layer()
         wrong += [str(self.bisection)] if self.bisection else []
-        raise ParityError(f"{self.candidate} does not match {self.reference}: {'; '.join(wrong)}")
+        return "; ".join(wrong)
 
     def to_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, **asdict(self)}

@@ -18,12 +18,10 @@ from fastres.cli.targets import Target, is_saved, open_target, split
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.options import DTYPE_OF, EIGHT_BITS, PRECISION_OF, Precision
-from fastres.settling import settle
 from fastres.timing.checks import Reference, exact, own_error
 from fastres.timing.contest import Contest, Entrant
 from fastres.tolerances import Errors, errors
 
-SETTLED_ON = 8  # pictures
 CALIBRATED_ON = 32  # pictures, where int8 is asked for and no table is given
 
 
@@ -147,10 +145,7 @@ def _settle(network: Network, path: Path) -> None:
     if network.module is None or not network.target.untrained:
         return
     with working(f"settling {network.name}"):
-        try:
-            settle(network.module, pictures.synthetic(SETTLED_ON, network.target))
-        except ValueError as error:
-            raise InputError(f"{network.name} cannot be timed: {error}") from error
+        pictures.settle(network.target)
     network.state = keep_state(network.module, path)
     note(f"{network.name} has random weights: they are settled on synthetic pictures")
 

@@ -45,6 +45,17 @@ def emit(
             raise InputError(f"{output} cannot be written: {error.strerror}") from error
 
 
+def check_output(output: Path, *read: Path | None) -> None:
+    """Keeps a command from writing over what it reads.
+
+    Raises:
+        InputError: the output is one of these files.
+    """
+    for file in read:
+        if file is not None and file.exists() and output.exists() and output.samefile(file):
+            raise InputError(f"-o {output} is what is read here: give another file to write")
+
+
 def note(text: str) -> None:
     """Something the user must know, on stderr so that it cannot spoil a report."""
     _say(Text.assemble(("note: ", "yellow"), printable(text)))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from fastres.calib.images import Preprocess
 
+_TO_SETTLE = 8  # pictures at least: BatchNorm needs several values per channel
+
 
 def preprocess_for(shape: Shape) -> Preprocess:
     """ImageNet's: the shorter side to 256/224 of the image's, the middle of that, mean and std.
@@ -70,6 +72,30 @@ def read(path: Path, target: Target) -> torch.Tensor:
         return preprocess.batch(images, normalise=not target.normalises).to(target.dtype)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def settle(target: Target, data: torch.Tensor | None = None) -> None:
+    """Gives an untrained network BatchNorms whose every term matters, in place.
+
+    Args:
+        data: pictures to settle on; where there are few, or none, synthetic ones help out.
+
+    Raises:
+        InputError: it cannot be settled.
+    """
+    import torch
+    from torch import nn
+
+    from fastres import models
+
+    assert isinstance(target.model, nn.Module), "only a model can be untrained"
+    given = [] if data is None else [data]
+    missing = _TO_SETTLE - sum(map(len, given))
+    enough = torch.cat([*given, synthetic(missing, target)]) if missing > 0 else given[0]
+    try:
+        models.settle(target.model, enough)
+    except ValueError as error:
+        raise InputError(f"{target.name} cannot be settled: {error}; give --weights") from error
 
 
 def synthetic(count: int, target: Target) -> torch.Tensor:

@@ -18,8 +18,6 @@ from fastres.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-_TO_SETTLE = 4  # pictures at least: BatchNorm needs several values per channel
-
 
 @flags.takes_request()
 def verify(
@@ -126,25 +124,9 @@ def _weights(target: Target, data: torch.Tensor, weights: Path | None, engine: s
             "with --weights"
         )
         return "untrained"
-    _settle(target.model, data, target)
+    pictures.settle(target, data)
     note("untrained weights, given BatchNorm statistics that matter (fastres.models.settle)")
     return "untrained, settled"
-
-
-def _settle(model: object, data: torch.Tensor, target: Target) -> None:
-    import torch
-    from torch import nn
-
-    from fastres.models import settle
-
-    assert isinstance(model, nn.Module), "only a model can be untrained"
-
-    missing = _TO_SETTLE - len(data)
-    enough = torch.cat([data, pictures.synthetic(missing, target)]) if missing > 0 else data
-    try:
-        settle(model, enough)
-    except ValueError as error:
-        raise InputError(f"{target.name} cannot be settled: {error}; give --weights") from error
 
 
 def _candidate(path: str | None, request: Request) -> Target | None:

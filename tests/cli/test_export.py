@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,23 @@ def test_bad_arguments(
     monkeypatch.chdir(tmp_path)
     assert text in run("export", *arguments, status=2).stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_it_does_not_write_over_what_it_reads(run: Run, trained: Path, tmp_path: Path) -> None:
+    weights, link = tmp_path / "w.safetensors", tmp_path / "link.onnx"
+    weights.write_bytes(trained.read_bytes())
+    link.symlink_to(weights)
+    for output in (weights, link):
+        result = run("export", SMALL, "--weights", weights, "-o", output, status=2)
+        assert "is what is read here: give another file" in result.stderr
+    assert weights.read_bytes() == trained.read_bytes()
+
+
+def test_a_link_stays_and_a_pipe_is_left_alone(run: Run, trained: Path, tmp_path: Path) -> None:
+    real, link, pipe = tmp_path / "real.onnx", tmp_path / "link.onnx", tmp_path / "pipe"
+    link.symlink_to(real)
+    given = ("export", SMALL, "--weights", trained, "-o")
+    run(*given, link)
+    assert link.is_symlink() and onnx.load(real).graph.node
+    os.mkfifo(pipe)
+    assert "no regular file" in run(*given, pipe, status=2).stderr and pipe.is_fifo()
