@@ -1,7 +1,7 @@
 """ResNet-50 on the CPU, ours and its peers: `python -m pytest bench --benchmark-enable`.
 
 One after the other, so these figures are for following one target over time. Targets are held
-against each other by `bench/compare.py`, which interleaves them.
+against each other by `fastres bench`, which interleaves them.
 """
 
 from __future__ import annotations

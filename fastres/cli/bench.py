@@ -9,7 +9,7 @@ import typer
 
 from fastres.cli import flags
 from fastres.cli.flags import Request
-from fastres.cli.output import emit, note
+from fastres.cli.output import check_folder, emit, note
 from fastres.errors import InputError
 
 DEFAULT = "default"
@@ -87,8 +87,12 @@ def bench(
     measured.
     """
     from fastres.cli.bench_run import Bench
+    from fastres.report.plotting import check_charts
     from fastres.timing.guard import read_base
 
+    check_folder(output, html)
+    if html is not None:
+        check_charts()
     asked = request.about(None)
     limit = _percent(fail_if_slower)
     if limit is not None and compare is None:

@@ -56,6 +56,19 @@ def check_output(output: Path, *read: Path | None) -> None:
             raise InputError(f"-o {output} is what is read here: give another file to write")
 
 
+def check_folder(*outputs: Path | None) -> None:
+    """Tells before long work, rather than after it, that a file cannot be written.
+
+    Raises:
+        InputError: a file's folder is missing, or it is a folder itself.
+    """
+    for output in outputs:
+        if output is not None and not output.parent.is_dir():
+            raise InputError(f"{output} cannot be written: there is no folder {output.parent}")
+        if output is not None and output.is_dir():
+            raise InputError(f"{output} is a folder; give the file to write")
+
+
 def note(text: str) -> None:
     """Something the user must know, on stderr so that it cannot spoil a report."""
     _say(Text.assemble(("note: ", "yellow"), printable(text)))

@@ -152,12 +152,12 @@ class Change(msgspec.Struct, frozen=True):
     verdict: str
     model: str = ""
     precision: str = ""
+    yardstick: str = ""
     change: Interval = Interval()
 
 
 class Comparison(msgspec.Struct, frozen=True):
     base: str = ""
-    yardstick: str = ""
     limit: Amount = None
     rows: tuple[Change, ...] = ()
 

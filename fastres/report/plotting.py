@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import warnings
@@ -87,6 +88,21 @@ def legend(series: Mapping[str, int]) -> Html:
     return items(entries, class_="legend")
 
 
+def check_charts() -> None:
+    """Tells before anything is drawn, or measured, that it cannot be.
+
+    Raises:
+        BackendUnavailable: matplotlib is not installed.
+    """
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"charts need matplotlib, which cannot be imported ({error}); "
+            "pip install 'fastres[report]'"
+        ) from error
+
+
 def chart(alt: str, height: float, paint: Callable[[Axes], None]) -> Html:
     """An SVG element.
 
@@ -99,14 +115,10 @@ def chart(alt: str, height: float, paint: Callable[[Axes], None]) -> Html:
     Raises:
         BackendUnavailable: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"charts need matplotlib, which cannot be imported ({error}); "
-            "pip install 'fastres[report]'"
-        ) from error
+    check_charts()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the browser has other fonts
         matplotlib.rcdefaults()  # whatever the user's own style is

@@ -218,13 +218,14 @@ def _measurement_table(name: str, bench: Bench) -> Html:
 
 def _change_table(name: str, comparison: Comparison) -> Html:
     columns = [Column("target"), Column("model"), Column("precision"), Column("batch", True)]
-    columns += [Column("speed now over then", True), Column("verdict")]
+    columns += [Column("measured by"), Column("speed now over then", True), Column("verdict")]
     rows = [
         (
             row.target,
             row.model,
             row.precision,
             number(row.batch_size),
+            row.yardstick,
             times_cell(row.change),
             tag("span", row.verdict, class_=_MOODS.get(row.verdict)),
         )
@@ -233,8 +234,7 @@ def _change_table(name: str, comparison: Comparison) -> Html:
     limit = (
         f"; changes within {100 * comparison.limit:g} % count as none" if comparison.limit else ""
     )
-    yardstick = f", relative to {comparison.yardstick}" if comparison.yardstick else ""
-    return table(f"{name} against {comparison.base}{yardstick}{limit}", columns, rows)
+    return table(f"{name} against {comparison.base}{limit}", columns, rows)
 
 
 _MOODS = {"slower": "bad", "faster": "good"}

@@ -71,6 +71,14 @@ def test_versions_are_explained(run: Run, tmp_path: Path) -> None:
     assert document["rates"]["fp32"]["gflop_per_s"] > document["rates"]["fp32"]["gb_per_s"] > 0
 
 
+def test_a_report_is_written(run: Run, small: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    result = run("bench", small, *BRIEF, "--peers", "none", "--html", page)
+    assert f"the report is {page}" in result.stderr
+    html = page.read_text()
+    assert small in html and "Roofline" in html and "--html" in html  # the command, too
+
+
 def test_int8_is_calibrated_where_no_table_is_given(run_json: RunJson, small: str) -> None:
     flags = ("--precision", "fp32,int8", "--peers", "onnxruntime")
     document = run_json("bench", small, *BRIEF, *flags)
@@ -143,6 +151,9 @@ def test_an_interrupt_keeps_what_was_measured(small: str, command: list[str]) ->
     [
         ((), "give a model"),
         (("SMALL", "--peers", "eager,abacus"), "there is no peer abacus; there are eager"),
+        (("SMALL", "-o", "nowhere/b.json"), "there is no folder nowhere"),
+        (("SMALL", "--html", "."), ". is a folder"),
+        (("SMALL", "--launches", "0"), "0 is not in the range"),
         (("SMALL", "--fail-if-slower", "5%"), "--compare BASE.json, to what"),
         (("SMALL", "--compare", "no.json"), "no.json cannot be read"),
         (("SMALL", "--compare", "WEIGHTS"), "holds no results of fastres bench"),

@@ -69,7 +69,6 @@ def bench_document() -> Document:
         ],
         "comparison": {
             "base": "last week",
-            "yardstick": "eager",
             "limit": 0.03,
             "rows": [
                 {
@@ -77,6 +76,7 @@ def bench_document() -> Document:
                     "model": m["model"],
                     "precision": m["precision"],
                     "batch_size": m["batch_size"],
+                    "yardstick": "eager",
                     "change": {"median": 0.9 + 0.05 * i, "low": 0.88 + 0.05 * i, "high": 1.3},
                     "verdict": verdict,
                 }
