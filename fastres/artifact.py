@@ -187,7 +187,8 @@ def load(
             raise
         raise BackendUnavailable(
             f"this engine was built for {built_for}: load it on a machine with such a GPU; "
-            f"target={built_for!r} (--target {built_for}) opens it here to be looked at\n{error}"
+            f"target={built_for!r} (fastres inspect --target {built_for}) opens it here, to be "
+            f"looked at\n{error}"
         ) from error
 
 
