@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -29,21 +28,22 @@ import fastres
 from fastres.backends.base import CompiledParts
 from fastres.backends.select import BACKENDS
 from fastres.calib.images import Preprocess
-from fastres.container import (
-    MANIFEST,
-    SEAL,
-    Container,
-    defect,
-    open_container,
-    place,
-    read_manifest,
-    seal,
-)
+from fastres.container import MANIFEST, SEAL, Container, defect, open_container, place, seal
 from fastres.container import write as write_container
 from fastres.errors import BackendUnavailable, GraphError, InputError
 from fastres.graph import serial
 from fastres.graph.ir import Graph
 from fastres.graph.specs import DTYPE_NAMES, DTYPES
+from fastres.manifest import (
+    GRAPH,
+    SCHEMA,
+    WEIGHTS,
+    FileEntry,
+    check_files,
+    checked,
+    known_manifest,
+    naming,
+)
 from fastres.options import (
     DTYPE_OF,
     EIGHT_BITS,
@@ -61,18 +61,6 @@ from fastres.tolerances import FLOOR
 
 if TYPE_CHECKING:
     from fastres.engine import Engine
-
-SCHEMA = 2  # 1 had no compiled parts
-GRAPH = "graph.json"
-WEIGHTS = "weights.safetensors"
-_COMPILED = re.compile(r"compiled_[a-z0-9_]+\.[a-z0-9]+")
-
-
-class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Size in bytes and SHA-256 of one file."""
-
-    size: int
-    sha256: str
 
 
 class InputEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,13 +91,6 @@ class OptionsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     target: str | None = None
     cuda_graph: bool | None = None
     dependent_launch: bool | None = None
-
-
-class Header(msgspec.Struct, frozen=True):
-    """The part of a manifest that every schema has."""
-
-    format: Literal["fastres-engine"]
-    schema: int
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -191,21 +172,23 @@ def load(
     wanted = as_device(device)
     contents = read(path)
     try:
-        return assemble(
-            contents.graph,
-            Origin(contents.source, contents.ignored_weights),
-            replace(contents.options, device=wanted, target=target),
-            contents.inputs,
-            contents.preprocess,
-            CompiledParts(contents.compiled, trust_engine),
-        )
+        with naming(place(path)):
+            return assemble(
+                contents.graph,
+                Origin(contents.source, contents.ignored_weights),
+                replace(contents.options, device=wanted, target=target),
+                contents.inputs,
+                contents.preprocess,
+                CompiledParts(contents.compiled, trust_engine),
+            )
     except BackendUnavailable as error:
         built_for = contents.options.target
         if built_for is None or target is not None:
             raise
         raise BackendUnavailable(
             f"this engine was built for {built_for}: load it on a machine with such a GPU; "
-            f"target={built_for!r} (--target {built_for}) opens it here to be looked at\n{error}"
+            f"target={built_for!r} (fastres inspect --target {built_for}) opens it here, to be "
+            f"looked at\n{error}"
         ) from error
 
 
@@ -236,7 +219,7 @@ def read(path: PathLike) -> Contents:
     """
     container = open_container(place(path))
     manifest = _read_manifest(container)
-    files = {name: _checked(container, name, entry) for name, entry in manifest.files.items()}
+    files = {name: checked(container, name, entry) for name, entry in manifest.files.items()}
     try:
         tensors = safetensors.torch.load(files[WEIGHTS])
     except Exception as error:  # safetensors raises its own kinds, torch others
@@ -249,7 +232,7 @@ def read(path: PathLike) -> Contents:
         raise defect(container.path, f"its content contradicts itself: {error}") from error
     if source.inputs != graph.inputs:
         raise defect(container.path, "the graph and its source have different inputs")
-    compiled = {name: data for name, data in files.items() if _COMPILED.fullmatch(name)}
+    compiled = {name: data for name, data in files.items() if name not in (GRAPH, WEIGHTS)}
     return Contents(
         graph, source, options, inputs, manifest.preprocess, manifest.ignored_weights, compiled
     )
@@ -316,36 +299,12 @@ def _version(package: str) -> str:
 
 
 def _read_manifest(container: Container) -> Manifest:
-    text = read_manifest(container)
-    try:
-        header = msgspec.json.decode(text, type=Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise defect(container.path, f"{MANIFEST} is not fastres's: {error}") from error
-    if header.schema > SCHEMA:
-        raise defect(
-            container.path,
-            f"written by schema {header.schema}, this fastres ({fastres.__version__}) reads up to "
-            f"{SCHEMA}: upgrade fastres",
-        )
-    if header.schema < 1:
-        raise defect(container.path, f"{MANIFEST} says schema {header.schema}; the first is 1")
+    text = known_manifest(container)
     try:
         manifest = serial.strict(text, Manifest)
     except GraphError as error:
         raise defect(container.path, f"{MANIFEST} cannot be read: {error}") from error
-    if {name for name in manifest.files if not _COMPILED.fullmatch(name)} != {GRAPH, WEIGHTS}:
-        raise defect(
-            container.path,
-            f"{MANIFEST} lists {sorted(manifest.files)}; it should list {[GRAPH, WEIGHTS]} and "
-            "compiled parts",
-        )
-    present, wanted = set(container.sizes), {MANIFEST, SEAL, *manifest.files}
-    if missing := sorted(wanted - present):
-        raise defect(container.path, f"{', '.join(missing)} is missing. Copy the engine anew")
-    if strange := sorted(present - wanted):
-        raise defect(
-            container.path, f"{', '.join(strange)} is no part of it. Remove it if it is yours"
-        )
+    check_files(container, manifest.files)
     if manifest.options.backend not in BACKENDS:
         raise defect(
             container.path,
@@ -353,19 +312,6 @@ def _read_manifest(container: Container) -> Manifest:
             f"({fastres.__version__}) has {', '.join(BACKENDS)}",
         )
     return manifest
-
-
-def _checked(container: Container, name: str, entry: FileEntry) -> bytes:
-    """A file's content, if size and digest are those of the manifest."""
-    size = container.sizes[name]
-    if size != entry.size:
-        raise defect(
-            container.path, f"{name} has {size} bytes, {entry.size} were written. Copy it anew"
-        )
-    data = container.read(name)
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise defect(container.path, f"{name} was altered: its SHA-256 differs. Copy it anew")
-    return data
 
 
 def _input(entry: InputEntry) -> Input:

@@ -54,6 +54,8 @@ def place(path: PathLike) -> Path:
     Raises:
         ArtifactError: it is no path, or one that the file system cannot have.
     """
+    if path == "":
+        raise ArtifactError("'' cannot be a saved engine's path: it is empty")
     try:
         where = Path(path)
         where.lstat()

@@ -11,21 +11,22 @@ is installed. `fastres.load` (with PyTorch) builds it anew where it is not.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from fastres.backends.tensorrt.api import Api, find_api
+from fastres.backends.tensorrt.api import Api, find_builder
 from fastres.backends.tensorrt.plan import Range
 from fastres.backends.tensorrt.stored import ABOUT, PLAN, Origin, read_plan
 from fastres.backends.triton.stored_kernels import KERNELS
-from fastres.container import Container, defect, open_container, place, read_manifest
+from fastres.container import MANIFEST, Container, defect, open_container, place
 from fastres.errors import BackendUnavailable, InputError, OutOfMemory
+from fastres.manifest import FileEntry, check_files, checked, known_manifest, naming
 
 if TYPE_CHECKING:
     from fastres.deploy_triton import TritonEngine
@@ -55,7 +56,9 @@ def load(
         raise InputError(f"device is {device!r}; give the number of a GPU, from 0 on")
     container = open_container(place(path))
     manifest = _manifest(container)
-    stored = read_plan(_files(container, manifest, (ABOUT, PLAN)))
+    files = _files(container, manifest, (ABOUT, PLAN))
+    with naming(container.path):
+        stored = read_plan(files)
     if stored is None and KERNELS not in manifest.files:
         raise defect(
             container.path,
@@ -71,16 +74,12 @@ def load(
         from fastres.deploy_triton import FILES, load_triton
 
         files = _files(container, manifest, FILES)
-        return load_triton(files, manifest.options.precision, device)
+        with naming(container.path):
+            return load_triton(files, manifest.options.precision, device)
     origin, built = stored
-    api = find_api()
+    api = find_builder(origin.builder)
     if isinstance(api, str):
         raise BackendUnavailable(api)
-    if str(api) != origin.builder:
-        raise BackendUnavailable(
-            f"the engine was built by {origin.builder}, here is {api}: install that version, or "
-            "compile the model here"
-        )
     return DeployedEngine(api, built.plan, origin, device)
 
 
@@ -89,11 +88,12 @@ class DeployedEngine:
 
     def __init__(self, api: Api, plan: bytes, origin: Origin, device: int) -> None:
         self._cuda = _driver()
-        self._context = _context(self._cuda, device, origin)
+        self._device = device
+        with self._telling("take up the engine"):
+            self._context = _context(self._cuda, device, origin)
         self.ranges = {name: Range(*shapes) for name, shapes in origin.ranges.items()}
         self._running = threading.Lock()
-        self._context.push()
-        try:
+        with self._in_context("take up the engine"):
             self._log = api.module.Logger(api.module.Logger.ERROR)
             self._runtime = api.module.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -109,8 +109,6 @@ class DeployedEngine:
                 for name in names
             }
             self._outputs = [name for name in names if name not in self.ranges]
-        finally:
-            self._context.pop()
 
     def __call__(self, *inputs: Array) -> Array | tuple[Array, ...]:
         """Runs the engine.
@@ -124,15 +122,34 @@ class DeployedEngine:
         Raises:
             InputError: inputs that do not fit.
             OutOfMemory: the GPU has no room for them.
+            BackendUnavailable: the GPU failed.
         """
         given = self._checked(inputs)
-        with self._running:
+        with self._running, self._in_context("run the engine"):
+            outputs = self._run(given)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    @contextmanager
+    def _in_context(self, task: str) -> Iterator[None]:
+        with self._telling(task):
             self._context.push()
             try:
-                outputs = self._run(given)
+                yield
             finally:
                 self._context.pop()
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    @contextmanager
+    def _telling(self, task: str) -> Iterator[None]:
+        """pycuda's errors as ours."""
+        try:
+            yield
+        except self._cuda.MemoryError as error:
+            raise OutOfMemory(f"GPU {self._device} has no room to {task}: {error}") from error
+        except self._cuda.Error as error:
+            raise BackendUnavailable(
+                f"GPU {self._device} could not {task}: {error}. A GPU that has failed does so in "
+                "all that follows: load the engine in a new process"
+            ) from error
 
     def _run(self, given: dict[str, Array]) -> list[Array]:
         held = []
@@ -176,11 +193,6 @@ class DeployedEngine:
         return {name: np.ascontiguousarray(x) for name, x in named}
 
 
-class _File(msgspec.Struct, frozen=True):
-    size: int
-    sha256: str
-
-
 class _Options(msgspec.Struct, frozen=True):
     precision: str
 
@@ -188,30 +200,23 @@ class _Options(msgspec.Struct, frozen=True):
 class _Manifest(msgspec.Struct, frozen=True):
     """As much of manifest.json as is needed here; all of it is under its seal."""
 
-    files: dict[str, _File]
+    files: dict[str, FileEntry]
     options: _Options
 
 
 def _manifest(container: Container) -> _Manifest:
     try:
-        return msgspec.json.decode(read_manifest(container), type=_Manifest)
+        manifest = msgspec.json.decode(known_manifest(container), type=_Manifest)
     except msgspec.MsgspecError as error:
-        raise defect(container.path, f"its manifest cannot be read: {error}") from error
+        raise defect(container.path, f"{MANIFEST} cannot be read: {error}") from error
+    check_files(container, manifest.files)
+    return manifest
 
 
 def _files(container: Container, manifest: _Manifest, names: Sequence[str]) -> dict[str, bytes]:
-    """Those files that there are, with the digests of the manifest; no others are read."""
-    found = {}
-    for name in names:
-        if name not in manifest.files:
-            continue
-        if name not in container.sizes:
-            raise defect(container.path, f"{name} is missing. Copy the engine anew")
-        data = container.read(name)
-        if hashlib.sha256(data).hexdigest() != manifest.files[name].sha256:
-            raise defect(container.path, f"{name} was altered: its SHA-256 differs. Copy it anew")
-        found[name] = data
-    return found
+    """Those files that there are; no others are read."""
+    there = [name for name in names if name in manifest.files]
+    return {name: checked(container, name, manifest.files[name]) for name in there}
 
 
 def _driver() -> Any:
@@ -224,8 +229,8 @@ def _driver() -> Any:
         import pycuda.driver as cuda
     except ImportError as error:
         raise BackendUnavailable(
-            f"pycuda cannot be imported ({error}); pip install 'fastres[deploy]', which builds it "
-            "and needs nvcc and an NVIDIA driver"
+            f"pycuda cannot be imported ({error}); pip install pycuda, which builds it and "
+            "needs nvcc and an NVIDIA driver"
         ) from error
     try:
         cuda.init()

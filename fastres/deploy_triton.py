@@ -25,11 +25,10 @@ from fastres.kernels.driver import (
     use_device,
 )
 from fastres.kernels.tensor_map import TensorMap
+from fastres.manifest import GRAPH, WEIGHTS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PLANS = "compiled_triton_plans.json"
-GRAPH = "graph.json"
-WEIGHTS = "weights.safetensors"
 FILES = (KERNELS, CODE, PLANS, GRAPH, WEIGHTS)
 _MARGIN, _FOLDED = (2, 1), 16  # of a folded picture, as in fastres.kernels.folding
 _ELEMENTS = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "int8": "i1"}
@@ -136,12 +135,16 @@ def load_triton(files: Mapping[str, bytes], precision: str, device: int) -> Trit
     code = read_code(files)
     if code is None:
         raise ArtifactError("the engine brings no machine code: compile it with target=")
+    if PLANS not in files:
+        raise ArtifactError(f"{PLANS} is missing. Copy the engine anew")
     try:
         plans = msgspec.json.decode(files[PLANS], type=_Plans).plans
         graph = msgspec.json.decode(files[GRAPH], type=_Graph).graph
         tensors = safetensors.numpy.load(files[WEIGHTS])
     except KeyError as error:
-        raise ArtifactError(f"{error} is missing, or of a type that NumPy has not") from error
+        raise ArtifactError(
+            f"{WEIGHTS} holds {error}, a type that NumPy has not: compile the model in float32"
+        ) from error
     except Exception as error:  # safetensors raises its own kinds
         raise ArtifactError(f"the engine cannot be read: {error}") from error
 

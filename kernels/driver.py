@@ -35,7 +35,7 @@ def cuda_driver() -> Any:
         from cuda.bindings import driver  # type: ignore[import-untyped]
     except ImportError as error:
         raise DriverUnavailable(
-            f"cuda.bindings cannot be imported ({error}); pip install 'fastres[driver]'"
+            f"cuda.bindings cannot be imported ({error}); pip install 'cuda-bindings>=13.0.3,<14'"
         ) from error
     try:
         (code,) = driver.cuInit(0)

@@ -19,7 +19,7 @@ from torch import nn
 
 import fastres
 from fastres import artifact, container, models
-from fastres.artifact import GRAPH, SCHEMA, WEIGHTS, Contents
+from fastres.artifact import Contents
 from fastres.backends.base import CompiledParts
 from fastres.backends.reference import ReferenceBackend
 from fastres.calib.images import Preprocess
@@ -29,6 +29,7 @@ from fastres.engine import Engine
 from fastres.errors import ArtifactError, InputError
 from fastres.graph.ir import Conv2d, Graph, Node, Pad, Value
 from fastres.graph.specs import Sym, TensorSpec
+from fastres.manifest import GRAPH, SCHEMA, WEIGHTS
 from fastres.options import Input, Options
 
 TREE = '[1, {"type": null, "context": null, "children_spec": []}]'

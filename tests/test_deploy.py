@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +26,10 @@ from torch import Tensor
 
 import fastres
 from fastres import deploy
+from fastres.backends.tensorrt import api
+from fastres.backends.tensorrt.api import find_builder
 from fastres.backends.tensorrt.stored import ABOUT, PLAN
+from fastres.container import MANIFEST, SEAL, seal
 from fastres.errors import ArtifactError, BackendUnavailable, InputError, OutOfMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +84,14 @@ class Execution:
         return self.gpu.works
 
 
+class CudaError(Exception):
+    """pycuda.driver.Error, of which its other errors are kinds."""
+
+
+class NoRoom(CudaError):
+    """pycuda.driver.MemoryError."""
+
+
 class Gpu:
     """What pycuda and TensorRT say there is."""
 
@@ -85,21 +99,30 @@ class Gpu:
         self.name, self.capability, self.depth = "NVIDIA RTX A5000", (8, 6), 0
         self.room, self.works, self.takes, self.contexts = 2**30, True, True, 1
         self.kept: list[Any] = []
+        self.fails: dict[str, CudaError] = {}  # by the call
+
+    def does(self, call: str, result: Any = None) -> Any:
+        if call in self.fails:
+            raise self.fails[call]
+        return result
 
     def allocate(self, size: int) -> int:
         assert self.depth == 1, "not in the GPU's context"
         if size > self.room:
-            raise MemoryError("cuMemAlloc failed: out of memory")
+            raise NoRoom("cuMemAlloc failed: out of memory")
         self.kept.append(np.full(size, 0x7F, np.uint8))
         return int(self.kept[-1].ctypes.data)
 
     def copy_in(self, to: int, array: Any, stream: Any) -> None:
+        self.does("memcpy_htod_async")
         ctypes.memmove(to, array.ctypes.data, array.nbytes)
 
     def copy_out(self, array: Any, of: int, stream: Any) -> None:
+        self.does("memcpy_dtoh_async")
         ctypes.memmove(array.ctypes.data, of, array.nbytes)
 
     def push(self) -> None:
+        self.does("push")
         self.depth += 1
 
     def pop(self) -> None:
@@ -112,14 +135,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     device = SimpleNamespace(
         compute_capability=lambda: gpu.capability,
         name=lambda: gpu.name,
-        retain_primary_context=lambda: gpu,
+        retain_primary_context=lambda: gpu.does("retain_primary_context", gpu),
     )
+    stream = SimpleNamespace(handle=5, synchronize=lambda: gpu.does("synchronize"))
     cuda: Any = ModuleType("pycuda.driver")
     cuda.init = lambda: None
-    cuda.Error, cuda.MemoryError = RuntimeError, MemoryError
+    cuda.Error, cuda.MemoryError = CudaError, NoRoom
     cuda.Device = lambda number: device
     cuda.Device.count = lambda: 1
-    cuda.Stream = lambda: SimpleNamespace(handle=5, synchronize=lambda: None)
+    cuda.Stream = lambda: gpu.does("Stream", stream)
     cuda.mem_alloc, cuda.memcpy_htod_async = gpu.allocate, gpu.copy_in
     cuda.memcpy_dtoh_async = gpu.copy_out
     package: Any = ModuleType("pycuda")
@@ -142,10 +166,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     module = SimpleNamespace(
         Logger=logger, Runtime=lambda log: runtime, nptype=lambda kind: np.dtype(kind)
     )
-    found = deploy.find_api()
-    assert isinstance(found, deploy.Api)
-    fake = deploy.Api(module, found.name, found.version)
-    monkeypatch.setattr(deploy, "find_api", lambda: fake)
+
+    def fake(builder: str) -> Any:
+        name, version = builder.split()
+        return deploy.Api(module, name, tuple(map(int, version.split("."))))
+
+    monkeypatch.setattr(deploy, "find_builder", fake)
     return gpu
 
 
@@ -216,6 +242,39 @@ class TestInputs:
         assert gpu.depth == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (CudaError("an illegal address"), BackendUnavailable, "GPU 0 could not .*illegal address"),
+        (NoRoom("out of memory"), OutOfMemory, "GPU 0 has no room to .*: out of memory"),
+    ],
+)
+class TestFailures:
+    """pycuda's errors are ours, and the context is left."""
+
+    @pytest.mark.parametrize("call", ["retain_primary_context", "push", "Stream"])
+    def test_of_loading(
+        self, saved: Path, gpu: Gpu, call: str, error: CudaError, kind: Any, text: str
+    ) -> None:
+        gpu.fails[call] = error
+        with pytest.raises(kind, match=text):
+            deploy.load(saved, trust_engine=True)
+        assert gpu.depth == 0
+
+    @pytest.mark.parametrize(
+        "call", ["push", "memcpy_htod_async", "memcpy_dtoh_async", "synchronize"]
+    )
+    def test_of_a_run_and_the_next_works(
+        self, saved: Path, gpu: Gpu, call: str, error: CudaError, kind: Any, text: str
+    ) -> None:
+        engine = deploy.load(saved, trust_engine=True)
+        gpu.fails[call] = error
+        with pytest.raises(kind, match=text):
+            engine(images_of(1))
+        gpu.fails.clear()
+        assert engine(images_of(1)).shape == (1, 3, 64, 64) and gpu.depth == 0
+
+
 class TestRefusals:
     def test_untrusted(self, saved: Path, gpu: Gpu) -> None:
         with pytest.raises(ArtifactError, match="pass trust_engine=True"):
@@ -240,8 +299,12 @@ class TestRefusals:
             deploy.load(saved, trust_engine=True)
 
     def test_another_version(self, saved: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(deploy, "find_api", lambda: deploy.Api(None, "tensorrt", (11, 4)))
-        with pytest.raises(BackendUnavailable, match=r"built by tensorrt_rtx .*, here is tensorrt"):
+        rtx: Any = ModuleType("tensorrt_rtx")
+        rtx.__version__ = "1.0.2"
+        monkeypatch.setattr(deploy, "find_builder", find_builder)
+        monkeypatch.setattr(api, "_load", lambda name: api.Api(rtx, name, (1, 0, 2)))
+        text = r"built by (tensorrt_rtx (.*)), here is tensorrt_rtx 1.0.2: pip install tensorrt-rtx"
+        with pytest.raises(BackendUnavailable, match=text):
             deploy.load(saved, trust_engine=True)
 
     def test_no_such_gpu(self, saved: Path, gpu: Gpu) -> None:
@@ -261,7 +324,7 @@ class TestRefusals:
 
     def test_no_driver(self, saved: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail() -> None:
-            raise RuntimeError("cuInit failed: no CUDA-capable device is detected")
+            raise CudaError("cuInit failed: no CUDA-capable device is detected")
 
         monkeypatch.setattr(sys.modules["pycuda.driver"], "init", fail)
         with pytest.raises(BackendUnavailable, match="no usable NVIDIA driver"):
@@ -285,8 +348,50 @@ class TestDamage:
     @pytest.mark.parametrize("name", [ABOUT, PLAN, "manifest.json", "manifest.sha256"])
     def test_a_file_is_missing(self, folder: Path, gpu: Gpu, name: str) -> None:
         (folder / name).unlink()
-        with pytest.raises(ArtifactError):
+        with pytest.raises(ArtifactError, match=re.escape(f"{folder}: ")):
             deploy.load(folder, trust_engine=True)
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"schema": 99}, "written by schema 99, this fastres .* reads up to 2: upgrade"),
+            ({"schema": 0}, "says schema 0"),
+            ({"format": "other"}, "manifest.json is not fastres's"),
+            ({"format": None}, "manifest.json is not fastres's"),
+            ({"options": {}}, "manifest.json cannot be read"),
+            ({"files": {}}, r"lists \[\]; it should list"),
+        ],
+    )
+    def test_a_manifest_of_another_kind(
+        self, folder: Path, gpu: Gpu, change: dict[str, Any], text: str
+    ) -> None:
+        """Sealed as a whole; fastres.load refuses the same."""
+        reseal(folder, lambda manifest: manifest.update(change))
+        for load in (deploy.load, fastres.load):
+            with pytest.raises(ArtifactError, match=text):
+                load(folder, trust_engine=True)
+
+    @pytest.mark.parametrize("name", [PLAN, "weights.safetensors"])
+    def test_another_size(self, folder: Path, gpu: Gpu, name: str) -> None:
+        """Of those files too that are not read."""
+        reseal(folder, lambda manifest: manifest["files"][name].update(size=1))
+        with pytest.raises(ArtifactError, match=rf"{name} has \d+ bytes, 1 were written"):
+            deploy.load(folder, trust_engine=True)
+
+    def test_a_stranger(self, folder: Path, gpu: Gpu) -> None:
+        (folder / "more.py").write_text("x")
+        with pytest.raises(ArtifactError, match="more.py is no part of it"):
+            deploy.load(folder, trust_engine=True)
+
+    @pytest.mark.parametrize("name", [ABOUT, PLAN])
+    def test_half_of_a_plan(self, folder: Path, gpu: Gpu, name: str) -> None:
+        """The manifest does not list it: what says so knows no paths, and the engine is named."""
+        (folder / name).unlink()
+        reseal(folder, lambda manifest: manifest["files"].pop(name))
+        text = re.escape(f"{folder}: {name} is missing. Copy the engine anew")
+        for load in (deploy.load, partial(fastres.load, target="sm_86")):
+            with pytest.raises(ArtifactError, match=text):
+                load(folder, trust_engine=True)
 
     def test_truncated(self, saved: Path, gpu: Gpu, tmp_path: Path) -> None:
         data = saved.read_bytes()
@@ -295,10 +400,22 @@ class TestDamage:
             with pytest.raises(ArtifactError):
                 deploy.load(tmp_path / "t.fastres", trust_engine=True)
 
-    @pytest.mark.parametrize("path", ["/no/such/engine", 3, None, "\0"])
-    def test_no_engine_at_all(self, path: Any) -> None:
+    @pytest.mark.parametrize("path", ["/no/such/engine", 3, None, "\0", ""])
+    def test_no_engine_at_all(
+        self, path: Any, folder: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(folder)  # "" is not the current folder
         with pytest.raises(ArtifactError):
             deploy.load(path, trust_engine=True)
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the manifest of an engine and makes its digest fit."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    text = json.dumps(manifest).encode()
+    (folder / MANIFEST).write_bytes(text)
+    (folder / SEAL).write_bytes(seal(text))
 
 
 def test_the_description_can_be_read_by_anybody(saved: Path, tmp_path: Path) -> None:

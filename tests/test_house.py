@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "fastres.artifact",
         "fastres.container",
+        "fastres.manifest",
         "fastres.oracle",
         "fastres.references",
         "fastres.parity",

@@ -38,7 +38,7 @@ def test_says_what_is_missing():
 
 def test_says_which_package_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(DriverUnavailable, match=r"pip install 'fastres\[driver\]'"):
+    with pytest.raises(DriverUnavailable, match="pip install 'cuda-bindings>=13.0.3,<14'"):
         driver.cuda_driver()
 
 

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 OLDEST = (10, 0)
-_NAMES = ("tensorrt", "tensorrt_rtx")
+_PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # by the module's name
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,43 @@ def find_api(target: str | None = None) -> Api | str:
         target: an architecture to build for that is not here: a task for tensorrt_rtx alone.
     """
     reasons = []
-    for name in _NAMES if target is None else _NAMES[1:]:
+    names = list(_PACKAGES) if target is None else ["tensorrt_rtx"]
+    for name in names:
         found = _load(name)
         if isinstance(found, Api):
             return found
         reasons.append(found)
-    what = "fastres[tensorrt]" if target is None else "tensorrt-rtx"
-    return f"{'; '.join(reasons)}; pip install '{what}'"
+    return f"{'; '.join(reasons)}; pip install {_PACKAGES[names[0]]}"
+
+
+def find_builder(builder: str) -> Api | str:
+    """The module that built a plan, whatever else is installed; or why not, and what to type.
+
+    Args:
+        builder: module and version, as `str(Api)` has them; a file's word, so no other is imported.
+    """
+    package = package_of(builder)
+    if package is None:
+        return (
+            f"the engine was built by {builder!r}, and plans are run by {' or '.join(_PACKAGES)}: "
+            "compile the model here"
+        )
+    found = _load(builder.split()[0])
+    if isinstance(found, Api) and str(found) == builder:
+        return found
+    here = f"here is {found}" if isinstance(found, Api) else found
+    return (
+        f"the engine was built by {builder}, {here}: pip install {package}, or compile the model "
+        "here"
+    )
+
+
+def package_of(builder: str) -> str | None:
+    """What pip has to install for it; None if it is neither of the two modules in some version."""
+    name, _, version = builder.partition(" ")
+    if name in _PACKAGES and re.fullmatch(r"\d+(\.\d+)*", version):
+        return f"{_PACKAGES[name]}=={version}"
+    return None
 
 
 @cache

@@ -53,8 +53,7 @@ def build(
         raise UnsupportedError(f"{api} cannot read the network:\n{reasons}")
     config = _config(api, builder, ranges, tf32, workspace, target)
     if not api.is_rtx:
-        cache = config.create_timing_cache(timing_cache or b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        _set_timing_cache(config, timing_cache or b"")
     with progress_bar(f"{api} builds" + (f" for {target}" if target else "")) as moved:
         monitor = _monitor(trt, moved)
         config.progress_monitor = monitor
@@ -89,6 +88,14 @@ def _config(
         config.num_compute_capabilities = 1
         config.set_compute_capability(api.architecture(target), 0)
     return config
+
+
+def _set_timing_cache(config: Any, data: bytes) -> None:
+    """Starts with what an earlier build gave; with nothing, where that is damaged or another's."""
+    for start in (data, b""):
+        cache = config.create_timing_cache(start)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
 
 
 def _logger(trt: Any) -> Any:

@@ -74,7 +74,15 @@ class TensorRtExecutable:
         return engine.runner().run(given, self._output_shapes(shapes))
 
     def precisions(self) -> dict[str, str]:
-        return precisions(self._graph, self._engines.latest().built.layers)
+        """As TensorRT's layers have them.
+
+        To it TF32 is a way to multiply, not a type: a layer of floats is said to have run in tf32
+        where that was asked for, though a kernel may still have multiplied in full.
+        """
+        found = precisions(self._graph, self._engines.latest().built.layers)
+        if self._options.precision != "tf32":
+            return found
+        return {name: "tf32" if kind == "fp32" else kind for name, kind in found.items()}
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         shapes = tuple(tuple(x.shape) for x in inputs)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from fastres.backends.tensorrt.api import package_of
 from fastres.backends.tensorrt.plan import Built, Layer, Range
 from fastres.errors import ArtifactError
 
@@ -48,10 +49,14 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Why a plan of this origin is not what is wanted; None if it is."""
         if self.network != wanted.network:
             return "it was built from another network or other weights"
-        for what in ("builder", "architecture", "ranges", "settings"):
+        for what in ("architecture", "ranges", "settings"):
             own, other = getattr(self, what), getattr(wanted, what)
             if own != other:
                 return f"its {what} is {own}, here it is {other}"
+        if self.builder != wanted.builder:
+            package = package_of(self.builder)
+            advice = "" if package is None else f"; pip install {package}"
+            return f"its builder is {self.builder}, here it is {wanted.builder}{advice}"
         if self.gpu not in ("", wanted.gpu):
             return f"it was built on {self.gpu}, here is {wanted.gpu}"
         return None
@@ -81,23 +86,34 @@ def write_plan(origin: Origin, built: Built) -> dict[str, bytes]:
     return {ABOUT: msgspec.json.format(msgspec.json.encode(about), indent=1), PLAN: built.plan}
 
 
+def read_about(files: Mapping[str, bytes]) -> About | None:
+    """The description of a plan; None if there is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    if ABOUT not in files:
+        return None
+    try:
+        return msgspec.json.decode(files[ABOUT], type=About)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{ABOUT} cannot be read: {error}") from error
+
+
 def read_plan(files: Mapping[str, bytes]) -> tuple[Origin, Built] | None:
     """What the files hold; None if there are none.
 
     Raises:
         ArtifactError: they are damaged.
     """
-    if ABOUT not in files and PLAN not in files:
+    about, plan = read_about(files), files.get(PLAN)
+    if about is None and plan is None:
         return None
-    try:
-        about = msgspec.json.decode(files[ABOUT], type=About)
-        plan = files[PLAN]
-    except KeyError as error:
-        raise ArtifactError(f"{error} is missing: copy the engine anew") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{ABOUT} cannot be read: {error}") from error
+    if about is None or plan is None:
+        missing = ABOUT if about is None else PLAN
+        raise ArtifactError(f"{missing} is missing. Copy the engine anew")
     if digest(plan) != about.plan:
-        raise ArtifactError(f"{PLAN} is not the one that {ABOUT} is about: copy the engine anew")
+        raise ArtifactError(f"{PLAN} is not the one that {ABOUT} is about. Copy the engine anew")
     return about.origin, Built(plan, about.layers, b"")
 
 

@@ -75,7 +75,9 @@ def read_code(files: Mapping[str, bytes]) -> MachineCode | None:
     if KERNELS not in files and CODE not in files:
         return None
     if KERNELS not in files or CODE not in files:
-        raise ArtifactError(f"{KERNELS} and {CODE} belong together; one is missing")
+        raise ArtifactError(
+            f"{KERNELS} and {CODE} belong together; one is missing. Copy the engine anew"
+        )
     try:
         stored = msgspec.json.decode(files[KERNELS], type=StoredCode)
         kernels = dict(_pieces(stored.kernels, files[CODE]))

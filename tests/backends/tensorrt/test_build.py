@@ -119,6 +119,26 @@ def test_mixed_types_are_refused_not_guessed(rtx: Api, graph_of: GraphOf) -> Non
         build(rtx, proto.SerializeToString(), {"x": SHAPES}, target=TARGET)
 
 
+@pytest.mark.parametrize("how", ["sound", "damaged", "of another GPU"])
+def test_timings_that_cannot_be_used_are_left(how: str) -> None:
+    class Config:
+        cache: Any = None
+
+        def create_timing_cache(self, data: bytes) -> bytes | None:
+            return None if data and how == "damaged" else data
+
+        def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+            assert cache is not None and not ignore_mismatch
+            if cache and how != "sound":
+                return False
+            self.cache = cache
+            return True
+
+    config = Config()
+    module._set_timing_cache(config, b"timings")
+    assert config.cache == (b"timings" if how == "sound" else b"")
+
+
 def test_progress_moves_and_an_interrupt_stops_the_build(
     rtx: Api, graph_of: GraphOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,16 @@ def test_engines_serve_ranges_of_batches(
     assert {build["tf32"] for build in world.builds} == {False}
 
 
+def test_what_multiplies_floats_ran_as_asked(world: World, graph: Graph) -> None:
+    """TensorRT's type is Float with TF32 and without."""
+    shapes = ((1, 3, 64, 64),)
+    for precision in ("fp32", "tf32"):
+        options = Options(precision=precision)
+        made = TensorRtExecutable(API, graph, options, torch.device("cpu"), shapes, None)
+        assert made.precisions() == {"conv1": precision}
+        assert world.builds[-1]["tf32"] == (precision == "tf32")
+
+
 def test_timings_are_kept_by_gpu_and_version(world: World, graph: Graph, tmp_path: Path) -> None:
     lower(graph, 1)
     (file,) = (tmp_path / "fastres").iterdir()

@@ -83,8 +83,9 @@ def test_looked_at_again_it_is_not_built_again(
 def test_without_such_a_gpu_it_is_not_loaded(saved: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(BackendUnavailable, match=r"(?s)built for sm_86.*no NVIDIA GPU"):
+    with pytest.raises(BackendUnavailable, match=r"(?s)built for sm_86.*no NVIDIA GPU") as caught:
         fastres.load(saved, trust_engine=True)
+    assert str(caught.value).count("target='sm_86'") == 1
 
 
 class TestUse:
@@ -92,6 +93,10 @@ class TestUse:
         ("change", "text"),
         [
             ({"builder": "tensorrt 11.4.0"}, "its builder is tensorrt_rtx"),
+            (
+                {"builder": "tensorrt 11.4.0"},
+                "tensorrt 11.4.0; pip install tensorrt-rtx==1",
+            ),
             ({"architecture": "sm_89"}, "its architecture is sm_86, here it is sm_89"),
             ({"network": "0" * 64}, "another network or other weights"),
             ({"settings": "int8"}, "its settings is fp16"),

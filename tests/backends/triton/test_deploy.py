@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,21 +18,24 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 import fastres
-from fastres import deploy, deploy_triton
+from fastres import container, deploy, deploy_triton
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Norm, Place
 from fastres.backends.triton.run_driver import DriverRunner
 from fastres.backends.triton.stored import PLANS
 from fastres.backends.triton.stored_kernels import CODE, KERNELS, read_code
+from fastres.container import MANIFEST, SEAL
 from fastres.deploy_triton import TritonEngine, as_stored
 from fastres.deploy_weights import PackedArrays, bf16
 from fastres.errors import ArtifactError, BackendUnavailable, InputError
 from fastres.graph.ir import Graph
 from fastres.kernels.folding import packed_shape
+from fastres.manifest import WEIGHTS
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -294,6 +298,29 @@ class TestSaved:
         (tmp_path / "e" / file).write_bytes(data)
         with pytest.raises(ArtifactError, match="was altered"):
             deploy.load(tmp_path / "e", trust_engine=True)
+
+    @pytest.mark.parametrize(
+        ("gone", "text"),
+        [(PLANS, f"{PLANS} is missing"), (CODE, "belong together; one is missing")],
+    )
+    def test_a_file_that_is_not_listed(
+        self, folder: Path, tmp_path: Path, gone: str, text: str
+    ) -> None:
+        """What says so knows no paths: the engine is named all the same."""
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != gone}
+        manifest = msgspec.json.decode(files[MANIFEST])
+        del manifest["files"][gone]
+        files[MANIFEST] = msgspec.json.encode(manifest)
+        container.write(tmp_path / "e", {**files, SEAL: container.seal(files[MANIFEST])})
+        with pytest.raises(ArtifactError, match=rf"{re.escape(str(tmp_path / 'e'))}: .*{text}"):
+            deploy.load(tmp_path / "e", trust_engine=True)
+
+    def test_a_type_that_numpy_has_not(self, folder: Path) -> None:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        halves = {"x": torch.zeros(1, dtype=torch.bfloat16)}
+        files[WEIGHTS] = safetensors.torch.save(halves)
+        with pytest.raises(ArtifactError, match=f"{WEIGHTS} holds 'BF16', a type that NumPy"):
+            deploy_triton.load_triton(files, "fp16", 0)
 
     def test_without_a_driver(self, folder: Path) -> None:
         if torch.cuda.is_available():
