@@ -18,7 +18,6 @@ from fastres.graph.passes.quantise import quantise
 from fastres.options import PathLike
 from fastres.quantizing import Calibration, settled_precision, table_of
 from fastres.source import Inputs, Model, source_of, taking_pictures
-from fastres.weights import beyond_half
 
 Placement = Literal["tensorrt", "openvino"]
 ExportPrecision = Literal["fp32", "fp16", "int8"]
@@ -94,10 +93,6 @@ def as_onnx(graph: Graph, *, half: bool) -> bytes:
         listed = "\n".join(f"  {name}: {why}" for name, why in refused)
         raise UnsupportedError(
             f"{len(refused)} of {len(graph.nodes)} nodes cannot be written:\n{listed}"
-        )
-    if half and (name := beyond_half(graph)) is not None:
-        raise UnsupportedError(
-            f"{name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use 'fp32'"
         )
     proto = onnx_form.to_onnx(graph, half=half)
     if proto.ByteSize() >= _LIMIT:

@@ -17,7 +17,7 @@ from fastres.graph.specs import GIVEN_DTYPES
 from fastres.options import PathLike
 
 if TYPE_CHECKING:
-    from fastres.graph.ir import Graph
+    pass
 
 _PICKLED = (".pth", ".pt", ".bin")
 _PARALLEL = "module."  # what torch.nn.DataParallel puts before every name
@@ -87,13 +87,3 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if tensor.numel() == 0:
         return True
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor.detach()))
-
-
-def beyond_half(graph: Graph) -> str | None:
-    """The first layer with weights that float16 cannot hold."""
-    for node in graph.nodes:
-        if "weight" in node.params:
-            weight = graph.constants[node.params["weight"]]
-            if weight.dtype.itemsize > 1 and not is_finite(weight.half()):
-                return node.name
-    return None

@@ -251,10 +251,43 @@ def test_bad_arguments_leave_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_beyond_float16_are_refused(images: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", [None, "onnxruntime", "tensorrt"])
+@pytest.mark.parametrize(
+    ("slot", "said"), [("fc.weight", "fc: its weight,"), ("fc.bias", "fc: its bias,")]
+)
+def test_what_float16_cannot_hold_is_refused(
+    slot: str, said: str, backend: str | None, images: Tensor, tmp_path: Path
+) -> None:
+    """A bias that became infinite gave infinite logits, and nothing said so."""
     model = models.cifar_resnet(8, seed=0).eval()
     with torch.no_grad():
-        model.fc.weight[0, 0] = 1e5
-    with pytest.raises(UnsupportedError, match="fc: its weights.*65504"):
+        model.get_parameter(slot).view(-1)[0] = -1e5
+    x = images[:1]
+    with pytest.raises(UnsupportedError, match=f"{said}.* up to 1e\\+05 .*65504; use precision"):
+        if backend is None:
+            fastres.export(model, tmp_path / "net.onnx", inputs=x, precision="fp16")
+        else:
+            target = "sm_86" if backend == "tensorrt" else None
+            fastres.compile(model, x, backend=backend, precision="fp16", target=target)
+    fastres.export(model, tmp_path / "net.onnx", inputs=x)
+
+
+def test_a_folded_batchnorm_is_looked_at(images: Tensor, tmp_path: Path) -> None:
+    model = models.cifar_resnet(8, seed=0).eval()
+    with torch.no_grad():
+        model.layer3[0].bn2.bias[3] = 7e4
+    with pytest.raises(UnsupportedError, match=r"layer3\.0\.conv2: its bias, with BatchNorm"):
         fastres.export(model, tmp_path / "net.onnx", inputs=images[:1], precision="fp16")
-    fastres.export(model, tmp_path / "net.onnx", inputs=images[:1])
+
+
+def test_int8_leaves_what_float16_cannot_hold(images: Tensor, tmp_path: Path) -> None:
+    """Layers that a table keeps out of int8 are written in float16."""
+    net = models.settle(models.cifar_resnet(8, seed=0), images)
+    with torch.no_grad():
+        net.fc.bias[0] = 1e6
+    kept = fastres.quantize(net, images, algorithm="mse", ignored=["fc"])
+    with pytest.raises(UnsupportedError, match="fc: its bias.*65504"):
+        fastres.export(net, tmp_path / "net.onnx", inputs=images[:1], calibration=kept)
+    table = fastres.quantize(net, images, algorithm="mse")
+    fastres.export(net, tmp_path / "net.onnx", inputs=images[:1], calibration=table)
+    assert in_onnxruntime(tmp_path / "net.onnx", images[:1]).isfinite().all()

@@ -18,7 +18,6 @@ from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import quantise
 from fastres.options import Options, Precision
-from fastres.weights import beyond_half
 
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
@@ -71,8 +70,6 @@ class OnnxRuntimeExecutable:
         import onnxruntime
 
         half = options.precision in ("fp16", "int8")
-        if half and (name := beyond_half(graph)) is not None:
-            raise UnsupportedError(f"{name}: its weights exceed fp16's 65504; use precision='fp32'")
         settings = onnxruntime.SessionOptions()
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         settings.intra_op_num_threads = options.num_threads

@@ -13,6 +13,7 @@ import onnx
 import torch
 from onnx import helper
 
+from fastres.errors import UnsupportedError
 from fastres.graph.ir import (
     Activation,
     Add,
@@ -82,11 +83,16 @@ def to_onnx(
             quantised graph only the layers that are not, as scales would lose digits.
         weights_as_inputs: leave the constants' values out and declare them as further inputs of
             the same names, for a runtime that can take them without a copy.
+
+    Raises:
+        UnsupportedError: a constant that is to be float16 is beyond what that can hold.
     """
     writer = Writer(graph, half)
     for node in graph.nodes:
         _WRITERS[type(node.op)](writer, node)
     writer.widen_outputs()
+    for name in [name for name, kind in writer.read if kind == HALF]:
+        _check_range(graph, name)
     proto = helper.make_graph(
         writer.nodes,
         "fastres",
@@ -137,6 +143,25 @@ def _value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
 
 def _dim(size: Dim) -> int | str:
     return size if isinstance(size, int) else str(size)
+
+
+def _check_range(graph: Graph, name: str) -> None:
+    """Infinities that were there stay; what would become one is refused."""
+    values = graph.constants[name].detach()
+    values = values[values.isfinite()]
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if largest <= torch.finfo(torch.float16).max:
+        return
+    reader, slot = next(
+        (node.name, slot)
+        for node in graph.nodes
+        for slot, read in (*node.params.items(), *(("operand", read) for read in node.inputs))
+        if read == name
+    )
+    raise UnsupportedError(
+        f"{reader}: its {slot}, with BatchNorm folded in, goes up to {largest:.4g} and exceeds "
+        "fp16's 65504; use precision='fp32'"
+    )
 
 
 def _weight(graph: Graph, name: str, kind: int) -> onnx.TensorProto:

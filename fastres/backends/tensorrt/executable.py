@@ -19,13 +19,11 @@ from fastres.backends.tensorrt.plan import Built, Layer, Range
 from fastres.backends.tensorrt.run import TensorRtRunner
 from fastres.backends.tensorrt.stored import Origin, as_ranges, digest, usable, write_plan
 from fastres.calib.files import write_whole
-from fastres.errors import UnsupportedError
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
 from fastres.graph.specs import Sym
 from fastres.options import Options, cache_folder
-from fastres.weights import beyond_half
 
 _log = logging.getLogger(__name__)
 _BATCH = 32  # an engine takes at least this many images, unless max_batch_size says fewer
@@ -57,11 +55,6 @@ class TensorRtExecutable:
         self._usual = shapes
         self._half = options.precision in ("fp16", "int8")
         self._pictures = () if graph.normalize is None else graph.normalize.inputs
-        if self._half and (name := beyond_half(graph)) is not None:
-            raise UnsupportedError(
-                f"{name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
-                "precision='fp32'"
-            )
         self._onnx = onnx_form.to_onnx(graph, half=self._half).SerializeToString(deterministic=True)
         self._network = digest(self._onnx)
         self._engines = ShapeCache(self._engine, options.cache_size)

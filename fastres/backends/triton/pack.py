@@ -15,7 +15,7 @@ from fastres.errors import UnsupportedError
 from fastres.graph.ir import Graph, Normalize
 from fastres.kernels.folding import pack_stem_weight
 from fastres.kernels.geometry import mergeable
-from fastres.weights import beyond_half
+from fastres.weights import is_finite
 
 _RANKS = dict.fromkeys(("filters", "grouped", "matrix", "stem"), 4) | {"rows": 2}
 _RANKS |= dict.fromkeys(("bias", "scale", "shift", "products"), 1)
@@ -208,8 +208,11 @@ class Packed:
 
 
 def _check_range(graph: Graph) -> None:
-    if (name := beyond_half(graph)) is not None:
-        raise UnsupportedError(
-            f"{name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
-            "precision='bf16' or 'fp32'"
-        )
+    """Biases stay fp32, and so do what normalises and scales."""
+    for node in graph.nodes:
+        weight = graph.constants[node.params["weight"]] if "weight" in node.params else None
+        if weight is not None and weight.dtype.itemsize > 1 and not is_finite(weight.half()):
+            raise UnsupportedError(
+                f"{node.name}: its weights, with BatchNorm folded in, exceed fp16's 65504; use "
+                "precision='bf16' or 'fp32'"
+            )

@@ -171,5 +171,5 @@ def test_weights_beyond_float16(images: Tensor) -> None:
     model = fastres.models.cifar_resnet(8, seed=0).eval()
     with torch.no_grad():
         model.fc.weight[0, 0] = 1e5
-    with pytest.raises(fastres.errors.UnsupportedError, match="fc: its weights"):
+    with pytest.raises(fastres.errors.UnsupportedError, match="fc: its weight, with BatchNorm"):
         fastres.compile(model, images[:1], backend="tensorrt", target=TARGET, precision="fp16")
