@@ -35,7 +35,14 @@ from fastres.options import (
     as_device,
 )
 from fastres.quantizing import Calibration, settled_precision, table_of
-from fastres.source import Inputs, Model, examples, source_of, taking_pictures
+from fastres.source import (
+    Inputs,
+    Model,
+    check_pictures,
+    examples,
+    source_of,
+    taking_pictures,
+)
 from fastres.weights import is_finite, oddity, read_weights
 
 
@@ -129,15 +136,9 @@ def compile(
         raise InputError(f"verify needs a {target} GPU to run on: load the engine there and verify")
     check_names(options.backend)
     options = replace(options, precision=settled_precision(options.precision, calibration))
-    if not isinstance(preprocess, Preprocess | None):
-        raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
+    check_pictures(preprocess, io_dtype)
     if not isinstance(verify, bool | None):
         raise InputError(f"verify is {verify!r}; give True, False or None")
-    if io_dtype is not None and io_dtype is not torch.uint8:
-        raise InputError(
-            f"io_dtype is {io_dtype!r}; give torch.uint8 for an engine that normalises pictures "
-            "itself, or None for one that is called as the model is"
-        )
     source = source_of(model, inputs)
     table, shown = (None, ()) if calibration is None else table_of(calibration, source)
     if io_dtype is not None:

@@ -17,7 +17,7 @@ from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import quantise
 from fastres.options import PathLike
 from fastres.quantizing import Calibration, settled_precision, table_of
-from fastres.source import Inputs, Model, source_of, taking_pictures
+from fastres.source import Inputs, Model, check_pictures, source_of, taking_pictures
 
 Placement = Literal["tensorrt", "openvino"]
 ExportPrecision = Literal["fp32", "fp16", "int8"]
@@ -58,14 +58,21 @@ def export(
         InputError: an argument is out of range, or the file cannot be written.
         UnsupportedError: an operation has no ONNX form, or weights do not fit into float16.
     """
-    if precision is not None and precision not in get_args(ExportPrecision):
+    if not (precision is None or isinstance(precision, str)) or precision not in (
+        None,
+        *get_args(ExportPrecision),
+    ):
         raise InputError(f"precision is {precision!r}; ONNX is written in fp32, fp16 and int8")
-    if placement not in get_args(Placement):
+    if not isinstance(placement, str) or placement not in get_args(Placement):
         raise InputError(f"placement is {placement!r}; there are tensorrt and openvino")
     settled_precision(precision, calibration)
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        found = "empty" if isinstance(path, str) else type(path).__name__
-        raise InputError(f"path is {found}; give the path of the file to write")
+    check_pictures(preprocess, io_dtype)
+    if preprocess is not None and io_dtype is None:
+        raise InputError(
+            "preprocess says how pictures are normalised, and without io_dtype=torch.uint8 the "
+            "file takes what is normalised already: give both, or neither"
+        )
+    file = _file(path)
     source = source_of(model, inputs)
     table = None if calibration is None else table_of(calibration, source)[0]
     if io_dtype is not None:
@@ -76,11 +83,21 @@ def export(
         graph = quantise(graph, table, "both" if ours else "skip", unsigned=ours)
     data = as_onnx(graph, half=precision == "fp16" or table is not None)
     try:
-        write_whole(Path(path), data)
+        write_whole(file, data)
     except (OSError, ValueError) as error:  # a name that no file can have
         why = getattr(error, "strerror", None) or error
-        raise InputError(f"{path!r} cannot be written: {why}") from error
+        raise InputError(
+            f"{file} cannot be written: {why}; give a file in a folder that is there"
+        ) from error
     return graph
+
+
+def _file(path: PathLike) -> Path:
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise InputError(f"path is {type(path).__name__}; give the path of the file to write")
+    if not os.fspath(path):
+        raise InputError("path is empty; give the path of the file to write")
+    return Path(path)
 
 
 def as_onnx(graph: Graph, *, half: bool) -> bytes:

@@ -74,6 +74,20 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
     return Source(graph, typed, weights, ignored, chosen=True)
 
 
+def check_pictures(preprocess: object, io_dtype: object) -> None:
+    """
+    Raises:
+        InputError: one of them is not of its kind.
+    """
+    if not isinstance(preprocess, Preprocess | None):
+        raise InputError(f"preprocess is {preprocess!r}; give a fastres.Preprocess, or None")
+    if io_dtype is not None and io_dtype is not torch.uint8:
+        raise InputError(
+            f"io_dtype is {io_dtype!r}; give torch.uint8 for pictures that are normalised inside, "
+            "or None for inputs as the model takes them"
+        )
+
+
 def taking_pictures(source: Source, preprocess: Preprocess | None) -> Source:
     """The same, fed decoded pictures, uint8 [N, H, W, 3], which the graph normalises itself.
 

@@ -25,6 +25,7 @@ from fastres.source import source_of
 from fastres.tolerances import Distance, errors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PICTURES = fastres.Preprocess()
 HALF, FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 
 
@@ -38,6 +39,11 @@ def small(images: Tensor) -> nn.Module:
 @pytest.fixture(scope="module")
 def table(net: nn.Module, images: Tensor) -> fastres.CalibrationTable:
     return fastres.quantize(net, images, algorithm="mse")
+
+
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"net.onnx"
 
 
 def in_onnxruntime(path: Path, x: Tensor) -> Tensor:
@@ -232,6 +238,15 @@ class Shuffled(nn.Module):
         ({"path": "missing/net.onnx"}, InputError, "cannot be written"),
         ({"model": Shuffled().eval()}, UnsupportedError, "1 of 1 nodes"),
         ({"io_dtype": torch.uint8}, InputError, "say how"),
+        ({"io_dtype": torch.float16}, InputError, "io_dtype is torch.float16; give torch.uint8"),
+        ({"io_dtype": torch.float16, "preprocess": PICTURES}, InputError, "give torch.uint8"),
+        ({"io_dtype": "uint8", "preprocess": PICTURES}, InputError, "io_dtype is 'uint8'"),
+        ({"io_dtype": torch.uint8, "preprocess": 3}, InputError, "preprocess is 3; give"),
+        ({"preprocess": "x"}, InputError, "preprocess is 'x'; give"),
+        ({"preprocess": PICTURES}, InputError, "give both, or neither"),
+        ({"precision": np.zeros(2)}, InputError, "precision is array"),
+        ({"placement": np.zeros(2)}, InputError, "placement is array"),
+        ({"path": BytesPath()}, InputError, "path is BytesPath"),
     ],
 )
 def test_bad_arguments_leave_no_file(

@@ -14,7 +14,7 @@ from fastres.cli.output import check_output, emit, working
 from fastres.cli.targets import image_input, open_model, warn_if_untrained
 from fastres.errors import InputError
 
-_UNUSED = ("backend", "device", "threads", "on_unsupported", "batch_size")
+_UNUSED = ("backend", "precision", "device", "threads", "on_unsupported", "batch_size")
 
 
 @flags.takes_request(without=(*_UNUSED, "tune", "cache_dir", "trust_engine"))
@@ -25,6 +25,10 @@ def export(
         typer.Option("--output", "-o", metavar="FILE", help="The file to write."),
     ] = None,
     to: Annotated[str, typer.Option(metavar="onnx", help="The form.")] = "onnx",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16 or int8. Without it: fp32, or int8 with --calibration."),
+    ] = None,
     placement: Annotated[
         str,
         typer.Option(
@@ -56,7 +60,7 @@ def export(
             target.model,  # type: ignore[arg-type]  # open_model gives no engine
             output,
             inputs=None if isinstance(target.model, Graph) else image_input(target.shape, (1,)),
-            precision=request.precision,  # type: ignore[arg-type]  # export says which there are
+            precision=precision,  # type: ignore[arg-type]  # export says which there are
             calibration=request.calibration,
             placement=placement,  # type: ignore[arg-type]  # so here
         )
