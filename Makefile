@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+# Python bindings of both ends of what is supported, which a test holds our calls against; the
+# libraries behind them are not in the package index
+TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.0.1 tensorrt-cu13-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.106
 
 .PHONY: run test install dev lint types unit interpret bench report gpu kernels clean
 
@@ -19,8 +22,11 @@ $(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
+$(VENV)/.dev: $(VENV)/.installed Makefile
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	for one in $(TENSORRT_BINDINGS); do \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tensorrt-bindings/$$one $$one \
+		|| echo "$$one is not to be had here: its test is left out"; done
 	touch $@
 
 install: $(VENV)/.installed
