@@ -125,9 +125,13 @@ class Process:
             self._pipe.send(question)
         return self._answer()
 
+    def dismiss(self) -> None:
+        """Tells the child to end, and does not wait for it."""
+        self._pipe.close()
+
     def close(self) -> None:
         """Ends the child."""
-        self._pipe.close()
+        self.dismiss()
         self._child.join(PATIENCE)
         if self._child.is_alive():
             self._child.kill()
