@@ -11,12 +11,19 @@ import torch
 
 from fastres.backends.base import CompiledParts
 from fastres.backends.segments import lower
-from fastres.backends.select import check_names, choose
+from fastres.backends.select import Choice, check_names, choose, order
 from fastres.blocks import Version
 from fastres.calib.images import Preprocess
 from fastres.calib.table import CalibrationTable
 from fastres.engine import Engine, Lowered, Origin
-from fastres.errors import BuildError, CaptureError, FastresError, InputError
+from fastres.errors import (
+    BackendUnavailable,
+    BuildError,
+    CaptureError,
+    FastresError,
+    InputError,
+    UnsupportedError,
+)
 from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.ir import BatchNorm, Graph, identity
@@ -265,15 +272,56 @@ def assemble(
 ) -> Engine:
     """Chooses a backend for an optimised graph, lowers it, and makes the engine.
 
+    A backend that refuses the network only when it lowers it gives way to the next of the list.
+
     Args:
         compiled: what an executable of the same graph had to spare.
         table: to quantise the graph by, as the backend wants it.
     """
     precision = options.precision or PRECISION_OF[graph.floating_dtype]
-    choice = choose(graph, options, precision, compiled)
-    options = replace(options, precision=precision, device=choice.backend.device(options))
+    wanted = options
+    passed_over: tuple[str, ...] = ()
+    while True:
+        try:
+            choice = choose(graph, wanted, precision, compiled)
+        except (BackendUnavailable, UnsupportedError) as error:
+            raise type(error)("\n".join([*passed_over, str(error)])) from error
+        passed_over += choice.passed_over
+        try:
+            return _assembled(
+                replace(choice, passed_over=passed_over),
+                graph,
+                origin,
+                replace(options, precision=precision),
+                inputs,
+                preprocess,
+                compiled,
+                table,
+            )
+        except UnsupportedError as error:
+            names = order(wanted.backend, wanted.device, wanted.target)
+            left = names[names.index(choice.backend.name) + 1 :]
+            if not left:
+                raise
+            wanted = replace(wanted, backend=left)
+            passed_over += (f"{choice.backend.name} refuses the network: {error}",)
+
+
+def _assembled(
+    choice: Choice,
+    graph: Graph,
+    origin: Origin,
+    options: Options,
+    inputs: tuple[Input, ...],
+    preprocess: Preprocess | None,
+    compiled: CompiledParts | None,
+    table: CalibrationTable | None,
+) -> Engine:
+    """The engine on the backend that was chosen."""
+    options = replace(options, device=choice.backend.device(options))
     if table is not None:
-        graph = choice.backend.quantise(graph, table, precision)
+        assert options.precision is not None  # settled by `assemble`
+        graph = choice.backend.quantise(graph, table, options.precision)
     usual = tuple(i.usual for i in inputs)
     if options.max_batch_size is not None and options.oversize == "split":
         reason = why_not_split(graph, usual)
@@ -282,7 +330,8 @@ def assemble(
                 f"{reason}, so a batch above max_batch_size={options.max_batch_size} cannot be run "
                 "in parts: pass oversize='error' to refuse such batches, or no max_batch_size"
             )
-    executable, refused = lower(choice.backend, graph, options, usual, compiled)
+    promised = replace(options, promised_batch=max(i.largest[0] for i in inputs))
+    executable, refused = lower(choice.backend, graph, promised, usual, compiled)
     return Engine(
         Lowered(graph, executable, refused),
         origin,

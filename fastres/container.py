@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -180,7 +180,7 @@ def write(path: Path, files: Mapping[str, bytes]) -> None:
         ArtifactError: the path holds something that is no saved engine, or cannot be written.
     """
     path = Path(os.path.abspath(path))
-    _check_replaceable(path, files)
+    check_replaceable(path, files)
     write_form: Callable[[Path, Mapping[str, bytes]], None]
     write_form = _write_zip if path.suffix == ".fastres" else _write_folder
     temporary = _sibling(path)
@@ -188,12 +188,21 @@ def write(path: Path, files: Mapping[str, bytes]) -> None:
         write_form(temporary, files)
         _publish(temporary, path)
     except OSError as error:
-        raise defect(path, f"cannot be written: {error}") from error
+        raise defect(path, f"cannot be written: {error.strerror or error}") from error
     finally:
         _remove(temporary)
 
 
-def _check_replaceable(path: Path, files: Mapping[str, bytes]) -> None:
+def check_replaceable(path: Path, files: Collection[str] | None = None) -> None:
+    """Tells before anything is written, or even made, that an engine cannot be saved there.
+
+    Args:
+        files: that are to be written; others beside them are not replaced. None: not known yet.
+
+    Raises:
+        ArtifactError: the path holds something that is no saved engine, or its folder is missing.
+    """
+    path = Path(os.path.abspath(path))
     if not path.parent.is_dir():
         raise defect(path, f"the folder {path.parent} does not exist; make it first")
     if path.is_symlink():
@@ -203,7 +212,7 @@ def _check_replaceable(path: Path, files: Mapping[str, bytes]) -> None:
     strangers: set[str] = set()
     try:
         container = open_container(path)
-        strangers = set(container.sizes) - set(files)
+        strangers = set() if files is None else set(container.sizes) - set(files)
         ours = not strangers and MARK in read_manifest(container)
     except ArtifactError as error:
         raise ArtifactError(f"{error}. It is left alone: delete it, or save elsewhere") from error

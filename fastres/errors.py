@@ -46,6 +46,16 @@ class ParityError(FastresError):
     """A candidate's numbers are outside the tolerance policy."""
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether what a library raised goes back to Ctrl-C: some make errors of their own of that."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt) or "KeyboardInterrupt" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def missing(package: str, error: Exception) -> str:
     """What there is to say of a package that cannot be imported."""
     return f"{package} cannot be imported ({error}); pip install {package}"

@@ -21,7 +21,6 @@ from fastres.source import Inputs, Model, check_pictures, source_of, taking_pict
 
 Placement = Literal["tensorrt", "openvino"]
 ExportPrecision = Literal["fp32", "fp16", "int8"]
-_LIMIT = 2**31  # bytes of one protobuf message
 
 
 def export(
@@ -111,9 +110,4 @@ def as_onnx(graph: Graph, *, half: bool) -> bytes:
         raise UnsupportedError(
             f"{len(refused)} of {len(graph.nodes)} nodes cannot be written:\n{listed}"
         )
-    proto = onnx_form.to_onnx(graph, half=half)
-    if proto.ByteSize() >= _LIMIT:
-        raise UnsupportedError(
-            f"the network takes {proto.ByteSize()} bytes; an ONNX file holds up to {_LIMIT}"
-        )
-    return bytes(proto.SerializeToString(deterministic=True))
+    return onnx_form.to_bytes(graph, half=half)

@@ -155,6 +155,7 @@ class Options:
     dependent_launch: bool | None = None
     tune: bool = False
     cache_dir: str | None = None
+    promised_batch: int | None = None  # the largest of the inputs; set where they are lowered
 
     def __post_init__(self) -> None:
         if self.target is not None and not (

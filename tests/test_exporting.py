@@ -19,6 +19,7 @@ from fastres.backends.openvino_runtime import core
 from fastres.backends.reference import ReferenceExecutable
 from fastres.compiler import optimised
 from fastres.errors import CaptureError, InputError, UnsupportedError
+from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph, Quantize
 from fastres.graph.passes.quantise import quantise
 from fastres.source import source_of
@@ -160,6 +161,38 @@ def test_placements_differ_in_what_they_round(
     assert counts["openvino"] == counts["tensorrt"] + 4  # one for each block
     assert points["tensorrt"] == {onnx.TensorProto.INT8}
     assert points["openvino"] == {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+
+
+class Returns(nn.Module):
+    """One value twice, and what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.c(x)
+        return y, x, y
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_outputs_differ_from_inputs_and_one_another(tmp_path: Path, precision: Any) -> None:
+    net, x, path = Returns().eval(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx"
+    fastres.export(net, path, inputs=x, precision=precision)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for got, want in zip(session.run(None, {"x": x.numpy()}), net(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-2, atol=1e-2)
+
+
+def test_a_network_that_no_onnx_model_holds(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_form, "LIMIT", 1000)
+    with pytest.raises(UnsupportedError, match="holds up to 1000"):
+        fastres.export(net, tmp_path / "net.onnx")
+    with pytest.raises(UnsupportedError, match="holds up to 1000"):
+        fastres.compile(net, backend="tensorrt", target="sm_86")
 
 
 @RUNTIMES

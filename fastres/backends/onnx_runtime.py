@@ -76,7 +76,7 @@ class OnnxRuntimeExecutable:
         settings.log_severity_level = 4
         self._graph = graph
         self._precision = options.precision or "fp32"
-        proto = onnx_form.to_onnx(graph, half=half).SerializeToString()
+        proto = onnx_form.to_bytes(graph, half=half)
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 proto, settings, providers=["CPUExecutionProvider"]
@@ -88,7 +88,7 @@ class OnnxRuntimeExecutable:
         arrays = (x.numpy() for x in onnx_form.inputs_for(self._graph, inputs))
         named = zip(self._graph.inputs, arrays, strict=True)
         given = {value.name: array for value, array in named}
-        found = self._session.run(list(self._graph.outputs), given)
+        found = self._session.run(None, given)
         return [torch.from_numpy(array) for array in found]
 
     def precisions(self) -> dict[str, str]:

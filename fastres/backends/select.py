@@ -117,10 +117,11 @@ def choose(
         if refused and options.on_unsupported == "error":
             listed = "\n".join(f"  {refusal}" for refusal in refused)
             reasons.append(f"{name} refuses {len(refused)} of {len(graph.nodes)} nodes:\n{listed}")
-            advice = (
-                "Choose another backend, or pass on_unsupported='fallback' to run refused nodes in "
-                "PyTorch"
-            )
+            if options.target is None:
+                advice = (
+                    "Choose another backend, or pass on_unsupported='fallback' (--on-unsupported "
+                    "fallback) to run refused nodes in PyTorch"
+                )
             continue
         return Choice(candidate, tuple(reasons))
     text = "\n".join(reasons)

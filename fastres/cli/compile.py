@@ -42,6 +42,10 @@ def compile_model(
     every kernel is compiled for a GPU that is not here, and listed with what it uses. With --tune
     the kernels' tiles are measured first; an interrupted run goes on where it was.
     """
+    from fastres.container import check_replaceable, place
+
+    if output is not None:
+        check_replaceable(place(output))
     request = request.about(model)
     target = open_model(request)
     started = time.perf_counter()

@@ -121,7 +121,7 @@ def to_engine(target: Target, request: Request, preprocess: Preprocess | None = 
         "device": request.device,
         "threads": request.threads,
         "preprocess": preprocess,
-        "backend": (request.backend or "auto").split(","),
+        "backend": ("auto" if request.backend is None else request.backend).split(","),
         "on_unsupported": request.on_unsupported or "error",
         "target": request.target,
         "tune": bool(request.tune),

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from fastres.errors import CaptureError
+from fastres.errors import CaptureError, is_interrupt
 from fastres.graph.specs import GIVEN_DTYPES
 from fastres.graph.symbols import expression, is_fixed
 from fastres.options import ANY_BATCH, Input, usual_sizes
@@ -59,6 +59,8 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
             with noting_every_branch():
                 program = torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
     except Exception as error:  # torch.export raises whatever the traced code and torch raise
+        if is_interrupt(error):
+            raise KeyboardInterrupt from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CaptureError(
             f"torch.export cannot export {type(model).__name__} for inputs "

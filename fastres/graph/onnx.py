@@ -37,11 +37,21 @@ from fastres.graph.ir import (
     Value,
     op_name,
 )
-from fastres.graph.onnx_writer import ACTIVATIONS, FLOAT, HALF, INT8, Writer, as_array, named
+from fastres.graph.onnx_writer import (
+    ACTIVATIONS,
+    FLOAT,
+    HALF,
+    INT8,
+    Writer,
+    as_array,
+    named,
+    output_names,
+)
 from fastres.graph.specs import Dim, TensorSpec
 
 OPSET = 20
 IR_VERSION = 10
+LIMIT = 2**31  # bytes of one protobuf message
 
 
 def refusal(node: Node) -> str | None:
@@ -74,6 +84,8 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Writes a graph as an ONNX model with the same inputs, outputs and symbolic sizes, in float32.
 
+    Its outputs have the names of `output_names`.
+
     Pictures that a Normalize reads are an input in uint8 [N, H, W, 3]. What is quantised becomes
     QuantizeLinear and DequantizeLinear, int8 with zero point 0; weights stay int8.
 
@@ -90,7 +102,7 @@ def to_onnx(
     writer = Writer(graph, half)
     for node in graph.nodes:
         _WRITERS[type(node.op)](writer, node)
-    writer.widen_outputs()
+    writer.end_outputs()
     for name in [name for name, kind in writer.read if kind == HALF]:
         _check_range(graph, name)
     proto = helper.make_graph(
@@ -98,7 +110,10 @@ def to_onnx(
         "fastres",
         [_input_info(graph, value) for value in graph.inputs]
         + [_value_info(name, graph.spec(name)) for name, _ in writer.read if weights_as_inputs],
-        [_value_info(name, graph.spec(name)) for name in graph.outputs],
+        [
+            _value_info(written, graph.spec(name))
+            for name, written in zip(graph.outputs, output_names(graph), strict=True)
+        ],
         writer.initializers
         + [_weight(graph, *read) for read in writer.read if not weights_as_inputs],
     )
@@ -106,6 +121,21 @@ def to_onnx(
     return helper.make_model(
         proto, opset_imports=[opset], ir_version=IR_VERSION, producer_name="fastres"
     )
+
+
+def to_bytes(graph: Graph, *, half: bool = False) -> bytes:
+    """The written model with its weights, the same bytes for the same graph.
+
+    Raises:
+        UnsupportedError: as `to_onnx`, or the network is larger than an ONNX file can be.
+    """
+    proto = to_onnx(graph, half=half)
+    weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if weights >= LIMIT or proto.ByteSize() >= LIMIT:
+        raise UnsupportedError(
+            f"the network's weights take {weights} bytes; one ONNX model holds up to {LIMIT}"
+        )
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def inputs_for(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

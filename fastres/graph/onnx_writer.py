@@ -62,9 +62,12 @@ class Writer:
     def _kind_of(self, name: str) -> int:
         return self.kind(self.graph[name]) if name in self.graph else FLOAT
 
-    def widen_outputs(self) -> None:
-        """Float16 results that the graph returns bear another name within, and are cast."""
-        for name in self.graph.outputs:
+    def end_outputs(self) -> None:
+        """Ends what the graph returns in float32, under the names of `output_names`.
+
+        Float16 results bear another name within, and are cast.
+        """
+        for name in dict.fromkeys(self.graph.outputs):
             if self._kind_of(name) != HALF:
                 continue
             inner = f"{name}/inner"
@@ -73,6 +76,9 @@ class Writer:
                     for i, found in enumerate(names):
                         names[i] = inner if found == name else found
             self.emit("Cast", f"{name}/widen", [inner], name, to=FLOAT)
+        for name, written in zip(self.graph.outputs, output_names(self.graph), strict=True):
+            if written != name:
+                self.emit("Identity", f"{written}/copy", [name], written)
 
     def params(self, node: Node, *slots: str) -> list[str]:
         kind = self.kind(node)
@@ -124,6 +130,19 @@ class Writer:
             self.emit("Mul", f"{node.name}/silu", [source, f"{node.name}/gate"], node.name)
         else:
             self.emit(ACTIVATIONS[kind], f"{node.name}/{kind}", [source], node.name)
+
+
+def output_names(graph: Graph) -> tuple[str, ...]:
+    """Of the written model's outputs, which must differ from one another and from the inputs.
+
+    They are the graph's but where it returns an input, or the same value twice.
+    """
+    taken = {value.name for value in graph.inputs}
+    names = []
+    for i, name in enumerate(graph.outputs):
+        names.append(f"{name}/output{i}" if name in taken else name)
+        taken.add(name)
+    return tuple(names)
 
 
 def as_array(constant: torch.Tensor) -> np.ndarray[Any, Any]:

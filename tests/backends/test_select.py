@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres.backends.onnx_runtime import OnnxRuntimeBackend
 from fastres.backends.select import order
 from fastres.errors import BackendUnavailable, InputError, UnsupportedError
 
@@ -70,6 +71,37 @@ def test_refused_nodes_are_all_listed() -> None:
     text = str(caught.value)
     assert "cpu refuses 2 of 5 nodes" in text and "on_unsupported='fallback'" in text
     assert "roll: " in text and "roll_1: " in text
+
+
+def test_for_another_machine_there_is_no_fallback() -> None:
+    with pytest.raises(UnsupportedError, match="refuses 2 of 5 nodes") as caught:
+        fastres.compile(Rolled().eval(), IMAGE, backend="triton", target="sm_90")
+    assert "fallback" not in str(caught.value)
+
+
+class TestRefusedWhileLowering:
+    """What a backend sees only then sends the network to the next of the list, too."""
+
+    @pytest.fixture(autouse=True)
+    def odd(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def lower(*given: object) -> object:
+            raise UnsupportedError("a weight is too odd")
+
+        monkeypatch.setattr(OnnxRuntimeBackend, "lower", lower)
+
+    def test_the_next_takes_it(self) -> None:
+        net = nn.Conv2d(3, 4, 3).eval()
+        engine = fastres.compile(net, IMAGE, backend=["onnxruntime", "reference"])
+        assert engine.backend.name == "reference"
+        (reason,) = engine.info.passed_over
+        assert reason == "onnxruntime refuses the network: a weight is too odd"
+
+    def test_all_reasons_are_told(self) -> None:
+        net = nn.Conv2d(3, 4, 3).eval()
+        with pytest.raises(UnsupportedError, match="^a weight is too odd$"):
+            fastres.compile(net, IMAGE, backend="onnxruntime")
+        with pytest.raises(UnsupportedError, match=r"(?s)too odd\ncpu refuses the precision"):
+            fastres.compile(net, IMAGE, backend=["onnxruntime", "cpu"], precision="fp16")
 
 
 def test_list_of_backends_tells_what_was_passed_over() -> None:

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 from typer.testing import Result
 
+import fastres
 from fastres import models
 
 Run = Callable[..., Result]
@@ -71,6 +72,7 @@ def test_a_pipe_gets_the_report_and_nothing_else(
         (("fastres:resnet51",), "there is no fastres:resnet51"),
         ((), "give a model"),
         (("SMALL", "--backend", "quantum"), "there are auto, cpu"),
+        (("SMALL", "--backend", ""), "backend is ''"),
         (("SMALL", "--precision", "fp12"), "supported are"),
         (("SMALL", "--backend", "cpu", "--precision", "fp16"), "cpu runs fp32, bf16 and int8"),
         (("SMALL", "--batch-size", "0,x"), "not an integer of at least 1"),
@@ -95,6 +97,15 @@ def test_compile_refuses(
     meant = {"SMALL": small, "ENGINE": engine, "PHOTOS": photos_folder}
     result = run("compile", *(meant.get(a, a) for a in arguments), status=2)
     assert result.stdout == "" and result.stderr.startswith("error: ") and said in result.stderr
+
+
+@pytest.mark.parametrize("place", ["no/folder/e.fastres", "PHOTOS", ""])
+def test_where_it_cannot_be_saved_it_is_not_compiled(
+    place: str, run: Run, small: str, photos_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastres, "compile", lambda *given, **more: pytest.fail("it was"))
+    result = run("compile", small, "-o", photos_folder if place == "PHOTOS" else place, status=2)
+    assert result.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(

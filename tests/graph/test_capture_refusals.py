@@ -225,6 +225,17 @@ REFUSED: dict[str, tuple[Case, str]] = {
 }
 
 
+def test_an_interrupt_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes errors of its own of one that comes while its operators run."""
+
+    def stopped(*given: object, **more: object) -> None:
+        raise TypeError('new_empty(): failed to unpack "KeyboardInterrupt: <EMPTY MESSAGE>"')
+
+    monkeypatch.setattr(torch.export, "export", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        capture(conv().eval(), [SMALL])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses(name: str, model_of: ModelOf) -> None:
     (make, inputs), message = REFUSED[name]

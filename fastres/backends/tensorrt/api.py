@@ -14,9 +14,10 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Any
+
+from fastres.errors import is_interrupt
 
 OLDEST = (10, 0)
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # by the module's name
@@ -101,12 +102,13 @@ def package_of(builder: str) -> str | None:
     return None
 
 
-@cache
 def _load(name: str) -> Api | str:
     try:
         module: ModuleType = importlib.import_module(name)
         text = str(module.__version__)
     except Exception as error:  # without its libraries the module raises what it likes
+        if is_interrupt(error):
+            raise KeyboardInterrupt from error
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return f"{name} cannot be imported ({first})"
     version = tuple(int(part) for part in re.findall(r"\d+", text))

@@ -71,8 +71,8 @@ class TensorRtBackend:
         if api.is_rtx and architecture == "sm_75" and options.precision != "fp16":
             raise UnsupportedError(
                 f"{api} multiplies in fp16 alone on sm_75 (Turing), {options.precision} was asked "
-                "for: use precision='fp16' (--precision fp16), or, on a machine with such a GPU, "
-                "pip install tensorrt and leave target out"
+                "for: compile with precision='fp16' (--precision fp16), or, on a machine with such "
+                "a GPU, pip install tensorrt and leave target out"
             )
         return TensorRtExecutable(api, graph, options, device, shapes, compiled)
 
@@ -85,10 +85,14 @@ class TensorRtBackend:
 
 
 def _api_for(architecture: str, compiled: CompiledParts | None) -> Api | str:
-    """The module to use on a GPU: that which built the plan of a saved engine, if it is for it."""
+    """The module to use on a GPU: that which built the plan of a saved engine, if it is for it.
+
+    Args:
+        architecture: empty where there is no GPU.
+    """
     about = None if compiled is None else read_about(compiled.files)
     usual = find_api()
-    if about is None or about.origin.architecture != architecture:
+    if about is None or architecture not in ("", about.origin.architecture):
         return usual
     builder = find_builder(about.origin.builder)
     return usual if isinstance(builder, str) and isinstance(usual, Api) else builder
@@ -98,6 +102,7 @@ def _unbuildable(api: Api, target: str) -> str | None:
     if api.architecture(target) is None:
         known = ", ".join(api.architectures)
         return (
-            f"{api} builds for {known}, not for {target}; on a machine with one, leave target out"
+            f"{api} builds for {known}, not for {target}; with such a GPU at hand, leave target "
+            "out; backend='triton' builds for sm_90 and others, too"
         )
     return None

@@ -8,7 +8,7 @@ from typing import Any
 from fastres.backends.tensorrt.api import Api
 from fastres.backends.tensorrt.layers import from_log
 from fastres.backends.tensorrt.plan import Built, Range
-from fastres.errors import BackendUnavailable, UnsupportedError
+from fastres.errors import BackendUnavailable, OutOfMemory, UnsupportedError
 from fastres.graph.onnx import origin_of
 from fastres.text import progress_bar
 
@@ -38,6 +38,7 @@ def build(
     Raises:
         BackendUnavailable: TensorRT gives no builder here.
         UnsupportedError: it cannot parse or build the network; in its words, with our nodes.
+        OutOfMemory: it has no room to build an engine for batches that large.
         KeyboardInterrupt: the build was interrupted.
     """
     trt = api.module
@@ -60,6 +61,12 @@ def build(
         plan = builder.build_serialized_network(network, config)
     if monitor.interrupted:
         raise KeyboardInterrupt
+    if plan is None and "OutOfMemory" in log.last_error:
+        largest = ", ".join(f"{name} {list(r.largest)}" for name, r in ranges.items())
+        raise OutOfMemory(
+            f"{api} has no room to build for inputs of up to {largest}: compile for smaller "
+            "batches, or give a smaller max_batch_size"
+        )
     if plan is None:
         raise UnsupportedError(f"{api} cannot build the network: {log.last_error}")
     kept = None if api.is_rtx else config.get_timing_cache()

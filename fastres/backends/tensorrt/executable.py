@@ -21,6 +21,7 @@ from fastres.backends.tensorrt.stored import Origin, as_ranges, digest, usable, 
 from fastres.calib.files import write_whole
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph
+from fastres.graph.onnx_writer import output_names
 from fastres.graph.shapes import infer_shapes
 from fastres.graph.specs import Sym
 from fastres.options import Options, cache_folder
@@ -52,10 +53,13 @@ class TensorRtExecutable:
         self._device = device
         self._parts = compiled or CompiledParts()
         self._notes: list[str] = []
+        self._batched = all(v.spec.shape[:1] == (Sym("N"),) for v in graph.inputs)
+        if self._batched and options.max_batch_size is not None:  # larger ones come in parts
+            shapes = tuple((min(n, options.max_batch_size), *rest) for n, *rest in shapes)
         self._usual = shapes
         self._half = options.precision in ("fp16", "int8")
         self._pictures = () if graph.normalize is None else graph.normalize.inputs
-        self._onnx = onnx_form.to_onnx(graph, half=self._half).SerializeToString(deterministic=True)
+        self._onnx = onnx_form.to_bytes(graph, half=self._half)
         self._network = digest(self._onnx)
         self._engines = ShapeCache(self._engine, options.cache_size)
         self._engines.get(self._largest(shapes))
@@ -103,10 +107,9 @@ class TensorRtExecutable:
 
     def _largest(self, shapes: Shapes) -> Shapes:
         """The inputs of the engine that serves these: as many images as it takes."""
-        batched = all(v.spec.shape[:1] == (Sym("N"),) for v in self._graph.inputs)
-        if not batched:
+        if not self._batched:
             return shapes
-        n = max(_BATCH, self._usual[0][0])
+        n = max(_BATCH, self._usual[0][0], self._options.promised_batch or 1)
         if self._options.max_batch_size is not None:
             n = self._options.max_batch_size
         while n < shapes[0][0]:
@@ -144,7 +147,7 @@ class TensorRtExecutable:
             raise elsewhere(self._options.target)
         from fastres.backends.triton.timing import record_cuda_graph
 
-        names = [value.name for value in self._graph.inputs], list(self._graph.outputs)
+        names = [value.name for value in self._graph.inputs], output_names(self._graph)
         record = None if self._options.cuda_graph is False else record_cuda_graph
         limit = self._options.cache_size
         return TensorRtRunner(self._api, plan, names, self._device, record, limit)

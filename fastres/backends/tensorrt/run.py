@@ -161,10 +161,11 @@ class TensorRtRunner:
         with torch.cuda.device(self._device):
             execution = self._engine.create_execution_context()
         if execution is None:
+            sizes = ", ".join(str(list(shape)) for shape in shapes)
             raise OutOfMemory(
-                f"TensorRT has no room on {self._device} for another execution context, for "
-                f"inputs {', '.join(str(list(shape)) for shape in shapes)}: use smaller batches, "
-                "fewer threads, or free memory on the device"
+                f"TensorRT has no room on {self._device} for another execution context, for inputs "
+                f"{sizes}: it takes what the engine's largest batch needs. Compile with a smaller "
+                "max_batch_size, use fewer threads, or free memory on the device"
             )
         for name, shape in zip(self._inputs, shapes, strict=True):
             if not execution.set_input_shape(name, shape):

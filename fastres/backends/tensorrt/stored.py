@@ -57,7 +57,7 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             package = package_of(self.builder)
             advice = "" if package is None else f"; pip install {package}"
             return f"its builder is {self.builder}, here it is {wanted.builder}{advice}"
-        if self.gpu not in ("", wanted.gpu):
+        if "" not in (self.gpu, wanted.gpu) and self.gpu != wanted.gpu:
             return f"it was built on {self.gpu}, here is {wanted.gpu}"
         return None
 
@@ -95,9 +95,13 @@ def read_about(files: Mapping[str, bytes]) -> About | None:
     if ABOUT not in files:
         return None
     try:
-        return msgspec.json.decode(files[ABOUT], type=About)
+        about = msgspec.json.decode(files[ABOUT], type=About)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{ABOUT} cannot be read: {error}") from error
+    for what in ("builder", "architecture", "gpu", "settings"):  # which are shown on terminals
+        if not getattr(about.origin, what).isprintable():
+            raise ArtifactError(f"{ABOUT} cannot be read: its {what} is no name")
+    return about
 
 
 def read_plan(files: Mapping[str, bytes]) -> tuple[Origin, Built] | None:

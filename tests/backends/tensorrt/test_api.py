@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from enum import IntEnum
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from fastres.backends.base import CompiledParts
-from fastres.backends.tensorrt import api as module
 from fastres.backends.tensorrt import backend
 from fastres.backends.tensorrt.api import Api, find_api, find_builder
 from fastres.backends.tensorrt.backend import TensorRtBackend
@@ -33,13 +31,6 @@ def fake(name: str, version: str) -> ModuleType:
     found.__version__ = version
     found.NetworkDefinitionCreationFlag = Flag
     return found
-
-
-@pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
-    module._load.cache_clear()
-    yield
-    module._load.cache_clear()
 
 
 @pytest.mark.parametrize("version", ["10.0.1", "10.16.0.45", "11.4.0"])
@@ -74,6 +65,19 @@ def test_without_any_of_them_it_says_what_to_type(
     missing = find_api("sm_86")
     assert isinstance(missing, str) and missing.endswith("pip install tensorrt-rtx")
     assert TensorRtBackend().unavailable() == found
+
+
+def test_an_interrupted_import_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next import is tried afresh."""
+
+    def stopped(name: str, package: str | None = None) -> ModuleType:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(importlib, "import_module", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            find_api("sm_86")
+    assert isinstance(find_api("sm_86"), Api)
 
 
 def test_old_ones_are_refused_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +145,7 @@ class TestStoredPlans:
 def test_turing_takes_fp16_only(precision: Any) -> None:
     """Refused before anything is built: by TensorRT the reason would name nodes of its own."""
     options = Options(precision=precision, target="sm_75")
-    text = rf"fp16 alone on sm_75 \(Turing\), {precision} was asked for: use precision='fp16'"
+    text = rf"fp16 alone on sm_75 \(Turing\), {precision} was asked for: compile with precision="
     with pytest.raises(UnsupportedError, match=text):
         TensorRtBackend().lower(None, options, ())  # type: ignore[arg-type]
 
@@ -159,9 +163,19 @@ class TestAvailability:
         why = str(TensorRtBackend().unavailable(None, CompiledParts()))
         assert "there is no NVIDIA GPU" in why and "target" not in why
 
+    def test_no_gpu_and_not_what_built_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        for name in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, name, None)
+        origin = Origin("tensorrt_rtx 1.7.1", "sm_86", "", {}, "fp16", "")
+        parts = CompiledParts(write_plan(origin, Built(b"plan", (), b"")))
+        assert "pip install tensorrt-rtx==1.7.1" in str(TensorRtBackend().unavailable(None, parts))
+
     def test_targets(self) -> None:
         backend = TensorRtBackend()
         assert backend.unavailable("sm_86") is None
+        assert "backend='triton'" in str(backend.unavailable("sm_90"))
         assert "builds for sm_75, sm_80, sm_86" in str(backend.unavailable("sm_90"))
 
     def test_a_gpu_that_rtx_does_not_know(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 import fastres
 from fastres import models
@@ -16,7 +17,7 @@ from fastres.backends.tensorrt.build import build
 from fastres.backends.tensorrt.layers import notes_on, precisions
 from fastres.backends.tensorrt.plan import Built, Range
 from fastres.compiler import optimised
-from fastres.errors import CaptureError, UnsupportedError
+from fastres.errors import CaptureError, OutOfMemory, UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Linear
 from fastres.graph.onnx import to_onnx
 from fastres.source import source_of, taking_pictures
@@ -94,6 +95,36 @@ def test_what_cannot_be_parsed_is_told_with_our_node(rtx: Api, graph_of: GraphOf
     node.op_type = "Convolve"
     with pytest.raises(UnsupportedError, match=r"(?s)cannot read the network.*layer2\.0\.conv1"):
         build(rtx, proto.SerializeToString(), {"x": SHAPES}, target=TARGET)
+
+
+class Returns(torch.nn.Module):
+    def __init__(self, untouched: bool) -> None:
+        super().__init__()
+        self.untouched, self.c = untouched, torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.c(x)
+        return x if self.untouched else (y, x, y)
+
+
+@pytest.mark.parametrize("untouched", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_is_returned_twice_or_untouched(precision: Any, untouched: bool) -> None:
+    engine = fastres.compile(
+        Returns(untouched).eval(),
+        torch.zeros(2, 3, 8, 8),
+        backend="tensorrt",
+        target=TARGET,
+        precision=precision,
+    )
+    assert len(engine.compiled_parts().files) == 2
+
+
+def test_no_room_for_such_batches(rtx: Api, graph_of: GraphOf) -> None:
+    huge = Range((1, 3, 32, 32), (1, 3, 32, 32), (100_000, 3, 32, 32))
+    proto = to_onnx(graph_of(SMALL, "fp32"), half=True)
+    with pytest.raises(OutOfMemory, match="smaller max_batch_size"):
+        build(rtx, proto.SerializeToString(), {"x": huge}, target=TARGET)
 
 
 def test_what_is_no_onnx_is_refused(rtx: Api) -> None:

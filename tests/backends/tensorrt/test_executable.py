@@ -95,6 +95,7 @@ def lower(graph: Graph, n: int, parts: CompiledParts | None = None, **options: A
         (48, None, (48, 1), [48]),
         (8, 8, (8, 3), [8]),
         (8, 8, (9,), [8, 16]),
+        (8, 2, (1, 2), [2]),
     ],
 )
 def test_engines_serve_ranges_of_batches(
@@ -110,7 +111,7 @@ def test_engines_serve_ranges_of_batches(
         (y,) = made.run([torch.randn(n, 3, 64, 64)])
         assert y.shape[0] == n
     assert [build["largest"][0] for build in world.builds] == engines
-    assert all(build["usual"][0] == usual for build in world.builds)
+    assert {build["usual"][0] for build in world.builds} == {min(usual, limit or usual)}
     assert {build["tf32"] for build in world.builds} == {False}
 
 
@@ -138,6 +139,37 @@ def test_where_timings_cannot_be_kept_the_engine_is_still_made(
     (tmp_path / "fastres").write_text("a file, not a folder")
     assert lower(graph, 1).run([torch.randn(1, 3, 64, 64)])
     assert "cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize(("largest", "engine"), [(8, 32), (64, 64)])
+def test_the_batches_that_inputs_promise_are_built_for(
+    world: World, small: torch.nn.Module, largest: int, engine: int
+) -> None:
+    shapes = fastres.Input(((1, 3, 64, 64), (2, 3, 64, 64), (largest, 3, 64, 64)))
+    made = fastres.compile(small, shapes, backend="tensorrt", verify=False)
+    made(torch.zeros(largest, 3, 64, 64))
+    (build,) = world.builds
+    assert build["largest"][0] == engine and build["usual"][0] == 2
+
+
+class Returns(torch.nn.Module):
+    """What it is given, and one value twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = torch.nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.c(x)
+        return y, x, y
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_is_returned_twice_or_untouched(world: World, precision: Any) -> None:
+    net, x = Returns().eval(), torch.randn(2, 3, 8, 8)
+    engine = fastres.compile(net, x, backend="tensorrt", precision=precision)
+    for got, want in zip(engine(x), net(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
 
 
 class TestSaved:

@@ -114,7 +114,8 @@ class TestUse:
         about = msgspec.json.decode(files[ABOUT])
         about["origin"]["gpu"] = "NVIDIA A10"
         made = {**files, ABOUT: msgspec.json.encode(about)}
-        for gpu, wants in (("NVIDIA A10", None), ("NVIDIA A40", "built on NVIDIA A10, here is")):
+        elsewhere = ("NVIDIA A40", "built on NVIDIA A10, here is NVIDIA A40")
+        for gpu, wants in (("NVIDIA A10", None), ("", None), elsewhere):  # "": to be looked at
             wanted = msgspec.structs.replace(origin, gpu=gpu)
             found, why = usable(CompiledParts(made, trusted=True), wanted, runs=True)
             assert (found is not None) == (wants is None)
@@ -144,6 +145,15 @@ class TestDamage:
     def test_the_description_is_none(self, files: dict[str, bytes], data: bytes) -> None:
         with pytest.raises(ArtifactError, match="cannot be read"):
             read_plan({**files, ABOUT: data})
+
+    @pytest.mark.parametrize("what", ["builder", "architecture", "gpu", "settings"])
+    def test_names_that_would_play_with_a_terminal(
+        self, files: dict[str, bytes], what: str
+    ) -> None:
+        about = msgspec.json.decode(files[ABOUT])
+        about["origin"][what] = "sm_86\n\x1b[31m"
+        with pytest.raises(ArtifactError, match=f"its {what} is no name"):
+            read_plan({**files, ABOUT: msgspec.json.encode(about)})
 
     @pytest.mark.parametrize("cut", [0, 1, 1000])
     def test_another_plan_or_a_piece_of_one(self, files: dict[str, bytes], cut: int) -> None:
