@@ -67,7 +67,8 @@ def test_the_way_from_a_table_to_numbers(
     text = run("verify", SMALL, *given, "--layerwise").stdout
     figures = [float(line.split("│")[-3]) for line in text.splitlines() if "│ conv2d" in line]
     assert figures == sorted(figures) and len(figures) > 3  # the worst first
-    timed = run_json("bench", SMALL, *given, "--precision", "fp32,int8", "--duration", 0.05)
+    brief = ("--duration", 0.05, "--launches", 1, "--peers", "none")
+    timed = run_json("bench", SMALL, *given, "--precision", "fp32,int8", *brief)
     assert {m["precision"] for m in timed["measurements"]} >= {"fp32"}
     assert "int8" in json.dumps(timed)
 

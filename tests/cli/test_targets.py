@@ -10,7 +10,7 @@ from typer.testing import Result
 import fastres
 
 Run = Callable[..., Result]
-QUICK = ("--duration", "0.02", "--device", "cpu")
+QUICK = ("--duration=0.02", "--launches=1", "--device=cpu", "--peers=none")
 
 
 @pytest.fixture
