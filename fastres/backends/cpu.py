@@ -31,6 +31,7 @@ from fastres.options import Options, Precision, Sizes
 
 _LARGEST = torch.finfo(torch.float32).max
 _ROW = 8192  # numbers
+_FEW = 1 << 18
 
 
 class CpuBackend:
@@ -205,7 +206,13 @@ class _Plan:
         return outputs
 
     def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Inputs are read where they lie; so are large outputs written, small ones copied."""
+        """Inputs are read where they lie; so are large outputs written, small ones copied.
+
+        They are looked through first: while OpenVINO runs it would cost more, since its threads
+        have a core each, and wait for the one that shares its core.
+        """
+        if not all(_is_ordinary(tensor) for tensor in inputs):
+            return None
         tensor_of = openvino().Tensor
         for i, tensor in enumerate(inputs):
             request.set_input_tensor(i, tensor_of(tensor.numpy(), shared_memory=True))
@@ -215,11 +222,7 @@ class _Plan:
         }
         for i, tensor in large.items():
             request.set_output_tensor(i, tensor_of(tensor.numpy(), shared_memory=True))
-        request.start_async()
-        ordinary = all(_is_ordinary(tensor) for tensor in inputs)  # meanwhile
-        request.wait()
-        if not ordinary:
-            return None
+        request.infer()
         return [
             large[i] if i in large else torch.from_numpy(request.get_output_tensor(i).data.copy())
             for i in range(len(self._output_shapes))
@@ -269,11 +272,14 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
     """Whether the sum of squares is a number in float32.
 
     It is not for NaN and infinities, nor for values that would sooner or later overflow inside a
-    network. Row by row, since BLAS takes threads for longer ones, which would be in the way.
+    network. Many are summed row by row: BLAS would take threads for longer rows, which spin
+    afterwards on the cores that OpenVINO needs.
     """
     if not tensor.is_floating_point():
         return True
     numbers = tensor.view(-1).numpy()
+    if numbers.size <= _FEW:  # a single operation: each costs more than its work, in cold caches
+        return bool(np.einsum("i,i", numbers, numbers) < math.inf)
     even = numbers.size // _ROW * _ROW
     rows, rest = numbers[:even].reshape(-1, _ROW), numbers[even:]
     with np.errstate(over="ignore", invalid="ignore"):
