@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from fastres.cli import flags
 from fastres.cli.flags import Request
-from fastres.cli.output import check_folder, emit, note
+from fastres.cli.output import check_folder, check_output, emit, note
 from fastres.errors import InputError
 
 DEFAULT = "default"
@@ -91,6 +92,13 @@ def bench(
     from fastres.timing.guard import read_base
 
     check_folder(output, html)
+    for written in (output, html):
+        if written is not None:
+            check_output(written, compare)
+    if output is not None and html is not None and output.resolve() == html.resolve():
+        raise InputError(f"-o and --html are both {output}: give two files")
+    if not math.isfinite(duration):
+        raise InputError(f"--duration is {duration}; give seconds")
     if html is not None:
         check_charts()
     asked = request.about(None)
@@ -108,11 +116,15 @@ def bench(
         layers=layers or html is not None,
         launches=launches,
         seed=seed,
+        base=None if base is None else (base, str(compare)),
     )
     results = bench.run()
-    comparison = None
+    comparison, failure = None, results.failure
     if base is not None and results.finished:
-        comparison = results.against(base, str(compare), 0.05 if limit is None else limit)
+        try:
+            comparison = results.against(base, str(compare), 0.05 if limit is None else limit)
+        except InputError as error:
+            failure = error  # told after what was measured
     fields = results.to_dict(comparison)
     text = "\n".join([str(results), *([str(comparison)] if comparison else [])])
     emit("bench", text, fields, as_json=as_json, output=output)
@@ -121,6 +133,8 @@ def bench(
 
         write_report(html, [{"command": "bench", **fields}])
         note(f"the report is {html}")
+    if failure is not None:
+        raise failure
     if not results.finished:
         raise typer.Exit(130)
     if comparison is not None and comparison.slower and limit is not None:

@@ -110,7 +110,7 @@ def open_networks(
         network.tag = f"{tag} " * (len(networks) > 1)
     for i, network in enumerate(networks):
         _settle(network, folder / f"state-{i}.pt")
-        if any(precision in EIGHT_BITS for precision in precisions):
+        if any(network.precision(asked) in EIGHT_BITS for asked in precisions):
             _calibrate(network, folder, i)
     return networks
 

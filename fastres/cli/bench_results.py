@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastres.errors import FastresError
 from fastres.timing.checks import Verdict
 from fastres.timing.guard import SCHEMA, Base, Comparison, compare
 from fastres.timing.rates import Rates
@@ -34,6 +35,7 @@ class Results:
         rates: the machine's, by precision; empty where nothing was profiled.
         finished: whether it was not interrupted.
         run: when, how long, with which settings.
+        failure: what ended it early, if it was no interrupt.
     """
 
     report: BenchReport
@@ -47,15 +49,39 @@ class Results:
     versions: Sequence[Versions]
     finished: bool
     run: Mapping[str, Any]
+    failure: FastresError | None = None
 
     def against(self, base: Base, name: str, limit: float) -> Comparison:
         """Ours beside an earlier run.
 
         Raises:
-            InputError: the runs have nothing in common.
+            InputError: nothing of ours can be judged.
         """
-        lanes = {lane.ours: lane.peers for lane in self.lanes}
-        return compare(self.report.measurements, lanes, base, name, limit, self.report.seed)
+        return compare(
+            self.report.measurements,
+            {lane.ours: lane.peers for lane in self.lanes},
+            base,
+            name,
+            limit,
+            self.report.seed,
+            self.backends,
+            self.report.machine.versions,
+        )
+
+    def ratios(self) -> Iterator[dict[str, Any]]:
+        """How many times as fast each of ours is as each of its peers."""
+        for m in self.report.measurements:
+            for lane in self.lanes:
+                if m.target in lane.peers:
+                    own = self.report.against(m.target).of(lane.ours, m.batch_size)
+                    yield {
+                        "ours": lane.ours,
+                        "peer": m.target,
+                        "model": lane.model,
+                        "precision": lane.precision,
+                        "batch_size": m.batch_size,
+                        "speed": own.speedup,
+                    }
 
     def to_dict(self, comparison: Comparison | None = None) -> dict[str, Any]:
         return {
@@ -66,6 +92,7 @@ class Results:
             "left_out": dict(self.left_out),
             "lanes": {lane.ours: lane.peers for lane in self.lanes},
             **self.report.to_dict(),
+            "ratios": [{**found, "speed": asdict(found["speed"])} for found in self.ratios()],
             "parity": [asdict(verdict) for verdict in self.verdicts],
             "profiles": list(self.profiles),
             "rates": {precision: rates.to_dict() for precision, rates in self.rates.items()},
@@ -81,15 +108,14 @@ class Results:
         if self.versions:
             parts.append(table(self.versions))
         if not self.finished:
-            parts.append("interrupted: what was measured until then")
+            word = "interrupted" if self.failure is None else "broken off"
+            parts.append(f"{word}: what was measured until then")
         return "\n".join(parts)
 
     def _sentences(self) -> list[str]:
         """How fast each of ours is beside each of its peers."""
-        said = []
-        for m in self.report.measurements:
-            for lane in self.lanes:
-                if m.target in lane.peers:
-                    own = self.report.against(m.target).of(lane.ours, m.batch_size).speedup
-                    said.append(f"batch {m.batch_size}: {lane.ours} is {own} as fast as {m.target}")
-        return said
+        return [
+            f"batch {found['batch_size']}: {found['ours']} is {found['speed']} as fast as "
+            f"{found['peer']}"
+            for found in self.ratios()
+        ]

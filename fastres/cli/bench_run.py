@@ -19,10 +19,11 @@ from fastres.cli.bench_networks import Network, open_networks
 from fastres.cli.bench_results import Lane, Results
 from fastres.cli.flags import Request
 from fastres.cli.output import command_line, note, progress, working
-from fastres.errors import InputError
-from fastres.options import Options
+from fastres.errors import FastresError, InputError, ParityError
+from fastres.options import Options, as_device
 from fastres.timing.checks import Reference
 from fastres.timing.contest import Contest, Entrant
+from fastres.timing.guard import Base, Conditions, check_conditions
 from fastres.timing.machine import commit, cores, machine
 from fastres.timing.peers import refusal, usual_peers
 from fastres.timing.processes import Process
@@ -42,6 +43,7 @@ class Bench:
         peers: their names; None: those that are usual on the device.
         layers: whether ours are profiled as well.
         launches: how many times every process is started.
+        base: an earlier run, which this one is to be compared with, and its name.
     """
 
     models: Sequence[str]
@@ -53,6 +55,7 @@ class Bench:
     layers: bool
     launches: int
     seed: int
+    base: tuple[Base, str] | None = None
 
     def __post_init__(self) -> None:
         self.threads = Options(threads=self.asked.threads).num_threads
@@ -72,16 +75,26 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="fastres-bench-") as name:
             folder = Path(name)
             networks = open_networks(self.models, self.asked, self.precisions, folder)
+            image = tuple(networks[0].target.shape)
+            if self.base is not None:
+                self._check_base(*self.base, image)
             refused = self._refused(networks)
             batches = {n: pictures.synthetic(n, networks[0].target) for n in self.asked.batch_sizes}
             entrants = self._entrants(networks, batches, folder)
             lanes = _lanes(entrants)
             launches = self.launches
             with Contest(entrants, cores=self.cores, folder=folder, launches=launches) as contest:
-                finished = self._time(contest, networks, lanes, batches)
-                profiled = finished and (self.layers or bool(_pairs(lanes)))
-                profiles = self._profiles(contest, batches) if profiled else []
-            rates = self._rates(lanes, folder) if profiles else {}
+                finished, failure = self._time(contest, networks, lanes, batches)
+                profiles: list[dict[str, Any]] = []
+                rates: dict[str, Rates] = {}
+                if finished and (self.layers or _pairs(lanes)):
+                    try:
+                        profiles = self._profiles(contest, batches)
+                        rates = self._rates(lanes, folder)
+                    except FastresError as error:
+                        note(f"the layers were not all timed: {error}")
+                    except KeyboardInterrupt:
+                        finished = False
         contest.left_out = refused | contest.left_out
         for target, why in contest.left_out.items():
             note(f"{target} is left out: {why}")
@@ -104,9 +117,19 @@ class Bench:
                 "seconds": round(time.time() - started, 1),
                 "duration_s": self.duration_s,
                 "launches": self.launches,
-                "transfers": "included" if self.transfers else "not included",
+                "transfers": self._transfers,
+                "input": image,
             },
+            failure,
         )
+
+    @property
+    def _transfers(self) -> str:
+        return "included" if self.transfers else "not included"
+
+    def _check_base(self, base: Base, name: str, image: tuple[int, ...]) -> None:
+        here = replace(machine(), threads=self.threads)
+        check_conditions(base, name, here, Conditions(True, self._transfers, image))
 
     def _entrants(
         self, networks: Sequence[Network], batches: dict[int, Tensor], folder: Path
@@ -166,8 +189,12 @@ class Bench:
         networks: Sequence[Network],
         lanes: Sequence[Lane],
         batches: dict[int, Tensor],
-    ) -> bool:
-        """Whether it was not interrupted."""
+    ) -> tuple[bool, FastresError | None]:
+        """Whether it came to its end, and what it failed of; what was timed until then is kept.
+
+        Raises:
+            FastresError: before anything was timed; ParityError at any time.
+        """
         by_name = {network.name: network for network in networks}
         ours = {name: lane.ours for lane in lanes for name in (lane.ours, *lane.peers)}
 
@@ -188,8 +215,14 @@ class Bench:
                     with progress(f"timing at batch {size}") as advance:
                         contest.time(size, self.duration_s, shuffler, advance)
         except KeyboardInterrupt:
-            return False
-        return True
+            return False, None
+        except ParityError:
+            raise
+        except FastresError as error:
+            if not contest.measurements(self.percentiles):
+                raise
+            return False, error
+        return True, None
 
     def _announce(self, contest: Contest, sizes: list[int]) -> None:
         seconds = contest.forecast(self.duration_s, sizes, sizes[0])
@@ -284,9 +317,14 @@ def _pairs(lanes: Sequence[Lane]) -> list[tuple[str, Lane, Lane]]:
 
 
 def _device(request: Request) -> torch.device:
-    """Where ours will run, and so where peers are to."""
-    if request.device is not None:
-        return torch.device(request.device)
+    """Where ours will run, and so where peers are to.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    device = as_device(request.device)
+    if device is not None:
+        return device
     first = (request.backend or "auto").split(",")[0]
     on_gpu = torch.cuda.is_available() and first in ("auto", "triton", "tensorrt")
     return torch.device("cuda" if on_gpu else "cpu")

@@ -27,10 +27,13 @@ def ours(request: Request, state: Path | None, transfers: bool) -> Made:
         state: weights to be put into the model that the request names: see `keep_state`.
         transfers: whether a call brings its batch to the device, and its result back.
     """
+    import torch
     from torch import nn
 
+    from fastres.options import Options
     from fastres.timing.processes import Made
 
+    torch.set_num_threads(Options(threads=request.threads).num_threads)
     target = open_target(request)
     if isinstance(target.model, nn.Module):
         restore_state(target.model, state)

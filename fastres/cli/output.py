@@ -37,12 +37,15 @@ def emit(
     """
     document = {"command": command, "fastres": __version__, **fields}
     body = json_text(document)
-    typer.echo(body if as_json else printable(text))
-    if output is not None:
+    failure = None
+    if output is not None:  # first, since who reads the other may be gone
         try:
             output.write_text(body + "\n", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{output} cannot be written: {error.strerror}") from error
+            failure = InputError(f"{output} cannot be written: {error.strerror}")
+    typer.echo(body if as_json else printable(text))
+    if failure is not None:
+        raise failure
 
 
 def check_output(output: Path, *read: Path | None) -> None:

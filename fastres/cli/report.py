@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastres.cli import flags
-from fastres.cli.output import emit, working
+from fastres.cli.output import check_output, emit, working
 
 
 def report(
@@ -33,6 +33,7 @@ def report(
     from fastres.report.reading import read
     from fastres.report.writing import report as make
 
+    check_output(output, *results)
     sources = [read(path) for path in dict.fromkeys(results)]
     with working("drawing"):
         page = make(sources)

@@ -76,6 +76,7 @@ class Contest:
         self.processes: dict[str, Process] = {}
         self.left_out: dict[str, str] = {}  # why, by name
         self.verdicts: list[Verdict] = []  # of the first launch
+        self._facts: dict[str, dict[str, Any]] = {}  # that the makers told, by name
         self._timed: dict[tuple[int, str], list[Rounds]] = {}  # launches, by batch size and name
         self._cores, self._folder = cores, folder
         self._launches, self._preparing_s = launches, 0.0
@@ -102,8 +103,10 @@ class Contest:
             try:
                 for done, _ in enumerate(pool.map(self._make, everybody), start=1):
                     progress(done / len(everybody))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
+            except BaseException:  # nobody waits for what is still being made
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in tuple(self.processes.values()):
+                    process.kill()
                 raise
         self._preparing_s = time.perf_counter() - started
 
@@ -124,16 +127,12 @@ class Contest:
         )
         self.processes[entrant.name] = process
         with self._leaving_out(entrant):
-            process.wait()
+            self._facts[entrant.name] = process.wait()
 
     @property
     def backends(self) -> dict[str, str]:
         """Where ours run."""
-        return {
-            name: process.facts["backend"]
-            for name, process in self.processes.items()
-            if "backend" in process.facts
-        }
+        return {name: facts["backend"] for name, facts in self._facts.items() if "backend" in facts}
 
     def check(self, batch: Tensor, expected: Expected) -> None:
         """Gives everybody the batch and judges what they make of it.
@@ -219,7 +218,7 @@ class Contest:
                 launches,
                 percentiles,
                 by_name[name].model,
-                self.processes[name].facts.get("precision", ""),
+                self._facts[name].get("precision", ""),
             )
             for (size, name), launches in self._timed.items()
             if name in by_name

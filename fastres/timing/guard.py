@@ -1,8 +1,8 @@
 """Has ours become slower? Two runs, compared through the peers that both of them timed.
 
 A machine's speed changes from day to day, so times of different runs say little about a change of
-ours. Each run has peers, which have not changed. The steadiest of them, whose ratio to ours varies
-least between the launches of both runs, is the yardstick:
+ours. Each run has peers, which have not changed, or it is said that they have. The steadiest of
+them, whose ratio to ours varied least between the launches of the earlier run, is the yardstick:
 
     relative = yardstick_ms / ours_ms        per round of one run
     change = relative now / relative then
@@ -13,22 +13,26 @@ lies below 1 - limit: where it does not, noise could explain what is seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
 
 from fastres.errors import InputError
 from fastres.text import render
+from fastres.timing.machine import Machine
 from fastres.timing.report import Measurement, by_launch
 from fastres.timing.statistics import Launches, Ratio, change, spread
 
 Verdict = Literal["slower", "faster", "same", "unclear"]
-Key = tuple[str, str, int]  # target, model, batch size
+Key = tuple[str, str, str, int]  # model, precision, name without what tells targets apart, batch
 Run = Mapping[Key, "Timed | Measurement"]
 SCHEMA = 1  # of what `fastres bench -o` writes
+LAUNCHES = 2  # of one run: fewer say nothing of what differs between launches
 
 
 class Timed(msgspec.Struct, frozen=True):
@@ -41,18 +45,39 @@ class Timed(msgspec.Struct, frozen=True):
     model: str = ""
     launches: tuple[int, ...] = ()
 
-    @property
-    def key(self) -> Key:
-        return self.target, self.model, self.batch_size
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a run was made."""
+
+    cpu: str
+    gpu: str | None
+    threads: int
+    versions: dict[str, str]
+
+
+class Conditions(msgspec.Struct, frozen=True):
+    """How a run was made; `input` is the shape of one image."""
+
+    finished: bool
+    transfers: str
+    input: tuple[int, ...] | None = None
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What every document has."""
+
+    command: str
+    schema: int = 0
 
 
 class Base(msgspec.Struct, frozen=True):
     """An earlier run, as far as a comparison needs it."""
 
-    command: str
-    schema: int
     measurements: tuple[Timed, ...]
     lanes: dict[str, tuple[str, ...]]
+    machine: Place
+    run: Conditions
+    backends: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -75,11 +100,13 @@ class Comparison:
     Args:
         base: the file of the earlier run.
         limit: as a fraction: 0.05.
+        notes: what could not be judged, and what has changed besides.
     """
 
     base: str
     limit: float
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def slower(self) -> tuple[Row, ...]:
@@ -98,7 +125,7 @@ class Comparison:
         for row in self.rows:
             words = (row.target, row.precision, row.yardstick, str(row.change), row.verdict)
             table.add_row(str(row.batch_size), *words)
-        return render(table, width=160)
+        return "\n".join([render(table, width=160), *self.notes])
 
 
 def read_base(path: Path) -> Base:
@@ -108,7 +135,14 @@ def read_base(path: Path) -> Base:
         InputError: the file is missing, or is not what `fastres bench -o` writes.
     """
     try:
-        base = msgspec.json.decode(path.read_bytes(), type=Base)
+        text = path.read_bytes()
+        head = msgspec.json.decode(text, type=Head)
+        if head.command != "bench" or head.schema != SCHEMA:
+            raise InputError(
+                f"{path} holds {head.command!r} of schema {head.schema}; --compare takes what "
+                f"fastres bench -o writes, schema {SCHEMA}"
+            )
+        base = msgspec.json.decode(text, type=Base)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except msgspec.DecodeError as error:
@@ -116,21 +150,54 @@ def read_base(path: Path) -> Base:
             f"{path} holds no results of fastres bench: {error}; make one with fastres bench ... "
             "-o FILE"
         ) from error
-    if base.command != "bench" or base.schema != SCHEMA:
-        raise InputError(
-            f"{path} holds {base.command!r} of schema {base.schema}; --compare takes what fastres "
-            f"bench -o writes, schema {SCHEMA}"
-        )
+    if not base.run.finished:
+        raise InputError(f"{path} was interrupted: make another one to compare with")
+    rounds: dict[int, int] = {}  # by batch size: all that were timed together have as many
+    for timed in base.measurements:
+        sound = all(math.isfinite(ms) and ms > 0 for ms in timed.round_ms)
+        count = rounds.setdefault(timed.batch_size, len(timed.round_ms))
+        counted = sum(timed.launches) if min(timed.launches, default=1) > 0 else -1
+        if not sound or not 0 < len(timed.round_ms) == count == (counted or count):
+            raise InputError(
+                f"{path} is damaged: the rounds of {timed.target} at batch {timed.batch_size} are "
+                "no times, or not as many as its launches and the others have"
+            )
     return base
+
+
+def check_conditions(base: Base, name: str, machine: Machine, run: Conditions) -> None:
+    """Refuses an earlier run that says nothing about this one, before anything is timed.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    pairs = {
+        "processor": (base.machine.cpu, machine.cpu),
+        "GPU": (base.machine.gpu, machine.gpu),
+        "number of threads": (base.machine.threads, machine.threads),
+        "transfers": (base.run.transfers, run.transfers),
+        "size of images": (base.run.input or run.input, run.input),
+    }
+    for what, (then, now) in pairs.items():
+        if then != now:
+            raise InputError(f"the {what} of {name} is {then}, here it is {now}: make a base here")
+
+
+def key_of(measured: Timed | Measurement) -> Key:
+    """By which runs know the same target: with other models beside it, it has a longer name."""
+    bare = measured.target.rpartition(" ")[2]
+    return measured.model, measured.precision, bare, measured.batch_size
 
 
 def compare(
     measured: Sequence[Measurement],
-    lanes: dict[str, tuple[str, ...]],
+    lanes: Mapping[str, tuple[str, ...]],
     base: Base,
     name: str,
     limit: float,
     seed: int = 0,
+    backends: Mapping[str, str] = MappingProxyType({}),
+    versions: Mapping[str, str] = MappingProxyType({}),
 ) -> Comparison:
     """Judges each of ours that both runs timed.
 
@@ -138,44 +205,68 @@ def compare(
         lanes: by the name of one of ours, the peers that ran the same model in that precision.
         name: of the earlier run, for the table.
         limit: how much slower is too much, as a fraction.
+        backends: where ours ran, by name.
+        versions: of packages here.
 
     Raises:
-        InputError: the runs share nothing of ours, or no peer to measure it by.
+        InputError: nothing of ours can be judged; says why.
     """
-    now: Run = {(m.target, m.model, m.batch_size): m for m in measured}
-    then: Run = {m.key: m for m in base.measurements}
-    rows = []
+    now: Run = {key_of(m): m for m in measured}
+    then: Run = {key_of(m): m for m in base.measurements}
+    ran = {key_of(m): base.backends.get(m.target) for m in base.measurements}
+    rows, notes, judged = [], [], set()
     for m in measured:
-        key = (m.target, m.model, m.batch_size)
-        if m.target not in lanes or key not in then:
+        if m.target not in lanes:
             continue
-        peers = [
-            peer
-            for peer in lanes[m.target]
-            if all((peer, m.model, m.batch_size) in run for run in (now, then))
-        ]
-        if not peers:
-            raise InputError(
-                f"{m.target} at batch {m.batch_size}: this run and {name} share no peer to measure "
-                "it by; time the same --peers in both"
+        key = key_of(m)
+        peers = _shared(m, lanes[m.target], now, then)
+        what = f"{m.target} at batch {m.batch_size}"
+        judged.add(key)
+        if key not in then:
+            notes.append(f"not judged: {what}: {name} has not timed it")
+        elif not peers:
+            notes.append(
+                f"not judged: {what}: no peer that both runs timed measures it; time the same "
+                "--peers in both"
             )
-        options = {peer: [_relative(run, key, peer) for run in (now, then)] for peer in peers}
-        yardstick = min(options, key=lambda peer: sum(map(spread, options[peer])))
-        relative_now, relative_then = options[yardstick]
-        found = change(relative_now, relative_then, seed)
-        verdict = _verdict(found, limit)
-        rows.append(Row(m.target, m.model, m.precision, m.batch_size, yardstick, found, verdict))
+        elif ran[key] is not None and ran[key] != backends.get(m.target, ran[key]):
+            notes.append(f"not judged: {what}: it ran on {ran[key]} then")
+        else:
+            rows.append(_row(m, peers, now, then, limit, seed))
+    missing = [m for m in base.measurements if m.target in base.lanes and key_of(m) not in judged]
+    notes += [f"not timed now: {m.target} at batch {m.batch_size}" for m in missing]
     if not rows:
-        raise InputError(
-            f"{name} timed {', '.join(base.lanes)}; none of that is in this run: time the same "
-            "models, precisions and batch sizes"
-        )
-    return Comparison(name, limit, tuple(rows))
+        raise InputError("\n".join([f"nothing of ours can be judged by {name}", *notes]))
+    old = base.machine.versions
+    notes += [
+        f"since then: {package} {old[package]} is now {version}"
+        for package, version in versions.items()
+        if old.get(package, version) != version
+    ]
+    return Comparison(name, limit, tuple(rows), tuple(notes))
 
 
-def _relative(run: Run, ours: Key, peer: str) -> Launches:
+def _shared(m: Measurement, lane: Sequence[str], now: Run, then: Run) -> list[Key]:
+    """The peers of one of ours that both runs timed."""
+    bare = (peer.rpartition(" ")[2] for peer in lane)
+    keys = [(m.model, m.precision, peer, m.batch_size) for peer in bare]
+    return [key for key in keys if key in now and key in then]
+
+
+def _row(m: Measurement, peers: Sequence[Key], now: Run, then: Run, limit: float, seed: int) -> Row:
+    """Judged by the peer that varied least in the earlier run: this one has no say in it."""
+    key = key_of(m)
+    yardstick = min(peers, key=lambda peer: spread(_relative(then, key, peer)))
+    relative_now, relative_then = (_relative(run, key, yardstick) for run in (now, then))
+    found = change(relative_now, relative_then, seed)
+    enough = min(len(relative_now), len(relative_then)) >= LAUNCHES
+    verdict = _verdict(found, limit) if enough else "unclear"
+    return Row(m.target, m.model, m.precision, m.batch_size, yardstick[2], found, verdict)
+
+
+def _relative(run: Run, ours: Key, peer: Key) -> Launches:
     """How many times as fast as the peer, by round and launch."""
-    own, theirs = run[ours], run[peer, ours[1], ours[2]]
+    own, theirs = run[ours], run[peer]
     pairs = zip(theirs.round_ms, own.round_ms, strict=True)
     return by_launch([a / b for a, b in pairs], own.launches)
 

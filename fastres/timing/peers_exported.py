@@ -67,7 +67,8 @@ def onnxruntime(setting: Setting) -> Run:
     _import("onnxruntime")
     if setting.precision == "int8":
         network = onnx_bytes(setting.model, setting.example, folded=True)
-        return OrtSession(ort_quantised(network, _images(setting)), setting.threads)
+        quantised = ort_quantised(network, _images(setting))
+        return by_shape(lambda x: OrtSession(quantised, setting.threads, {"N": len(x)}))
     return by_shape(
         lambda x: OrtSession(onnx_bytes(setting.model, x), setting.threads, {"N": len(x)})
     )
@@ -124,7 +125,11 @@ def nncf_quantised(network: bytes, images: Tensor) -> Any:
 
 
 def ort_quantised(network: bytes, images: Tensor) -> bytes:
-    """An ONNX network by ONNX Runtime's static quantisation: Q/DQ, int8, weights per channel."""
+    """An ONNX network by ONNX Runtime's static quantisation: Q/DQ, int8, weights per channel.
+
+    Activations have zero points of their own, as by default: with symmetric ones every ReLU stays a
+    node of floats between two pairs.
+    """
     package = _import("onnxruntime.quantization")
 
     class Reader(package.CalibrationDataReader):  # type: ignore[misc, name-defined]
@@ -147,7 +152,6 @@ def ort_quantised(network: bytes, images: Tensor) -> bytes:
                 per_channel=True,
                 activation_type=package.QuantType.QInt8,
                 weight_type=package.QuantType.QInt8,
-                extra_options={"ActivationSymmetric": True},
             )
         return after.read_bytes()
 

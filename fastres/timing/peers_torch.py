@@ -7,7 +7,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ def torch_compile(setting: Setting, mode: str = "default") -> Run:
     dtype = DTYPE_OF[setting.precision]
     network = copy.deepcopy(setting.model).to(dtype)
     chosen = torch._inductor.list_mode_options(mode)
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # fullgraph: an error rather than a silent fall-back to eager; static: a program per shape
     compiled = torch.compile(
         network, fullgraph=True, dynamic=False, options={**chosen, "freezing": True}
@@ -96,9 +97,17 @@ def torch_tensorrt(setting: Setting) -> Run:
     return _in_torch(call, dtype, setting.threads)
 
 
+def _cudnn() -> AbstractContextManager[None]:
+    """cuDNN tries its algorithms, and multiplies float32 in full, not in TF32."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=True, deterministic=False, allow_tf32=False
+    )
+    return flags
+
+
 def _in_torch(network: Callable[[Tensor], Any], dtype: torch.dtype, threads: int) -> Run:
     def run(x: Tensor) -> Tensor:
-        with torch_threads(threads), torch.no_grad():
+        with torch_threads(threads), torch.no_grad(), _cudnn() if x.is_cuda else nullcontext():
             y: Tensor = network(x.to(dtype))
             return y.float()
 

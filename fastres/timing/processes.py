@@ -87,7 +87,12 @@ class Process:
             args=(theirs, maker, dict(arguments), list(cores), self._log),
             daemon=True,
         )
-        self._child.start()
+        # Ctrl-C on a terminal goes to the child as well, even before it can say that it ignores it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self._child.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.facts: dict[str, Any] = {}
         self._failure: FastresError | None = None
@@ -128,6 +133,10 @@ class Process:
     def dismiss(self) -> None:
         """Tells the child to end, and does not wait for it."""
         self._pipe.close()
+
+    def kill(self) -> None:
+        """Ends the child at once, whatever it does; whoever waits for it is told that it died."""
+        self._child.kill()
 
     def close(self) -> None:
         """Ends the child."""

@@ -110,7 +110,7 @@ class BenchReport:
 
     def __str__(self) -> str:
         shown = self.measurements[0].latency_ms
-        table = Table(title="latency in ms; ratios are medians over paired rounds, 95 % interval")
+        table = Table(title="latency in ms; ratios are of paired rounds, with their 95 % interval")
         columns = ("batch", "target", "precision", "img/s", *shown, "min", "calls")
         for column in (*columns, f"speed over {self.baseline}"):
             left = column in ("target", "precision")

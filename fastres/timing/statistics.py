@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
+FEWEST = 3  # rounds in all: fewer have no interval
 LIMITS = (2.5, 97.5)  # percentiles: a 95 % interval
 # Student's t for 95 %, two-sided, by degrees of freedom from 1 on
 _STUDENT = (
@@ -30,13 +31,15 @@ Launches = Sequence[Sequence[float]]  # the ratio of each round, by launch
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio, in the middle of what was observed, and its 95 % interval."""
+    """A ratio, in the middle of what was observed, and its 95 % interval; NaN if there is none."""
 
     median: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.median:.3g}x [too few rounds]"
         return f"{self.median:.3g}x [{self.low:.3g}, {self.high:.3g}]"
 
     def overlaps(self, other: Ratio) -> bool:
@@ -73,13 +76,14 @@ class _Sample:
 
     centres: np.ndarray
     drawn: np.ndarray
+    rounds: int
 
     @classmethod
     def of(cls, launches: Launches, draw: np.random.Generator) -> _Sample:
         logs = [np.log(np.asarray(rounds, dtype=np.float64)) for rounds in launches]
         centres = np.array([np.median(rounds) for rounds in logs])
         drawn = np.mean([_medians(rounds, draw) for rounds in logs], axis=0)
-        return cls(centres, drawn)
+        return cls(centres, drawn, sum(map(len, logs)))
 
     @property
     def mean(self) -> float:
@@ -97,6 +101,8 @@ def _around(sample: _Sample, base: _Sample | None) -> Ratio:
     samples = [sample] if base is None else [sample, base]
     middle = sample.mean - (base.mean if base is not None else 0.0)
     drawn = sample.drawn - (base.drawn if base is not None else 0.0)
+    if min(s.rounds for s in samples) < FEWEST:
+        return Ratio(math.exp(middle), math.nan, math.nan)
     low, high = np.percentile(drawn, LIMITS)
     reach = _student(samples) * math.sqrt(sum(s.error for s in samples))
     return Ratio(

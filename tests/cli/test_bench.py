@@ -1,6 +1,7 @@
 """fastres bench, profile and summary: figures of small networks."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ BRIEF = ("--duration=0.02", "--launches=1", "--device=cpu")
 def test_ours_and_peers_take_turns(run: Run, small: str, tmp_path: Path) -> None:
     flags = ("--peers", "eager,onnxruntime", "--batch-size", "1,2", "--percentile", "50,99.9")
     base = tmp_path / "base.json"
-    result = run("bench", small, *BRIEF, *flags, "--threads", "1", "-o", base)
+    result = run("bench", small, *BRIEF, "--launches=2", *flags, "--threads", "1", "-o", base)
     document = json.loads(base.read_text())
     rows = document["measurements"]
     assert document["baseline"] == "eager" and document["left_out"] == {}
@@ -34,6 +35,11 @@ def test_ours_and_peers_take_turns(run: Run, small: str, tmp_path: Path) -> None
     assert all(0 < v["rms"] < v["allowed_rms"] for v in document["parity"])
     assert document["lanes"] == {"fastres": ["eager", "onnxruntime"]}
     assert document["backends"] == {"fastres": "cpu"} and document["run"]["finished"]
+    assert document["run"]["input"] == [3, 32, 32]
+    found = [(r["ours"], r["peer"], r["batch_size"]) for r in document["ratios"]]
+    assert found == [("fastres", peer, n) for n in (1, 2) for peer in ("eager", "onnxruntime")]
+    speeds = [r["speed"] for r in document["ratios"]]
+    assert all(s["low"] <= s["median"] <= s["high"] for s in speeds)
     assert document["run"]["argv"][:3] == ["fastres", "bench", small]
     assert document["machine"]["threads"] == 1 and document["machine"]["state"]["pinned to"]
     assert "batch 2: fastres is" in result.stdout and "as fast as onnxruntime" in result.stdout
@@ -44,8 +50,10 @@ def test_ours_and_peers_take_turns(run: Run, small: str, tmp_path: Path) -> None
 
 def _compared(run: Run, small: str, base: Path, folder: Path) -> None:
     """The guard: the same run passes; with a base in which ours was faster, it fails."""
-    same = ("bench", small, *BRIEF, "--peers", "onnxruntime", "--threads", "1", "--compare")
+    same = ("bench", small, *BRIEF, "--launches=2", "--peers", "onnxruntime", "--threads", "1")
+    same += ("--compare",)
     result = run(*same, base, "--fail-if-slower", "95%")
+    assert "not timed now: fastres at batch 2" in result.stdout
     assert "speed now over speed in" in result.stdout and "measured by" in result.stdout
     document = json.loads(base.read_text())
     for row in document["measurements"]:
@@ -146,10 +154,77 @@ def test_an_interrupt_keeps_what_was_measured(small: str, command: list[str]) ->
     assert 1 <= len(document["measurements"]) < 9
 
 
+def test_an_interrupt_while_processes_are_made(small: str, command: list[str]) -> None:
+    """At once, and no process is left."""
+    flags = ("--peers", "torch_compile,torch_compile_max_autotune", "--json")
+    process = subprocess.Popen(
+        [*command, "bench", small, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.time() + 60
+    while len(children.read_text().split()) < 2 and time.time() < until:  # they are being made
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the processes as well
+    started = time.time()
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.time() - started < 30
+    assert json.loads(stdout)["run"]["finished"] is False and "Traceback" not in stderr
+    until = time.time() + 20
+    while _is_there(process.pid) and time.time() < until:  # helpers of libraries end by themselves
+        time.sleep(0.1)
+    assert not _is_there(process.pid)
+
+
+def _is_there(group: int) -> bool:
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_layers_that_cannot_be_timed_cost_no_results(run: Run) -> None:
+    flags = ("--backend", "onnxruntime", "--peers", "none", "--layers")
+    result = run("bench", "fastres:cifar_resnet8", *BRIEF[:2], *flags)
+    assert "the layers were not all timed: onnxruntime is here" in result.stderr
+    assert "fastres on onnxruntime" in result.stdout
+
+
+def test_a_table_for_int8_serves_peers_too(
+    run: Run, run_json: RunJson, small: str, trained: Path, photos_folder: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.json"
+    given = (small, "--weights", trained)
+    run("calibrate", *given, photos_folder, "-o", table)
+    flags = (*BRIEF, "--calibration", table, "--peers", "onnxruntime")
+    document = run_json("bench", *given, *flags)
+    assert document["left_out"] == {}
+    assert {m["precision"] for m in document["measurements"]} == {"int8"}
+
+
+def test_what_is_read_is_not_written_over(run: Run, small: str, tmp_path: Path) -> None:
+    base = tmp_path / "base.json"
+    base.write_text("{}")
+    for command in (("bench", small, "--compare", base, "-o", base), ("report", base, "-o", base)):
+        assert "is what is read here" in run(*command, status=2).stderr
+    page = tmp_path / "page"
+    assert "give two files" in run("bench", small, "-o", page, "--html", page, status=2).stderr
+    assert base.read_text() == "{}" and not page.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ((), "give a model"),
+        (("SMALL", "--device", "gpu"), "device 'gpu' is not one"),
+        (("SMALL", "--duration", "inf"), "--duration is inf"),
+        (("SMALL", "--duration", "nan"), "--duration"),
         (("SMALL", "--peers", "eager,abacus"), "there is no peer abacus; there are eager"),
         (("SMALL", "-o", "nowhere/b.json"), "there is no folder nowhere"),
         (("SMALL", "--html", "."), ". is a folder"),

@@ -21,7 +21,8 @@ class TestBootstrap:
     def test_same_seed_same_interval(self) -> None:
         ratios = list(np.random.default_rng(1).uniform(1, 2, 15))
         assert bootstrap(ratios, 3) == bootstrap(ratios, 3)
-        assert str(bootstrap([2.0])) == "2x [2, 2]"
+        assert str(bootstrap([2.0, 2.0, 2.0])) == "2x [2, 2]"
+        assert str(bootstrap([2.0])) == "2x [too few rounds]"  # and not an interval of no width
 
 
 def launches(
