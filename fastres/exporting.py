@@ -15,6 +15,7 @@ from fastres.errors import CaptureError, InputError, UnsupportedError
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import quantise
+from fastres.graph.passes.thin_out import thin_out
 from fastres.options import PathLike
 from fastres.quantizing import Calibration, settled_precision, table_of
 from fastres.source import Inputs, Model, check_pictures, source_of, taking_pictures
@@ -80,6 +81,7 @@ def export(
     if table is not None:
         ours = placement == "openvino"
         graph = quantise(graph, table, "both" if ours else "skip", unsigned=ours)
+        graph = thin_out(graph) if ours else graph
     data = as_onnx(graph, half=precision == "fp16" or table is not None)
     try:
         write_whole(file, data)

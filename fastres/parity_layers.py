@@ -19,6 +19,7 @@ from fastres.graph import laws
 from fastres.graph.ir import Dequantize, Graph, Node, Quantize, Value, op_name
 from fastres.graph.passes.drop_dead import drop_dead
 from fastres.graph.passes.split_residual import MAIN
+from fastres.graph.passes.thin_out import THINNED
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import TensorSpec, spec_of
 from fastres.parity_report import Bisection, Comparison, Policy
@@ -183,7 +184,8 @@ class _Cuts:
 
 def comparable(node: Node) -> bool:
     """Whether the reference has a value for a node: none for what quantisation put between."""
-    return not isinstance(node.op, Quantize | Dequantize) and not node.name.endswith(MAIN)
+    between = node.name.endswith((MAIN, THINNED))
+    return not isinstance(node.op, Quantize | Dequantize) and not between
 
 
 def with_outputs(graph: Graph, names: Sequence[str]) -> Graph:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres import models
 from fastres.calib.thresholds import ALGORITHMS
 from fastres.errors import InputError
 from fastres.graph.ir import Conv2d, Linear, Quantize
@@ -223,6 +224,18 @@ def test_every_layer_runs_in_int8(
     assert "layers not in int8: none" in str(info)
     assert next(node for node in info.nodes if node.name == "conv1").output.startswith("u8[")
     assert "int8 products by" in str(info)
+
+
+def test_where_v1_strides_it_runs_in_int8_too(data: Tensor) -> None:
+    """OpenVINO by itself runs both convolutions of 1x1 that begin a stage there in float32."""
+    net = models.ResNet(models.Bottleneck, (1, 1, 1, 1), planes=16, version="v1", seed=0)
+    models.settle(net, data)
+    table = fastres.quantize(net, data, algorithm="minmax")
+    with fastres.compile(net, data[:4], calibration=table, backend="cpu") as engine:
+        assert engine.info.not_quantised == ()
+        report = fastres.verify(net, engine, [data[:4]], layerwise=True)
+        assert report.passed, str(report)
+        assert engine.profile(data[:1]).rows
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -27,6 +27,7 @@ from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph, MaxPool, Node, Pad
 from fastres.graph.onnx_writer import as_array
 from fastres.graph.passes.quantise import REDUCED, quantise
+from fastres.graph.passes.thin_out import thin_out
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision, Sizes
 
@@ -62,7 +63,7 @@ class CpuBackend:
 
     def quantise(self, graph: Graph, table: CalibrationTable, precision: Precision) -> Graph:
         steps = None if sums_in_32_bits() else REDUCED
-        return quantise(graph, table, "both", weight_steps=steps, unsigned=True)
+        return thin_out(quantise(graph, table, "both", weight_steps=steps, unsigned=True))
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
         users = graph.users()
