@@ -162,6 +162,17 @@ class Comparison(msgspec.Struct, frozen=True):
     rows: tuple[Change, ...] = ()
 
 
+class Paired(msgspec.Struct, frozen=True):
+    """How many times as fast one of ours is as a peer with the same model and precision."""
+
+    ours: str
+    peer: str
+    batch_size: Size
+    model: str = ""
+    precision: str = ""
+    speed: Interval | None = None
+
+
 class Bench(msgspec.Struct, frozen=True):
     """What `fastres bench` writes, and bench/int8.py, which has `model` and `sqnr_db`."""
 
@@ -178,6 +189,12 @@ class Bench(msgspec.Struct, frozen=True):
     versions: tuple[Versions, ...] = ()
     comparison: Comparison | None = None
     sqnr_db: dict[str, Real] = {}
+    lanes: dict[str, tuple[str, ...]] = {}
+    ratios: tuple[Paired, ...] = ()
+
+    def is_ours(self, target: str) -> bool:
+        """Older documents have no lanes, whose keys are ours."""
+        return target in self.lanes if self.lanes else "fastres" in target
 
     def model_of(self, measurement: Measurement) -> str:
         """Older documents say it once for all measurements."""

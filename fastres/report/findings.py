@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from fastres.report.accuracy import ALL, points
-from fastres.report.documents import Accuracy, Bench, Document, Measurement, Parities, Scaling
+from fastres.report.documents import (
+    Accuracy,
+    Bench,
+    Document,
+    Interval,
+    Measurement,
+    Paired,
+    Parities,
+    Scaling,
+)
 from fastres.report.html import Column, Html, items, join, table, tag
 from fastres.report.numbers import number, percent, short, times, times_cell
 from fastres.report.speed import called, rated
@@ -43,15 +52,19 @@ def _said(head: str, document: Document) -> Iterator[str]:
 def _speed(head: str, bench: Bench) -> Iterator[str]:
     if not bench.measurements:
         yield f"{head}nothing was measured." if not bench.profiles else f"{head}profiles only."
-    whose = "other runtimes" if _ours(bench.baseline) else "fastres"
+    if bench.ratios:
+        yield from _beside_peers(head, bench.ratios)
+        return
+    ours = bench.is_ours(bench.baseline)
+    whose = "other runtimes" if ours else "fastres"
     compared = [
         m
         for m in bench.measurements
-        if rated(m) and m.target != bench.baseline and _ours(m.target) != _ours(bench.baseline)
+        if rated(m) and m.target != bench.baseline and bench.is_ours(m.target) != ours
     ]
     if not compared:
         return
-    count = Counter(map(_side, compared))
+    count = Counter(_side(m.speedup) for m in compared)
     verdicts = ", ".join(f"{n} {side}" for side, n in count.most_common())
     best = max(compared, key=lambda m: m.speedup.median if m.speedup and m.speedup.median else 0)
     where = ", ".join(filter(None, (bench.model_of(best), best.precision)))
@@ -62,13 +75,26 @@ def _speed(head: str, bench: Bench) -> Iterator[str]:
     )
 
 
-def _ours(target: str) -> bool:
-    return "fastres" in target
+def _beside_peers(head: str, ratios: Sequence[Paired]) -> Iterator[str]:
+    """Each of ours beside the peers of its own model and precision, and who is ahead of it."""
+    sides = [(_side(found.speed), found) for found in ratios]
+    verdicts = ", ".join(f"{n} {side}" for side, n in Counter(s for s, _ in sides).most_common())
+    yield (
+        f"{head}fastres beside each peer with the same model and precision, by 95 % intervals: "
+        f"{verdicts}."
+    )
+    ahead = [
+        f"{found.peer} at batch {found.batch_size} ({times(found.speed)})"
+        for side, found in sides
+        if side == "slower"
+    ]
+    if ahead:
+        yield f"{head}ahead of fastres, whose speed over theirs is: {', '.join(ahead)}."
 
 
-def _side(measurement: Measurement) -> str:
-    ratio = measurement.speedup
-    assert ratio is not None and ratio.low is not None and ratio.high is not None
+def _side(ratio: Interval | None) -> str:
+    if ratio is None or ratio.low is None or ratio.high is None:
+        return "no difference shown"
     if ratio.low > 1:
         return "faster"
     return "slower" if ratio.high < 1 else "no difference shown"
@@ -137,12 +163,13 @@ def _fastest(name: str, bench: Bench) -> Html:
     if not groups:
         return Html("")
     columns = [Column("model"), Column("precision"), Column("batch", True), Column("fastest")]
-    headings = ("img/s", "fastres img/s", f"fastres over {bench.baseline or 'the baseline'}")
+    over = "the fastest peer" if bench.ratios else bench.baseline or "the baseline"
+    headings = ("img/s", "fastres img/s", f"fastres over {over}")
     columns += [Column(heading, numeric=True) for heading in headings]
     rows = []
     for (model, precision, size), group in groups.items():
         best = max(group, key=_rate)
-        own = max((m for m in group if _ours(m.target)), key=_rate, default=None)
+        own = max((m for m in group if bench.is_ours(m.target)), key=_rate, default=None)
         rows.append(
             (
                 model,
@@ -151,10 +178,23 @@ def _fastest(name: str, bench: Bench) -> Html:
                 best.target,
                 number(best.throughput, ",.1f"),
                 number(own.throughput if own else None, ",.1f"),
-                times_cell(own.speedup if own and own.target != bench.baseline else None),
+                times_cell(_shown(bench, group, own)),
             )
         )
     return table(f"{name}: the fastest of each comparison", columns, rows)
+
+
+def _shown(bench: Bench, group: Sequence[Measurement], own: Measurement | None) -> Interval | None:
+    """Ours over the fastest peer of the group, or, in older documents, over the baseline."""
+    if own is None or not bench.ratios:
+        return own.speedup if own and own.target != bench.baseline else None
+    peers = [m for m in group if not bench.is_ours(m.target)]
+    fastest = max(peers, key=_rate, default=None)
+    wanted = (own.target, fastest.target if fastest else None, own.batch_size)
+    for found in bench.ratios:
+        if (found.ours, found.peer, found.batch_size) == wanted:
+            return found.speed
+    return None
 
 
 def _rate(measurement: Measurement) -> float:
