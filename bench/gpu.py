@@ -3,48 +3,83 @@
 python bench/gpu.py [--out DIR] [--budget SECONDS] [--only SECTION,...]     (or: make gpu)
 
 Each section runs in a process of its own and adds lines to DIR/gpu.jsonl; a run that was broken
-off goes on where it was. It needs PyTorch, Triton and this package, no network and no OpenVINO. The
-exit status is 1 if a result was wrong.
+off goes on where it was: a line with "error" is no result, and is asked again. It needs PyTorch,
+Triton and this package, no network and no OpenVINO. The exit status is 1 if a result was wrong, in
+this run or in an earlier one with the same DIR: once it is mended, give another DIR or take the
+wrong line out. It is 130 after an interrupt.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from gpu_sections import NETS, PRECISIONS, SECTIONS, Run
+from gpu_bench import SPARE_S
+from gpu_sections import NETS, PRECISIONS, SECTIONS, Row, Run, latest
+
+from fastres.errors import is_interrupt
+
+INTERRUPTED = 130
+HUNG_S = 30  # after its time, a section is interrupted
+ENDING_S = SPARE_S + 5  # for a section to end then: it may have to end a command of its own
 
 
 def work(section: str, run: Run) -> int:
     """One section in this process: its rows, each kept as soon as it is there."""
-    known = {row["name"] for row in run.rows(section) if "error" not in row}
-    rows, known_already, status = SECTIONS[section][0](run), False, 0
-    while time.time() < run.until:
+    known = latest(run.out, section)
+    try:
+        for row in _new(SECTIONS[section][0](run), known, run.until):
+            known[row["name"]] = row
+            run.keep(section, row)
+            said = row.get("error") or row.get("table", "")
+            print(section, row["name"], row.get("right", ""), said, flush=True)
+    except OutOfTime:
+        run.keep(section, {"name": "stopped", "error": "out of time"})
+    except BaseException as error:
+        interrupt = is_interrupt(error)
+        why = "interrupted" if interrupt else traceback.format_exc()[-2000:]
+        run.keep(section, {"name": "stopped", "error": why})
+        return INTERRUPTED if interrupt else 1
+    return int(any(map(_wrong, known.values())))
+
+
+class OutOfTime(Exception):
+    """A section has more to ask than there was time for."""
+
+
+def _new(
+    rows: Generator[Row, bool | None, None], known: dict[str, Row], until: float
+) -> Iterator[Row]:
+    """Rows that are not known yet; what is known and asked for is not worked out again.
+
+    Raises:
+        OutOfTime: there is no time to see whether there is more.
+    """
+    answer = None
+    while time.time() < until:
         try:
-            row = rows.send(known_already) if known_already else next(rows)
-            known_already = False
-            if row.pop("asked", False):
-                known_already = row["name"] in known
-                continue
-            if row["name"] in known:
-                continue
+            row = rows.send(answer)
         except StopIteration:
-            return status
-        except Exception:
-            run.keep(section, {"name": "stopped", "error": traceback.format_exc()[-2000:]})
-            return 1
-        run.keep(section, row)
-        print(section, row["name"], row.get("right", ""), row.get("table", ""), flush=True)
-        status = max(status, int(row.get("right") is False))
-    run.keep(section, {"name": "stopped", "error": "out of time"})
-    return status
+            return
+        before = known.get(row["name"])
+        finished = before is not None and "error" not in before
+        answer = finished if row.pop("asked", False) else None
+        if answer is None and not (finished and not _wrong(before)):
+            yield row
+    raise OutOfTime
+
+
+def _wrong(row: Row) -> bool:
+    return row.get("right") is False
 
 
 def drive(given: argparse.Namespace) -> int:
@@ -59,13 +94,43 @@ def drive(given: argparse.Namespace) -> int:
         limit = left if len(sections) == 1 else min(left, SECTIONS[section][1])
         command = [sys.executable, __file__, *_passed_on(given), "--section", section]
         command += ["--until", str(time.time() + limit)]
-        try:
-            done = subprocess.run(command, timeout=limit + 30)
-            status = max(status, done.returncode)
-        except subprocess.TimeoutExpired:
+        ended = _section(command, limit + HUNG_S)
+        if ended == INTERRUPTED:
+            print(f"{section}: interrupted", flush=True)
+            return INTERRUPTED
+        if ended is None:
             print(f"{section}: hung, and was stopped", flush=True)
+        status = max(status, int(ended != 0))
+    for section in sections:
+        for name in (name for name, row in latest(given.out, section).items() if _wrong(row)):
+            print(f"{section}: {name} is wrong", flush=True)
             status = 1
-    return int(status != 0)
+    return status
+
+
+def _section(command: list[str], seconds: float) -> int | None:
+    """A section's exit status; None where it had to be stopped."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        return None
+    except KeyboardInterrupt:
+        with suppress(subprocess.TimeoutExpired):  # a terminal has sent it to the section, too
+            process.wait(ENDING_S)
+        _end(process)
+        return INTERRUPTED
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupted first, so that it ends what it has started."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(ENDING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _passed_on(given: argparse.Namespace) -> list[str]:

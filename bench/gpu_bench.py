@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -11,7 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,50 +36,124 @@ PEERS = (
     "tensorrt",
 )
 WARM_S, HEATED_S = 1.0, 3.0  # until power is steady, and while it is read
-SPARE_S = 20  # for a run of fastres bench to end after an interrupt
+SPARE_S = 20  # for a run of fastres bench to write its results after an interrupt
+LEAST_S = 60  # a run of fastres bench that has less than that measures nothing
 
 
 def peers(run: Run) -> Iterator[Row]:
-    """`fastres bench` with every peer: what it measured when its time was up counts, too."""
-    for version in ("v1.5", "v1"):
+    """`fastres bench` with every peer: what it measured when its time was up is kept, too.
+
+    Such a run is none that is done: another makes it anew, after those that have nothing yet.
+    """
+    for version in sorted(("v1.5", "v1"), key=lambda version: _results(run, version).exists()):
         name = f"resnet50 {version}, all peers"
         if (yield {"name": name, "asked": True}):
             continue
-        path = run.out / f"bench-{version}.json"
-        flags = {
-            "--precision": ",".join(PRECISIONS),
-            "--batch-size": ",".join(map(str, run.batch_sizes)),
-            "--image-size": str(run.image_size),
-            "--device": run.device.type,
-            "--backend": "triton",
-            "--cache-dir": str(run.out),
-            "--peers": ",".join(PEERS) if version == "v1.5" else "eager_channels_last",
-            "--duration": "1",
-            "-o": str(path),
-        }
-        words = [word for pair in flags.items() for word in pair]
-        command = [sys.executable, "-m", "fastres", "bench", f"fastres:resnet50@{version}", *words]
-        status, said = interrupted(command, run.until - time.time() - SPARE_S)
-        row: Row = {"name": name, "status": status, "said": said[-2000:]}
-        if path.exists():
-            row["left_out"] = json.loads(path.read_text())["left_out"]
-            row["file"] = path.name
-        yield row | ({} if status in (0, 130) else {"right": False})
+        left = run.until - time.time() - SPARE_S
+        if left < LEAST_S:
+            yield {"name": name, "error": f"not started: {left:.0f} s left, {LEAST_S} s needed"}
+            continue
+        yield {"name": name, **_against_peers(run, version, left)}
 
 
-def interrupted(command: list[str], seconds: float) -> tuple[int, str]:
-    """Runs a command, interrupts it when its time is up, and returns its status and words."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def _results(run: Run, version: str) -> Path:
+    return run.out / f"bench-{version}.json"
+
+
+def _against_peers(run: Run, version: str, seconds: float) -> Row:
+    """One run of `fastres bench`; its results, unless an earlier one that was cut off had more."""
+    path, fresh = _results(run, version), run.out / f"new-bench-{version}.json"
+    fresh.unlink(missing_ok=True)
+    flags = {
+        "--precision": ",".join(PRECISIONS),
+        "--batch-size": ",".join(map(str, run.batch_sizes)),
+        "--image-size": str(run.image_size),
+        "--device": run.device.type,
+        "--backend": "triton",
+        "--cache-dir": str(run.out),
+        "--peers": ",".join(PEERS) if version == "v1.5" else "eager_channels_last",
+        "--duration": "1",
+        "-o": str(fresh),
+    }
+    words = [word for pair in flags.items() for word in pair]
+    command = [sys.executable, "-m", "fastres", "bench", f"fastres:resnet50@{version}", *words]
     try:
-        said, _ = process.communicate(timeout=max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        ended = interrupted(command, seconds)
+    finally:  # also where this process is interrupted itself
+        if _worth(fresh) >= max(_worth(path), (False, 0)):
+            fresh.replace(path)
+    row: Row = {"status": ended.status, "said": ended.said[-2000:]}
+    if path.exists():
+        row["left_out"] = json.loads(path.read_text())["left_out"]
+        row["file"] = path.name
+    if ended.status == 0:
+        return row
+    if ended.cut_off or ended.status == 130:
+        return row | {"error": "out of time" if ended.cut_off else "interrupted"}
+    return row | {"right": False}
+
+
+def _worth(path: Path) -> tuple[bool, int]:
+    """Whether a run came to its end, and how much it measured; -1 without results."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False, -1
+    return found["run"]["finished"], len(found["measurements"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, what it said, and whether its time was up before."""
+
+    status: int
+    said: str
+    cut_off: bool
+
+
+def interrupted(
+    command: list[str], seconds: float, stderr: int | None = subprocess.STDOUT
+) -> Ended:
+    """Runs a command in a process group of its own and interrupts that when its time is up.
+
+    It has `SPARE_S` to write what it has; what it started, and has not ended itself, ends with it.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        process_group=0,
+    )
+    cut_off = False
+    try:
         try:
-            said, _ = process.communicate(timeout=SPARE_S)
+            said, _ = process.communicate(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:
-            process.kill()
-            said, _ = process.communicate()
-    return process.returncode, said
+            cut_off, said = True, _said_to_the_end(process)
+        except KeyboardInterrupt:  # the group of its own is not sent what a terminal sends
+            _said_to_the_end(process)
+            raise
+    finally:
+        _signal(process, signal.SIGKILL)
+        process.wait()
+    return Ended(process.returncode, said, cut_off)
+
+
+def _said_to_the_end(process: subprocess.Popen[str]) -> str:
+    _signal(process, signal.SIGINT)
+    try:
+        return process.communicate(timeout=SPARE_S)[0]
+    except subprocess.TimeoutExpired:
+        _signal(process, signal.SIGKILL)
+        return process.communicate()[0]
+
+
+def _signal(process: subprocess.Popen[str], number: int) -> None:
+    """To whoever is left of its group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def power(run: Run) -> Iterator[Row]:
@@ -169,4 +245,5 @@ def report(run: Run) -> Iterator[Row]:
     page = run.out / "report.html"
     command = [sys.executable, "-m", "fastres", "report", *map(str, found), "-o", str(page)]
     done = subprocess.run(command, capture_output=True, text=True)
-    yield {"name": "report", "status": done.returncode, "said": done.stderr[-500:]}
+    row: Row = {"name": "report", "status": done.returncode, "said": done.stderr[-500:]}
+    yield row | ({"error": "no page was made"} if done.returncode else {})

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,25 @@ class Run:
     until: float
 
     def rows(self, section: str) -> list[Row]:
-        """Lines of earlier runs."""
-        path = self.out / "gpu.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [row for row in map(json.loads, lines) if row["section"] == section]
+        """Results of earlier runs and of this one, the last of each name."""
+        return list(latest(self.out, section).values())
 
     def keep(self, section: str, row: Row) -> None:
-        with (self.out / "gpu.jsonl").open("a") as file:
-            file.write(json.dumps({"section": section, **row}) + "\n")
+        path = self.out / "gpu.jsonl"
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write("\n" * torn + json.dumps({"section": section, **row}) + "\n")
+
+
+def latest(out: Path, section: str) -> dict[str, Row]:
+    """The last line of each name, of all runs with that folder."""
+    path = out / "gpu.jsonl"
+    rows: dict[str, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # a line that was broken off with its run
+            if (row := json.loads(line))["section"] == section:
+                rows[row["name"]] = row
+    return rows
 
 
 def settled(name: str, version: str, run: Run) -> nn.Module:
@@ -136,16 +148,17 @@ def compiling(run: Run) -> Iterator[Row]:
     jobs += [("kernel", kernel_cases.name_of(case), target) for case in kernel_cases.cases()]
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
     context = multiprocessing.get_context("spawn")
-    started, kernels = time.time(), 0
+    started, kernels, all_of_them = time.time(), 0, True
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         pending = [pool.submit(_compile, job) for job in dict.fromkeys(jobs)]
         for future in as_completed(pending):
             kernels += future.result()
             if time.time() > run.until - 5:
+                all_of_them = all(future.done() for future in pending)
                 pool.shutdown(cancel_futures=True)
                 break
-    seconds = time.time() - started
-    yield {"name": "compiled", "kernels": kernels, "seconds": seconds, "workers": workers}
+    row: Row = {"name": "compiled", "kernels": kernels, "seconds": time.time() - started}
+    yield row | {"workers": workers} | ({} if all_of_them else {"error": "out of time"})
 
 
 def _plans(run: Run) -> Iterator[tuple[tuple[str, str, Precision], int]]:
@@ -290,6 +303,9 @@ def speed(run: Run) -> Iterator[Row]:
     """Ours in fp16 and int8 beside PyTorch's own ways in fp16, interleaved."""
     for batch in run.batch_sizes:
         for version in ("v1.5", "v1"):
+            name = f"{version} batch {batch}"
+            if (yield {"name": name, "asked": True}):
+                continue
             x = photographs(batch, run.image_size).half().to(run.device)
             x = x.contiguous(memory_format=torch.channels_last)
             model = settled("resnet50", version, run).half()
@@ -308,9 +324,6 @@ def speed(run: Run) -> Iterator[Row]:
             for mode in _modes(version, batch):
                 own = torch.compile(copy.deepcopy(theirs), mode=mode, dynamic=False)
                 targets.append(Target(f"torch.compile {mode}", own))
-            name = f"{version} batch {batch}"
-            if (yield {"name": name, "asked": True}):
-                continue
             report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
             yield {"name": name, "table": str(report), **report.to_dict()}
             for engine in ours.values():
@@ -330,10 +343,12 @@ def profile(run: Run) -> Iterator[Row]:
         x = photographs(batch, run.image_size).half().to(run.device)
         model = settled("resnet50", "v1.5", run).half()
         for precision in FAST:
+            name = f"batch {batch} in {precision}"
+            if (yield {"name": name, "asked": True}):
+                continue
             more = {"calibration": [x[:8].cpu()]} if precision == "int8" else {}
             with _engine(model, x, precision, run, cache_dir=str(run.out), **more) as engine:
                 found = engine.profile(x)
-            name = f"batch {batch} in {precision}"
             yield {"name": name, "table": str(found), **found.to_dict()}
 
 

@@ -5,13 +5,15 @@ python bench/guard_trials.py [--trials 20] [--limit 0.05] [-o FILE.json]
 Each trial makes three runs as `fastres bench` does, every target in a process of its own: a base,
 the same again, and one in which ours, and ours alone, runs a network of a tenth more layers under
 the same name. Counted is how often the guard calls the second and the third slower, and how often
-the intervals of all ratios of the first two overlap.
+the intervals of all ratios of the first two overlap. The file is written after each trial; an
+interrupt keeps the trials that are done, and the exit status is 130.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -19,19 +21,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import torch
 
 import fastres
 from fastres import models
-from fastres.options import Options
+from fastres.cli.output import check_folder
+from fastres.errors import BackendUnavailable, FastresError, is_interrupt
+from fastres.options import Options, Precision
 from fastres.text import json_text
 from fastres.timing.contest import Contest, Entrant
 from fastres.timing.guard import SCHEMA, Base, Comparison, compare
 from fastres.timing.machine import cores, machine
-from fastres.timing.peers import make_peer
+from fastres.timing.peers import PEERS, make_peer, refusal
 from fastres.timing.peers_torch import torch_threads
 from fastres.timing.processes import Made
 from fastres.timing.report import BenchReport, Measurement
@@ -54,12 +58,17 @@ class Trial:
 
 def network(name: str, size: int) -> torch.nn.Module:
     """The same in every process."""
-    factory, _, depth = name.partition(":")
-    arguments = (int(depth),) if depth else ()
-    model = getattr(models, factory)(*arguments, seed=0)
+    model = untrained(name)
     picture = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
     settled: torch.nn.Module = models.settle(model, picture)
     return settled
+
+
+def untrained(name: str) -> torch.nn.Module:
+    factory, _, depth = name.partition(":")
+    arguments = (int(depth),) if depth else ()
+    made: torch.nn.Module = getattr(models, factory)(*arguments, seed=0)
+    return made
 
 
 def ours(engine: Path) -> Made:
@@ -82,7 +91,12 @@ def keep_engine(given: argparse.Namespace, model: str, path: Path) -> None:
 
 
 def run(given: argparse.Namespace, seed: int, engine: Path) -> BenchReport:
-    """One run of ours, which is that engine, and the peers, which run the usual network."""
+    """One run of ours, which is that engine, and the peers, which run the usual network.
+
+    Raises:
+        BackendUnavailable: a peer cannot run here; without it a run would not be what was asked.
+        FastresError: ours cannot.
+    """
     threads = Options().num_threads
     common = {
         "name": given.model,
@@ -108,13 +122,22 @@ def run(given: argparse.Namespace, seed: int, engine: Path) -> BenchReport:
                 contest.check(batch, lambda *_: None)
                 contest.time(len(batch), given.duration, shuffler, lambda done: None)
             measured = contest.measurements((50,))
+    if contest.left_out:
+        whys = [f"{name} is left out: {why}" for name, why in contest.left_out.items()]
+        raise BackendUnavailable("; ".join(whys))
     return BenchReport(machine(), "", seed, measured).against(entrants[1].name)
 
 
 def judge(now: BenchReport, then: BenchReport, given: argparse.Namespace) -> Comparison:
     """As `fastres bench --compare` does, through the file."""
     lanes = {OURS: tuple(given.peers.split(","))}
-    document = {"command": "bench", "schema": SCHEMA, "lanes": lanes, **then.to_dict()}
+    document = {
+        "command": "bench",
+        "schema": SCHEMA,
+        "lanes": lanes,
+        "run": {"finished": True, "transfers": "not included"},
+        **then.to_dict(),
+    }
     base = msgspec.json.decode(json_text(document).encode(), type=Base)
     return compare(now.measurements, lanes, base, "base", given.limit)
 
@@ -140,14 +163,35 @@ def _ratios(report: BenchReport) -> list[Ratio]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
-    trials = []
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    _check(parser, given)
+    trials: list[Trial] = []
+    status = 0
+    try:
+        _run_all(given, trials)
+    except BaseException as error:
+        if is_interrupt(error):
+            status, said = 130, "interrupted"
+        elif isinstance(error, FastresError):
+            status, said = 3 if isinstance(error, BackendUnavailable) else 2, f"error: {error}"
+        else:
+            raise
+        print(f"{said}: {len(trials)} of {given.trials} trials are done", file=sys.stderr)
+    if trials:
+        _tell(trials, given)
+    return status
+
+
+def _run_all(given: argparse.Namespace, trials: list[Trial]) -> None:
+    """Every trial, each written and told as soon as it is there."""
     with tempfile.TemporaryDirectory() as folder:
         engines = {name: Path(folder, f"{i}") for i, name in enumerate((given.model, given.slower))}
         for name, path in engines.items():
             keep_engine(given, name, path)
         for number in range(given.trials):
             trials.append(trial(given, number, engines))
+            _keep(trials, given)
             t = trials[-1]
             print(
                 f"{number}: same {t.same} {t.same_verdict}, slowed {t.slowed} {t.slowed_verdict}, "
@@ -155,6 +199,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _keep(trials: Sequence[Trial], given: argparse.Namespace) -> None:
+    if given.output is not None:
+        finished = len(trials) == given.trials
+        figures = {"argv": sys.argv, "finished": finished, "trials": [asdict(t) for t in trials]}
+        given.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _tell(trials: Sequence[Trial], given: argparse.Namespace) -> None:
     flagged = sum(t.same_verdict == "slower" for t in trials)
     caught = sum(t.slowed_verdict == "slower" for t in trials)
     agreeing = sum(t.agree for t in trials)
@@ -165,10 +219,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{given.slower} in its place caught: {caught} of {len(trials)}")
     print(f"equal runs whose intervals all overlap: {agreeing} of {len(trials)}")
     print(f"at most {seconds:.0f} s a run")
-    if given.output is not None:
-        figures = {"argv": sys.argv, "trials": [asdict(t) for t in trials]}
-        given.output.write_text(json.dumps(figures, indent=2) + "\n")
-    return 0
+
+
+def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Ends with status 2, before anything is run, where a flag does not fit."""
+    try:
+        check_folder(given.output)
+    except FastresError as error:
+        parser.error(str(error))
+    for flag, least in {"trials": 1, "image_size": 1, "batch_size": 1, "launches": 1}.items():
+        if getattr(given, flag) < least:
+            parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
+    if not 0 < given.limit < 1:
+        parser.error(f"--limit is {given.limit}; give a fraction above 0 and below 1")
+    if not 0 < given.duration < math.inf:
+        parser.error(f"--duration is {given.duration}; give seconds, more than 0")
+    for flag in ("model", "slower"):
+        name = getattr(given, flag)
+        try:
+            with torch.device("meta"):
+                untrained(name)
+        except (AttributeError, TypeError, ValueError) as error:
+            parser.error(f"--{flag} {name!r} is no network of fastres.models: {error}")
+    peers = given.peers.split(",")
+    for name in peers:
+        if name not in PEERS:
+            parser.error(f"--peers: there is no {name!r}; there are {', '.join(PEERS)}")
+        if (why := refusal(name, given.precision, torch.device("cpu"))) is not None:
+            parser.error(f"--peers: {why}")
+    if len(set(peers)) < len(peers):
+        parser.error(f"--peers {given.peers}: give each once")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--slower", default="cifar_resnet:68", help="what ours runs in the third run")
     add("--image-size", type=int, default=32)
     add("--batch-size", type=int, default=8)
-    add("--precision", default="fp32")
+    add("--precision", choices=get_args(Precision), default="fp32")
     add("--peers", default="openvino")
     add("--launches", type=int, default=3)
     add("--duration", type=float, default=1.2)

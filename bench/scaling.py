@@ -2,22 +2,26 @@
 
 python bench/scaling.py [--series batch,...] [--model resnet50] [--precision fp32] [-o FILE.json]
 
-The points of a series take turns in one run, as the targets of `fastres bench` do. Each has the
-median of its rounds and a 95 % interval; through them goes the straight line of least squares, but
-for threads, where time does not grow. `fastres report FILE.json` draws them.
+The points of a series take turns in one process, pinned to its cores, a pause before each turn.
+Each has the median of its rounds and a 95 % interval; through them goes the straight line of least
+squares, but for threads, where time does not grow. The file is written after each series, so that
+an interrupt, exit status 130, keeps those that are done. `fastres report FILE.json` draws them.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,11 +31,15 @@ from rich.table import Table
 
 import fastres
 from fastres import models
+from fastres.backends.select import BACKENDS
+from fastres.cli.output import check_folder
+from fastres.errors import FastresError, is_interrupt
 from fastres.graph.cost import multiply_adds
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision
 from fastres.text import json_text, render
-from fastres.timing.machine import commit, machine
+from fastres.timing.contest import PAUSE
+from fastres.timing.machine import commit, cores, machine
 from fastres.timing.statistics import bootstrap
 from fastres.timing.turns import Here, Rounds, interleave
 
@@ -67,7 +75,14 @@ def measure(
     timed: dict[str, Rounds] = {}
     shuffler = random.Random(given.seed)
     with torch.no_grad():
-        interleave(list(calls.values()), given.duration, shuffler, lambda done: None, timed)
+        interleave(
+            list(calls.values()),
+            given.duration,
+            shuffler,
+            lambda done: None,
+            timed,
+            pause_s=PAUSE,
+        )
     points = []
     for x, call in calls.items():
         found = bootstrap([1e3 * float(np.median(turn)) for turn in timed[call.name]], given.seed)
@@ -135,14 +150,19 @@ def _engine(
     name: str, precision: Precision, size: int, given: argparse.Namespace, **more: Any
 ) -> fastres.Engine:
     """Of random weights: how long it takes does not depend on them."""
-    factory, _, layers = name.partition(":")
-    arguments = (int(layers),) if layers else ()
-    model = getattr(models, factory)(*arguments, seed=0).eval()
+    model = _network(name)
     x = photographs(2, size)
     if precision == "int8":
         models.settle(model, x)
         more["calibration"] = [x]
     return fastres.compile(model, x, backend=given.backend, precision=precision, **more)
+
+
+def _network(name: str) -> torch.nn.Module:
+    factory, _, layers = name.partition(":")
+    arguments = (int(layers),) if layers else ()
+    network: torch.nn.Module = getattr(models, factory)(*arguments, seed=0)
+    return network.eval()
 
 
 def _pictures(count: int, size: int, engine: fastres.Engine) -> torch.Tensor:
@@ -169,62 +189,167 @@ def table(found: Sequence[Series]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
-    started = time.time()
-    found = []
-    for name in given.series:
-        for precision in given.precision.split(","):
-            found.append(SERIES[name](precision, given))
-            print(f"{name} in {precision} is done", file=sys.stderr, flush=True)
-    print(machine())
-    print(table(found))
-    if given.output is not None:
-        document = {
-            "command": "scaling",
-            "fastres": fastres.__version__,
-            "schema": SCHEMA,
-            "machine": asdict(machine()),
-            "run": {
-                "argv": ["python", *sys.argv],
-                "commit": commit(),
-                "date": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-                "seconds": round(time.time() - started, 1),
-                "duration_s": given.duration,
-                "seed": given.seed,
-                "transfers": "not included",
-                "finished": True,
-            },
-            "series": [asdict(series) for series in found],
-        }
-        given.output.write_text(json_text(document) + "\n")
-    return 0
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    _check(parser, given)
+    started, status = time.time(), 0
+    jobs = [(name, precision) for name in given.series for precision in given.precision]
+    found: list[Series] = []
+    try:
+        with pinned(cores(Options().num_threads)):
+            for name, precision in jobs:
+                found.append(SERIES[name](precision, given))
+                keep(found, given, started, finished=len(found) == len(jobs))
+                print(f"{name} in {precision} is done", file=sys.stderr, flush=True)
+    except BaseException as error:
+        if is_interrupt(error):
+            status = 130
+            said = "interrupted"
+        elif isinstance(error, FastresError):
+            status = 2
+            said = f"error: {error}"
+        else:
+            raise
+        print(f"{said}: {len(found)} of {len(jobs)} series are done", file=sys.stderr)
+    if found:
+        print(machine())
+        print(table(found))
+    return status
+
+
+@contextmanager
+def pinned(cpus: Sequence[int]) -> Iterator[None]:
+    """This thread, and all that it starts, run on these."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def keep(
+    found: Sequence[Series], given: argparse.Namespace, started: float, finished: bool
+) -> None:
+    """Writes what there is so far, if a file is wanted."""
+    if given.output is None:
+        return
+    document = {
+        "command": "scaling",
+        "fastres": fastres.__version__,
+        "schema": SCHEMA,
+        "machine": asdict(machine()),
+        "run": {
+            "argv": ["python", *sys.argv],
+            "commit": commit(),
+            "date": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - started, 1),
+            "duration_s": given.duration,
+            "seed": given.seed,
+            "transfers": "not included",
+            "finished": finished,
+        },
+        "series": [asdict(series) for series in found],
+    }
+    given.output.write_text(json_text(document) + "\n")
+
+
+def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Ends with status 2, before anything is measured, where something would fail later."""
+    try:
+        check_folder(given.output)
+        for precision in given.precision:  # of a small network: does the backend take it here?
+            _engine("cifar_resnet:8", precision, 32, given).close()
+    except FastresError as error:
+        parser.error(str(error))
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of at least 1, by comma")
+    return list(dict.fromkeys(found))
 
 
-def _names(text: str) -> list[str]:
-    unknown = [name for name in text.split(",") if name not in SERIES]
+def _depths(text: str) -> list[int]:
+    for depth in (found := _numbers(text)):
+        _model(f"resnet{depth}")
+    return found
+
+
+def _cifar_depths(text: str) -> list[int]:
+    for depth in (found := _numbers(text)):
+        _model(f"cifar_resnet:{depth}")
+    return found
+
+
+def _model(text: str) -> str:
+    try:
+        with torch.device("meta"):
+            _network(text)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no network of fastres.models ({error}); there are resnet50 and its like, "
+            "and cifar_resnet:DEPTH"
+        ) from error
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: give seconds, more than 0")
+    return found
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of at least 0")
+    return int(text)
+
+
+def _some_of(known: Sequence[str], text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in known]
     if unknown:
-        known = ", ".join(SERIES)
-        raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}; there are {known}")
-    return text.split(",")
+        raise argparse.ArgumentTypeError(
+            f"there is no {', '.join(unknown)}; there are {', '.join(known)}"
+        )
+    return names
+
+
+def _series(text: str) -> list[str]:
+    return _some_of(list(SERIES), text)
+
+
+def _precisions(text: str) -> list[str]:
+    return _some_of(get_args(Precision), text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--series", type=_names, default=list(SERIES), help=f"any of {','.join(SERIES)}")
-    add("--model", default="resnet50", help="of fastres.models, where depth does not vary")
-    add("--precision", default="fp32,bf16")
-    add("--backend", default="auto")
+    add("--series", type=_series, default=list(SERIES), help=f"any of {','.join(SERIES)}")
+    add(
+        "--model",
+        type=_model,
+        default="resnet50",
+        help="of fastres.models, where depth does not vary",
+    )
+    add("--precision", type=_precisions, default=["fp32", "bf16"])
+    add("--backend", choices=["auto", *BACKENDS], default="auto")
     add("--batch-sizes", type=_numbers, default=[1, 2, 4, 8, 16, 32])
     add("--image-sizes", type=_numbers, default=[96, 128, 160, 224, 288, 384])
-    add("--depths", type=_numbers, default=[18, 34, 50, 101, 152])
-    add("--cifar-depths", type=_numbers, default=[110, 302, 602, 1202])
-    add("--duration", type=float, default=2.0, help="seconds for each point")
-    add("--seed", type=int, default=0)
+    add("--depths", type=_depths, default=[18, 34, 50, 101, 152])
+    add("--cifar-depths", type=_cifar_depths, default=[110, 302, 602, 1202])
+    add("--duration", type=_seconds, default=2.0, help="seconds for each point")
+    add("--seed", type=_seed, default=0)
     add("-o", "--output", type=Path, help="also write everything as JSON")
     return parser
 
