@@ -20,7 +20,7 @@ from fastres.report.html import (
     tag,
 )
 from fastres.report.numbers import number, percent, short
-from fastres.report.plotting import MUTED, chart, colour, label, legend, linear_or_log
+from fastres.report.plotting import MUTED, bars, chart, colour, label, legend, linear_or_log
 from fastres.report.speed import called
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ALL = "all"  # the part that holds every picture
 _KINDS = {"logits": 0, "middle layer": 1}
+_UNKNOWN = "infinite or not known"  # either is null in JSON
 
 
 def accuracy_parts(documents: Mapping[str, Accuracy]) -> Html:
@@ -199,16 +200,21 @@ def _bars(title: str, names: Sequence[str], series: Mapping[str, Sequence[float 
         for kind, values in series.items():
             i = _KINDS[kind]
             places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(names))]
-            axes.barh(places, [v or 0 for v in values], width * 0.9, color=colour(i))
+            bars(axes, places, values, width * 0.9, i)
         axes.set_yticks(range(len(names)), list(map(label, names)))
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("dB")
 
     said = "; ".join(
-        f"{name} "
-        + ", ".join(f"{kind} {short(values[i], 'dB')}" for kind, values in series.items())
+        f"{name} " + ", ".join(f"{kind} {_decibels(values[i])}" for kind, values in series.items())
         for i, name in enumerate(names)
     )
     drawn = chart(f"{title}: {said}.", 60 + 24 * len(names), paint)
-    return figure(drawn, f"{title}; more is better", legend({k: _KINDS[k] for k in series}))
+    absent = any(value is None for values in series.values() for value in values)
+    caption = f"{title}; more is better" + f"; no bar: {_UNKNOWN}" * absent
+    return figure(drawn, caption, legend({k: _KINDS[k] for k in series}, barred=True))
+
+
+def _decibels(value: float | None) -> str:
+    return _UNKNOWN if value is None else short(value, "dB")

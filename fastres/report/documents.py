@@ -6,6 +6,7 @@ fields that nobody here knows are passed over.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import msgspec
@@ -42,7 +43,8 @@ class Run(msgspec.Struct, frozen=True):
     date: str = ""
     seconds: Amount = None
     duration_s: Amount = None
-    seed: int | None = None
+    launches: Count | None = None
+    seed: int | None = None  # of bench/scaling.py; `fastres bench` has it beside `run`
     transfers: str = ""
     finished: bool = True
 
@@ -60,6 +62,7 @@ class Measurement(msgspec.Struct, frozen=True):
     samples: Count = 0
     quantiles_ms: tuple[Amount, ...] = ()
     speedup: Interval | None = None
+    ran: str | None = None  # precisions that its nodes really run in
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -172,17 +175,30 @@ class Paired(msgspec.Struct, frozen=True):
     precision: str = ""
     speed: Interval | None = None
 
+    @property
+    def runtime(self) -> str:
+        """The peer without what all names of its lane begin with: the model and the precision."""
+        return self.peer.removeprefix(self.ours.removesuffix("fastres"))
+
 
 class Bench(msgspec.Struct, frozen=True):
-    """What `fastres bench` writes, and bench/int8.py, which has `model` and `sqnr_db`."""
+    """What `fastres bench` writes, and bench/int8.py, which has `model` and `sqnr_db`.
+
+    Args:
+        backends: where ours run, by target.
+        lanes: for each of ours the peers that ran the same model in the same precision.
+        ratios: of each of ours to each of these peers.
+    """
 
     measurements: tuple[Measurement, ...]
     machine: Machine = Machine()
     run: Run = Run()
     models: tuple[str, ...] = ()
     model: str = ""
+    backends: dict[str, str] = {}
     left_out: dict[str, str] = {}
     baseline: str = ""
+    seed: int | None = None
     parity: tuple[Difference, ...] = ()
     profiles: tuple[Profile, ...] = ()
     rates: dict[str, Rate] = {}
@@ -195,6 +211,17 @@ class Bench(msgspec.Struct, frozen=True):
     def is_ours(self, target: str) -> bool:
         """Older documents have no lanes, whose keys are ours."""
         return target in self.lanes if self.lanes else "fastres" in target
+
+    def beside_baseline(self, target: str) -> bool:
+        """Whether it ran what the baseline ran, as far as the document tells."""
+        return not self.lanes or any(
+            {target, self.baseline} <= {ours, *peers} for ours, peers in self.lanes.items()
+        )
+
+    def fastest_peer(self, ours: str, batch_size: int) -> Paired | None:
+        """Ours over the peer that it is least ahead of; None where it was compared with none."""
+        found = [r for r in self.ratios if (r.ours, r.batch_size) == (ours, batch_size)]
+        return min(found, key=_closeness, default=None)
 
     def model_of(self, measurement: Measurement) -> str:
         """Older documents say it once for all measurements."""
@@ -301,6 +328,12 @@ class Parities(msgspec.Struct, frozen=True):
 
 
 Document = Bench | Scaling | Accuracy | Parities
+
+
+def _closeness(found: Paired) -> float:
+    """What is not known comes last."""
+    speed = found.speed
+    return math.inf if speed is None or speed.median is None else speed.median
 
 
 def _within(value: float | None, allowed: float | None) -> bool:

@@ -12,11 +12,10 @@ from fastres.report.documents import (
     Document,
     Interval,
     Measurement,
-    Paired,
     Parities,
     Scaling,
 )
-from fastres.report.html import Column, Html, items, join, table, tag
+from fastres.report.html import NOTHING, Cell, Column, Html, items, join, table, tag
 from fastres.report.numbers import number, percent, short, times, times_cell
 from fastres.report.speed import called, rated
 
@@ -53,14 +52,17 @@ def _speed(head: str, bench: Bench) -> Iterator[str]:
     if not bench.measurements:
         yield f"{head}nothing was measured." if not bench.profiles else f"{head}profiles only."
     if bench.ratios:
-        yield from _beside_peers(head, bench.ratios)
+        yield from _beside_peers(head, bench)
         return
     ours = bench.is_ours(bench.baseline)
     whose = "other runtimes" if ours else "fastres"
     compared = [
         m
         for m in bench.measurements
-        if rated(m) and m.target != bench.baseline and bench.is_ours(m.target) != ours
+        if rated(m)
+        and m.target != bench.baseline
+        and bench.is_ours(m.target) != ours
+        and bench.beside_baseline(m.target)
     ]
     if not compared:
         return
@@ -75,21 +77,25 @@ def _speed(head: str, bench: Bench) -> Iterator[str]:
     )
 
 
-def _beside_peers(head: str, ratios: Sequence[Paired]) -> Iterator[str]:
-    """Each of ours beside the peers of its own model and precision, and who is ahead of it."""
-    sides = [(_side(found.speed), found) for found in ratios]
-    verdicts = ", ".join(f"{n} {side}" for side, n in Counter(s for s, _ in sides).most_common())
+def _beside_peers(head: str, bench: Bench) -> Iterator[str]:
+    """Each of ours beside the fastest peer of its lane, and every peer that is ahead of it."""
+    places = dict.fromkeys((found.ours, found.batch_size) for found in bench.ratios)
+    closest = [found for place in places if (found := bench.fastest_peer(*place))]
+    count = Counter(_side(found.speed) for found in closest)
+    verdicts = ", ".join(f"{n} {side}" for side, n in count.most_common())
     yield (
-        f"{head}fastres beside each peer with the same model and precision, by 95 % intervals: "
-        f"{verdicts}."
+        f"{head}fastres over the fastest peer of each model, precision and batch size, by 95 % "
+        f"intervals: {verdicts}."
     )
     ahead = [
-        f"{found.peer} at batch {found.batch_size} ({times(found.speed)})"
-        for side, found in sides
-        if side == "slower"
+        f"{found.peer} at batch {found.batch_size} (fastres over it: {times(found.speed)})"
+        for found in bench.ratios
+        if _side(found.speed) == "slower"
     ]
     if ahead:
-        yield f"{head}ahead of fastres, whose speed over theirs is: {', '.join(ahead)}."
+        yield f"{head}peers that are ahead of fastres: {', '.join(ahead)}."
+    else:
+        yield f"{head}no peer is shown to be ahead of fastres."
 
 
 def _side(ratio: Interval | None) -> str:
@@ -162,10 +168,13 @@ def _fastest(name: str, bench: Bench) -> Html:
             groups.setdefault((bench.model_of(m), m.precision, m.batch_size), []).append(m)
     if not groups:
         return Html("")
+    alone = bool(bench.lanes) and not bench.ratios and not any(bench.lanes.values())
     columns = [Column("model"), Column("precision"), Column("batch", True), Column("fastest")]
-    over = "the fastest peer" if bench.ratios else bench.baseline or "the baseline"
-    headings = ("img/s", "fastres img/s", f"fastres over {over}")
-    columns += [Column(heading, numeric=True) for heading in headings]
+    columns += [Column("img/s", numeric=True), Column("fastres img/s", numeric=True)]
+    if bench.ratios:
+        columns += [Column("fastest peer"), Column("fastres over that peer", numeric=True)]
+    elif not alone:
+        columns += [Column(f"fastres over {bench.baseline or 'the baseline'}", numeric=True)]
     rows = []
     for (model, precision, size), group in groups.items():
         best = max(group, key=_rate)
@@ -178,23 +187,20 @@ def _fastest(name: str, bench: Bench) -> Html:
                 best.target,
                 number(best.throughput, ",.1f"),
                 number(own.throughput if own else None, ",.1f"),
-                times_cell(_shown(bench, group, own)),
+                *(() if alone else _over(bench, own)),
             )
         )
     return table(f"{name}: the fastest of each comparison", columns, rows)
 
 
-def _shown(bench: Bench, group: Sequence[Measurement], own: Measurement | None) -> Interval | None:
-    """Ours over the fastest peer of the group, or, in older documents, over the baseline."""
-    if own is None or not bench.ratios:
-        return own.speedup if own and own.target != bench.baseline else None
-    peers = [m for m in group if not bench.is_ours(m.target)]
-    fastest = max(peers, key=_rate, default=None)
-    wanted = (own.target, fastest.target if fastest else None, own.batch_size)
-    for found in bench.ratios:
-        if (found.ours, found.peer, found.batch_size) == wanted:
-            return found.speed
-    return None
+def _over(bench: Bench, own: Measurement | None) -> Sequence[Cell]:
+    """The fastest peer, and how fast ours is beside it; in older documents, beside the baseline."""
+    if bench.ratios:
+        found = bench.fastest_peer(own.target, own.batch_size) if own else None
+        return (found.runtime, times_cell(found.speed)) if found else (NOTHING, times_cell(None))
+    if own is None or own.target == bench.baseline or not bench.beside_baseline(own.target):
+        return (times_cell(None),)  # the baseline ran another model, or in another precision
+    return (times_cell(own.speedup),)
 
 
 def _rate(measurement: Measurement) -> float:

@@ -27,6 +27,7 @@ _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
     colour: f"series-{i + 1}" for i, colour in enumerate(_COLOURS)
 }
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # of matplotlib, of the legend
+_HATCHES = ("", "////")  # of bars; in the legend by the page's class "hatched"
 _LETTERS = 24
 _HIDDEN = ("metadata", "style")
 _STYLE = {
@@ -65,27 +66,42 @@ def label(words: str) -> str:
     return shortened(printable(words), _LETTERS)
 
 
-def legend(series: Mapping[str, int]) -> Html:
+def bars(
+    axes: Axes, places: Iterable[float], lengths: Iterable[float | None], width: float, i: int
+) -> None:
+    """Horizontal bars of the i-th series, none where a length is not known."""
+    known = [pair for pair in zip(places, lengths, strict=True) if pair[1] is not None]
+    axes.barh(
+        [place for place, _ in known],
+        [length or 0.0 for _, length in known],
+        width,
+        color=colour(i),
+        edgecolor=PAPER,  # of the hatch; without a width there is no edge
+        linewidth=0,
+        hatch=_HATCHES[i % len(_HATCHES)],
+    )
+
+
+def legend(series: Mapping[str, int], barred: bool = False) -> Html:
     """What the colours and markers of some series mean; wraps where the chart would not.
 
     Args:
         series: name → index.
+        barred: the chart has bars, not markers.
     """
-    entries = (
-        join(
-            [
-                tag(
-                    "span",
-                    _MARKERS[marker(i)],
-                    style=f"color: var(--series-{i % SERIES + 1})",
-                    aria_hidden="true",
-                ),
-                tag("span", name),
-            ]
-        )
-        for name, i in series.items()
-    )
+    entries = (join([_key(i, barred), tag("span", name)]) for name, i in series.items())
     return items(entries, class_="legend")
+
+
+def _key(i: int, barred: bool) -> Html:
+    hatched = " hatched" if _HATCHES[i % len(_HATCHES)] else ""
+    return tag(
+        "span",
+        "" if barred else _MARKERS[marker(i)],
+        class_=f"swatch{hatched}" if barred else None,
+        style=f"color: var(--series-{i % SERIES + 1})",
+        aria_hidden="true",
+    )
 
 
 def check_charts() -> None:
@@ -116,6 +132,7 @@ def chart(alt: str, height: float, paint: Callable[[Axes], None]) -> Html:
         BackendUnavailable: matplotlib is not installed.
     """
     check_charts()
+    alt = printable(alt)  # the name of a file need not be text, and ids are made of its bytes
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -160,12 +177,14 @@ def _inline(data: bytes, alt: str) -> Html:
         element.text, element.tail = (element.text or "").strip(), ""
         given = {_local(key): value for key, value in element.attrib.items()}
         element.attrib.clear()
+        if given.get("fill", "").startswith("#"):  # of a hatch, in an attribute of its own
+            given["style"] = f"fill: {given.pop('fill')}; {given.get('style', '')}".rstrip("; ")
         for key, value in given.items():
             if key != "id" or element.tag != "g":  # nothing refers to the groups
                 element.set(key, _themed(value) if key == "style" else value)
     for unwanted in ("width", "height", "version"):
         root.attrib.pop(unwanted, None)
-    root.attrib.update({"class": "chart", "role": "img", "aria-label": printable(alt)})
+    root.attrib.update({"class": "chart", "role": "img", "aria-label": alt})
     return Html(ElementTree.tostring(root, encoding="unicode"))
 
 

@@ -1,14 +1,26 @@
-"""How fast: ratios to the baseline, every measurement, and how latencies are spread."""
+"""How fast: ratios to peers or to a baseline, every measurement, and how latencies are spread."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fastres.report.documents import Bench, Comparison, Measurement
-from fastres.report.html import Cell, Column, Html, Number, figure, figures, items, join, table, tag
+from fastres.report.documents import Bench, Comparison, Interval, Measurement
+from fastres.report.html import (
+    NOTHING,
+    Cell,
+    Column,
+    Html,
+    Number,
+    figure,
+    figures,
+    items,
+    join,
+    table,
+    tag,
+)
 from fastres.report.numbers import number, short, times, times_cell
+from fastres.report.panels import Panel, numbered, panel
 from fastres.report.plotting import (
     INK,
     MUTED,
@@ -24,57 +36,53 @@ from fastres.report.plotting import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LANE, _GAP, _FRAME = 17, 0.8, 62  # units for a target, lanes between batches, units for the axis
+Rated = tuple[str, int, Interval]  # whose ratio, at which batch size
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One model in one precision: measurements that a chart shows together.
-
-    Args:
-        series: target → index of its colour, the same in every panel of a document.
-    """
-
-    title: str
-    baseline: str
-    measurements: tuple[Measurement, ...]
-    series: dict[str, int]
-
-    @property
-    def batches(self) -> list[int]:
-        return sorted({m.batch_size for m in self.measurements})
-
-    @property
-    def height(self) -> float:
-        lanes = len(self.batches) * (len(self.series) + _GAP)
-        return _FRAME + _LANE * max(lanes, 2)
-
-    def lane(self, measurement: Measurement) -> float:
-        """Where it is drawn, from the top."""
-        first = self.batches.index(measurement.batch_size) * (len(self.series) + _GAP)
-        return first + list(self.series).index(measurement.target)
-
-    def frame(self, axes: Axes) -> None:
-        """Batches from the top, each with its name at the middle of its lanes."""
-        step, middle = len(self.series) + _GAP, (len(self.series) - 1) / 2
-        names = [f"batch {size}" for size in self.batches]
-        axes.set_yticks([i * step + middle for i in range(len(names))], names)
-        axes.set_ylim(len(names) * step - _GAP / 2 - 0.5, -0.5 - _GAP / 2)
-        axes.grid(visible=False, axis="y")
+def peer_charts(benches: Mapping[str, Bench]) -> Html:
+    """How many times as fast as each of its peers ours is, with intervals."""
+    drawn = []
+    for name, bench in benches.items():
+        colours = numbered(found.runtime for found in bench.ratios)
+        groups: dict[tuple[str, str], list[Rated]] = {}
+        for found in bench.ratios:
+            if found.speed is not None and known(found.speed):
+                group = groups.setdefault((found.model, found.precision), [])
+                group.append((found.runtime, found.batch_size, found.speed))
+        for (model, precision), group in groups.items():
+            title = _title(called(name, benches), model, precision)
+            lanes = panel(title, [(peer, size) for peer, size, _ in group], colours)
+            head = f"Speed of fastres over its peers, {title}"
+            drawn.append(_ratio_chart(lanes, group, head, "times as fast as the peer"))
+    return figures(drawn)
 
 
 def ratio_charts(benches: Mapping[str, Bench]) -> Html:
-    """How many times as fast as the baseline each target is, with intervals."""
-    drawn = [
-        _ratio_chart(panel)
-        for panel in _panels(benches, lambda bench, m: m.target != bench.baseline and rated(m))
-    ]
+    """How many times as fast as the baseline each target is, in documents without peers' ratios."""
+    drawn = []
+    for name, bench in benches.items():
+        if bench.ratios:
+            continue
+        shown = [m for m in bench.measurements if m.target != bench.baseline and rated(m)]
+        for lanes, group in _panels(called(name, benches), bench, shown):
+            ratios = [(m.target, m.batch_size, m.speedup) for m in group if m.speedup]
+            head = f"Speed over {bench.baseline} of {lanes.title}"
+            axis = f"times as fast as {label(bench.baseline)}"
+            drawn.append(_ratio_chart(lanes, ratios, head, axis))
     return figures(drawn)
 
 
 def latency_charts(benches: Mapping[str, Bench]) -> Html:
     """How the latencies of single calls are spread."""
-    return figures([_latency_chart(panel) for panel in _panels(benches, lambda _, m: _spread(m))])
+    return figures(
+        [
+            _latency_chart(lanes, group)
+            for name, bench in benches.items()
+            for lanes, group in _panels(
+                called(name, benches), bench, [m for m in bench.measurements if _spread(m)]
+            )
+        ]
+    )
 
 
 def measurement_tables(benches: Mapping[str, Bench]) -> Html:
@@ -104,56 +112,56 @@ def called(name: str, benches: Mapping[str, Bench]) -> str:
 
 def rated(measurement: Measurement) -> bool:
     """Whether there is a ratio to show."""
-    ratio = measurement.speedup
-    return ratio is not None and None not in (ratio.median, ratio.low, ratio.high)
+    return measurement.speedup is not None and known(measurement.speedup)
+
+
+def known(ratio: Interval) -> bool:
+    """Whether it has all its numbers."""
+    return None not in (ratio.median, ratio.low, ratio.high)
 
 
 def _panels(
-    benches: Mapping[str, Bench], wanted: Callable[[Bench, Measurement], bool]
-) -> Iterator[Panel]:
-    for name, bench in benches.items():
-        colours = {target: i for i, target in enumerate({m.target: 0 for m in bench.measurements})}
-        groups: dict[tuple[str, str], list[Measurement]] = {}
-        for m in bench.measurements:
-            if wanted(bench, m):
-                groups.setdefault((bench.model_of(m), m.precision), []).append(m)
-        for (model, precision), group in groups.items():
-            shown = {m.target for m in group}
-            series = {target: i for target, i in colours.items() if target in shown}
-            title = " in ".join(filter(None, (model, precision))) or "everything timed"
-            head = f"{called(name, benches)}{title}"
-            yield Panel(head, bench.baseline, tuple(group), series)
+    head: str, bench: Bench, shown: Sequence[Measurement]
+) -> Iterator[tuple[Panel, Sequence[Measurement]]]:
+    """A panel for each model and precision, and what it shows."""
+    colours = numbered(m.target for m in bench.measurements)
+    groups: dict[tuple[str, str], list[Measurement]] = {}
+    for m in shown:
+        groups.setdefault((bench.model_of(m), m.precision), []).append(m)
+    for (model, precision), group in groups.items():
+        title = _title(head, model, precision)
+        yield panel(title, [(m.target, m.batch_size) for m in group], colours), group
 
 
-def _ratio_chart(panel: Panel) -> Html:
+def _title(head: str, model: str, precision: str) -> str:
+    return head + (" in ".join(filter(None, (model, precision))) or "everything timed")
+
+
+def _ratio_chart(lanes: Panel, ratios: Sequence[Rated], head: str, axis: str) -> Html:
     def paint(axes: Axes) -> None:
         axes.axvline(1, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         bounds = [1.0]
-        for m in panel.measurements:
-            assert m.speedup is not None
-            y, i = panel.lane(m), panel.series[m.target]
-            low, median, high = m.speedup.low, m.speedup.median, m.speedup.high
+        for target, size, ratio in ratios:
+            y, i = lanes.lane(target, size), lanes.series[target]
+            low, median, high = ratio.low, ratio.median, ratio.high
             assert low is not None and median is not None and high is not None
             axes.plot([low, high], [y, y], color=colour(i), linewidth=2.2)
             axes.plot([median], [y], marker(i), color=colour(i), markersize=6.5)
             bounds += [low, high]
         linear_or_log(axes, "x", bounds)
-        panel.frame(axes)
-        axes.set_xlabel(f"times as fast as {label(panel.baseline)}")
+        lanes.frame(axes)
+        axes.set_xlabel(axis)
 
-    said = "; ".join(
-        f"batch {m.batch_size}, {m.target} {times(m.speedup)}" for m in panel.measurements
-    )
-    alt = f"Speed over {panel.baseline} of {panel.title}, with 95 % intervals: {said}."
-    drawn = chart(alt, panel.height, paint)
-    return figure(drawn, panel.title, legend(panel.series))
+    said = "; ".join(f"batch {size}, {target} {times(ratio)}" for target, size, ratio in ratios)
+    drawn = chart(f"{head}, with 95 % intervals: {said}.", lanes.height, paint)
+    return figure(drawn, lanes.title, legend(lanes.series))
 
 
-def _latency_chart(panel: Panel) -> Html:
+def _latency_chart(lanes: Panel, measurements: Sequence[Measurement]) -> Html:
     def paint(axes: Axes) -> None:
         seen: list[float] = []
-        for m in panel.measurements:
-            y, i = panel.lane(m), panel.series[m.target]
+        for m in measurements:
+            y, i = lanes.lane(m.target, m.batch_size), lanes.series[m.target]
             p5, p25, p50, p75, p95, p99, most = _quantiles(m, (5, 25, 50, 75, 95, 99, 100))
             axes.plot([p5, p95], [y, y], color=colour(i), linewidth=1.6)
             axes.plot([p25, p75], [y, y], color=colour(i), linewidth=8, solid_capstyle="butt")
@@ -162,7 +170,7 @@ def _latency_chart(panel: Panel) -> Html:
             axes.plot([most], [y], "|", color=INK, markersize=7, markeredgewidth=1.4)
             seen += [p5, most]
         linear_or_log(axes, "x", seen)
-        panel.frame(axes)
+        lanes.frame(axes)
         axes.set_xlabel("ms for one call")
 
     said = "; ".join(
@@ -171,11 +179,11 @@ def _latency_chart(panel: Panel) -> Html:
             m.target,
             *(short(q, "ms") for q in _quantiles(m, (50, 99, 100))),
         )
-        for m in panel.measurements
+        for m in measurements
     )
-    alt = f"Latencies of {panel.title}: {said}."
-    drawn = chart(alt, panel.height, paint)
-    return figure(drawn, panel.title, legend(panel.series))
+    alt = f"Latencies of {lanes.title}: {said}."
+    drawn = chart(alt, lanes.height, paint)
+    return figure(drawn, lanes.title, legend(lanes.series))
 
 
 def _spread(measurement: Measurement) -> bool:
@@ -192,20 +200,28 @@ def _quantiles(measurement: Measurement, percentiles: Sequence[int]) -> list[flo
 def _measurement_table(name: str, bench: Bench) -> Html:
     percentiles = list(dict.fromkeys(p for m in bench.measurements for p in m.latency_ms))
     columns = [Column("target"), Column("model"), Column("precision")]
+    ran = any(m.ran for m in bench.measurements)
+    columns += [Column("ran in")] * ran + [Column("backend")] * bool(bench.backends)
     numeric = ["batch", "img/s", *(f"{p} ms" for p in percentiles), "min ms", "calls"]
     columns += [Column(heading, numeric=True) for heading in numeric]
-    columns += [Column(f"speed over {bench.baseline}" if bench.baseline else "speed", numeric=True)]
+    if bench.ratios:
+        columns.append(Column("fastres over it", numeric=True))
+    else:
+        over = f"speed over {bench.baseline}" if bench.baseline else "speed"
+        columns.append(Column(over, numeric=True))
     rows: list[Sequence[Cell]] = [
         (
             m.target,
             bench.model_of(m),
             m.precision,
+            *([m.ran or NOTHING] * ran),
+            *([bench.backends.get(m.target, NOTHING)] * bool(bench.backends)),
             number(m.batch_size),
             number(m.throughput, ",.1f"),
             *(number(m.latency_ms.get(p), ",.2f") for p in percentiles),
             number(m.min_ms, ",.2f"),
             number(m.samples, ","),
-            Number(1.0, "1×") if m.target == bench.baseline else times_cell(m.speedup),
+            _speed_cell(bench, m),
         )
         for m in bench.measurements
     ]
@@ -214,6 +230,16 @@ def _measurement_table(name: str, bench: Bench) -> Html:
         "95 % interval"
     )
     return table(caption, columns, rows)
+
+
+def _speed_cell(bench: Bench, m: Measurement) -> Number:
+    """Of a peer, how many times as fast ours is; in documents without ratios, over the baseline."""
+    if bench.ratios:
+        found = (
+            r.speed for r in bench.ratios if (r.peer, r.batch_size) == (m.target, m.batch_size)
+        )
+        return times_cell(next(found, None))
+    return Number(1.0, "1×") if m.target == bench.baseline else times_cell(m.speedup)
 
 
 def _change_table(name: str, comparison: Comparison) -> Html:

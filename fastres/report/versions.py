@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastres.report.documents import Bench, Versions
 from fastres.report.html import Column, Html, figure, figures, join, table
 from fastres.report.numbers import number, short, times_cell
-from fastres.report.plotting import chart, colour, label, legend
+from fastres.report.plotting import bars, chart, label, legend
 from fastres.report.speed import called
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ def _chart(head: str, pair: Versions) -> Html:
     title = f"{head}{pair.net} in {pair.precision}, batch {pair.batch_size}"
 
     def paint(axes: Axes) -> None:
-        for key, i in _SERIES.items():
+        for i in _SERIES.values():
             spent = [stage.v1_ms if i == 0 else stage.v15_ms for stage in pair.groups]
             places = [place + (i - 0.5) * _WIDTH * 1.1 for place in range(len(spent))]
-            axes.barh(places, [ms or 0 for ms in spent], _WIDTH, color=colour(i), label=key)
+            bars(axes, places, spent, _WIDTH, i)
         axes.set_yticks(range(len(pair.groups)), [label(stage.group) for stage in pair.groups])
-        axes.invert_yaxis()
+        axes.set_ylim(len(pair.groups) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("ms")
 
@@ -76,4 +76,4 @@ def _chart(head: str, pair: Versions) -> Html:
         64 + 30 * len(pair.groups),
         paint,
     )
-    return figure(drawn, f"{title}: time by layer group", legend(_SERIES))
+    return figure(drawn, f"{title}: time by layer group", legend(_SERIES, barred=True))

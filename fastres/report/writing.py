@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,25 @@ from fastres.report.page import page, write_page
 from fastres.report.provenance import commands, machine_table
 from fastres.report.reading import Source, from_memory
 from fastres.report.scaling import scaling_charts
-from fastres.report.speed import change_tables, latency_charts, measurement_tables, ratio_charts
+from fastres.report.speed import (
+    change_tables,
+    latency_charts,
+    measurement_tables,
+    peer_charts,
+    ratio_charts,
+)
 from fastres.report.versions import version_tables
 
 _ORDER = (Bench, Scaling, Accuracy, Parities)
 _LEADS = {
+    "Speed over peers": "How many times as fast fastres is as each peer that ran the same model in "
+    "the same precision; dashed: equal speed. Shown is the {observed}, and its 95 % interval.",
     "Speed over the baseline": "How many times as fast as the baseline, the dashed line: the "
-    "median over rounds in which both took turns, and its 95 % interval.",
+    "{observed}, and its 95 % interval.",
     "Latency": "Of single calls. Thick: the middle half, with a gap at the median; thin: from the "
     "5th to the 95th percentile; mark: the 99th; last stroke: the longest.",
     "v1 against v1.5": "A bottleneck strides in its first 1×1 convolution (v1) or in its 3×3 "
-    "(v1.5).",
+    "(v1.5). Speed is the {observed}, and its 95 % interval.",
     "Scaling": "Medians with their 95 % intervals; dashed: the straight line that fits best.",
     "Roofline": "What each layer reaches, over the work it has for each byte that it moves; both "
     "axes are logarithmic. Lines: the most that the machine's rates allow, where they are known.",
@@ -62,6 +70,7 @@ def report(sources: Sequence[Source]) -> Html:
     parities = {name: d for name, d in named.items() if isinstance(d, Parities)}
     parts = [
         ("Summary", findings(named)),
+        ("Speed over peers", peer_charts(benches)),
         ("Speed over the baseline", ratio_charts(benches)),
         ("Measurements", measurement_tables(benches)),
         ("Change since an earlier run", change_tables(benches)),
@@ -75,12 +84,24 @@ def report(sources: Sequence[Source]) -> Html:
         ("Machine and versions", machine_table({name: d.machine for name, d in named.items()})),
         ("How to reproduce", commands(named)),
     ]
-    led = [(title, join([_lead(title), part])) for title, part in parts if part]
+    observed = _observed(benches.values())
+    led = [(title, join([_lead(title, observed), part])) for title, part in parts if part]
     return page("fastres: results", _subtitle(named), led)
 
 
-def _lead(title: str) -> Html:
-    return tag("p", _LEADS[title], class_="lead") if title in _LEADS else Html("")
+def _lead(title: str, observed: str) -> Html:
+    lead = _LEADS.get(title)
+    return tag("p", lead.format(observed=observed), class_="lead") if lead else Html("")
+
+
+def _observed(benches: Iterable[Bench]) -> str:
+    """What ratios are, by how often the processes of the runs were started."""
+    several = {(bench.run.launches or 1) > 1 for bench in benches}
+    once = "median over rounds in which both took turns"
+    if True not in several:
+        return once
+    found = "mean over launches of the medians over paired rounds"
+    return f"{found} (of a single launch: the {once})" if False in several else found
 
 
 def _subtitle(named: Mapping[str, Document]) -> str:

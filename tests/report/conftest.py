@@ -15,7 +15,12 @@ from typing import Any
 import pytest
 
 Document = dict[str, Any]
-TARGETS = {"eager": 1.0, "fastres cpu": 1.9, "openvino": 1.85, "onnxruntime": 1.3}
+MODELS = ("fastres:resnet50@v1", "fastres:resnet50@v1.5")
+SPEEDS = {  # over the slowest; a lane has a peer of its own kind in each precision
+    "fp32": {"fastres": 1.9, "eager": 1.0, "openvino": 1.85},
+    "int8": {"fastres": 1.9, "nncf": 2.2, "onnxruntime": 1.3},
+}
+OURS = f"{MODELS[0]} fp32 fastres"
 MACHINE = {
     "cpu": "Imaginary(R) Processor 9000",
     "cores": 2,
@@ -25,13 +30,14 @@ MACHINE = {
     "state": {"governor": "performance", "load": "0.4"},
 }
 RUN = {
-    "argv": ["/usr/bin/fastres", "bench", "fastres:resnet50", "--batch-size", "1,8", "-o", "a b"],
+    "argv": ["/usr/bin/fastres", "bench", *MODELS, "--batch-size", "1,8", "-o", "a b"],
     "commit": "0123abc",
     "date": "2026-11-23T12:00:00+00:00",
     "seconds": 321.5,
     "duration_s": 3.0,
-    "seed": 0,
-    "transfers": "none",
+    "launches": 3,
+    "transfers": "not included",
+    "input": [3, 224, 224],
     "finished": True,
 }
 
@@ -40,24 +46,36 @@ RUN = {
 def bench_document() -> Document:
     """Two models in two precisions at two batch sizes, with everything else that there can be."""
     draw = random.Random(0)
-    models = ("fastres:resnet18", "fastres:resnet50")
     measurements = [
-        _measurement(draw, model, precision, size, target)
-        for model in models
-        for precision in ("fp32", "int8")
+        _measurement(draw, model, precision, size, name)
         for size in (1, 8)
-        for target in TARGETS
+        for model in MODELS
+        for precision, speeds in SPEEDS.items()
+        for name in speeds
     ]
+    lanes = {
+        f"{model} {precision} fastres": [
+            f"{model} {precision} {name}" for name in speeds if name != "fastres"
+        ]
+        for model in MODELS
+        for precision, speeds in SPEEDS.items()
+    }
     return {
         "command": "bench",
         "fastres": "0.1.0",
         "schema": 1,
         "machine": MACHINE,
-        "run": RUN,
-        "models": models,
+        "run": dict(RUN),
+        "models": MODELS,
+        "backends": dict.fromkeys(lanes, "cpu"),
         "left_out": {"torch_compile": "no compiler is installed"},
-        "baseline": "eager",
+        "lanes": lanes,
+        "baseline": f"{MODELS[0]} fp32 eager",
+        "seed": 7,
         "measurements": measurements,
+        "ratios": [
+            _ratio(ours, m) for m in measurements for ours in lanes if m["target"] in lanes[ours]
+        ],
         "parity": [_parity(m) for m in measurements],
         "profiles": [_profile(draw, "fp32"), _profile(draw, "int8")],
         "rates": {
@@ -76,12 +94,16 @@ def bench_document() -> Document:
                     "model": m["model"],
                     "precision": m["precision"],
                     "batch_size": m["batch_size"],
-                    "yardstick": "eager",
+                    "yardstick": f"{MODELS[0]} fp32 eager",
                     "change": {"median": 0.9 + 0.05 * i, "low": 0.88 + 0.05 * i, "high": 1.3},
                     "verdict": verdict,
                 }
                 for i, (m, verdict) in enumerate(
-                    zip(measurements, ("slower", "unclear", "same", "faster"), strict=False)
+                    zip(
+                        (m for m in measurements if m["target"] in lanes),
+                        ("slower", "unclear", "same", "faster"),
+                        strict=False,
+                    )
                 )
             ],
         },
@@ -109,7 +131,7 @@ def scaling_document() -> Document:
         "fastres": "0.1.0",
         "schema": 1,
         "machine": MACHINE,
-        "run": RUN,
+        "run": {**RUN, "seed": 0},
         "series": [
             series("batch", "images in a batch", [1, 2, 4, 8, 16], straight),
             series("image size", "pixels, thousands", [12, 25, 50, 100], straight),
@@ -172,15 +194,14 @@ def saved(tmp_path: Path) -> Callable[[Document], Path]:
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
-def _measurement(
-    draw: random.Random, model: str, precision: str, size: int, target: str
-) -> Document:
-    cost = 9.0 if model.endswith("18") else 24.0
-    median = cost * size**0.9 / TARGETS[target] / (2.5 if precision == "int8" else 1)
+def _measurement(draw: random.Random, model: str, precision: str, size: int, name: str) -> Document:
+    speed = SPEEDS[precision][name]
+    median = 24.0 * size**0.9 / speed / (2.5 if precision == "int8" else 1)
     tail = draw.uniform(1.2, 1.9)
     quantiles = [median * (0.93 + 0.0014 * q + (tail - 1) * (q / 100) ** 24) for q in range(101)]
-    ratio = TARGETS[target] * draw.uniform(0.95, 1.05) if target != "eager" else 1.0
-    spread = 0.0 if target == "eager" else 0.06
+    target = f"{model} {precision} {name}"
+    over = speed if target != f"{MODELS[0]} fp32 eager" else 1.0
+    spread = 0.06 if over != 1.0 else 0.0
     return {
         "target": target,
         "model": model,
@@ -190,10 +211,21 @@ def _measurement(
         "latency_ms": {f"p{q}": quantiles[q] for q in (50, 90, 95, 99)},
         "min_ms": quantiles[0],
         "samples": 321,
-        "round_ms": [median] * 8,
+        "round_ms": [median] * 9,
+        "launches": [3, 3, 3],
+        "ran": f"{precision}, fp32" if name == "fastres" else "",
         "quantiles_ms": quantiles,
-        "speedup": {"median": ratio, "low": ratio * (1 - spread), "high": ratio * (1 + spread)},
+        "speedup": {"median": over, "low": over * (1 - spread), "high": over * (1 + spread)},
     }
+
+
+def _ratio(ours: str, peer: Document) -> Document:
+    """Ours is ahead of eager and onnxruntime, behind nncf, and as fast as openvino."""
+    speeds = SPEEDS[peer["precision"]]
+    ratio = speeds["fastres"] / speeds[peer["target"].rpartition(" ")[2]]
+    kept = {key: peer[key] for key in ("model", "precision", "batch_size")}
+    speed = {"median": ratio, "low": 0.95 * ratio, "high": 1.05 * ratio}
+    return {"ours": ours, "peer": peer["target"], **kept, "speed": speed}
 
 
 def _parity(measurement: Document) -> Document:
@@ -229,8 +261,8 @@ def _profile(draw: random.Random, precision: str) -> Document:
     rows += [work("maxpool", 0, 4_000_000, "maxpool"), work("fc", 4_096_000, 8_200_000, "linear")]
     groups = [{**work(f"layer{stage}", 10**9, 10**7), "op": ""} for stage in (1, 2, 3, 4)]
     return {
-        "target": "fastres cpu",
-        "model": "fastres:resnet50",
+        "target": f"{MODELS[0]} {precision} fastres",
+        "model": MODELS[0],
         "precision": precision,
         "batch_size": 1,
         "backend": "cpu",

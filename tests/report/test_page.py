@@ -14,7 +14,7 @@ import pytest
 from fastres.errors import InputError
 from fastres.report.html import Html
 from fastres.report.page import page, write_page
-from fastres.report.plotting import SERIES, chart, colour, label, legend, linear_or_log
+from fastres.report.plotting import SERIES, bars, chart, colour, label, legend, linear_or_log
 
 CSS = (Path(__file__).parents[2] / "fastres" / "report" / "page.css").read_text()
 COLOURS = {
@@ -135,6 +135,25 @@ class TestChart:
     def test_letters_that_no_font_of_matplotlibs_has(self) -> None:
         svg = chart("\x00 模型", 200, lambda axes: axes.set_xlabel(label("\x00 模型")))
         assert svg.count("\\x00 模型") == 2
+
+    def test_bars_differ_by_more_than_colour(self) -> None:
+        def paint(axes: Any) -> None:
+            for i in range(2):
+                bars(axes, [0 + i, 2 + i], [1.0, None], 0.5, i)
+
+        svg = chart("bars of two kinds", 200, paint)
+        fills = re.findall(r'style="fill: (var\(--series-\d\)|url\(#h\w+\))"', svg)
+        assert fills[0] == "var(--series-1)" and fills[1].startswith("url(#h")
+        assert fills[2:] == ["var(--series-2)"] and svg.count("<pattern") == 1  # under the hatch
+        assert "#0" not in svg.replace("(#", "")  # what is hatched has the page's colours, too
+        found = legend({"a": 0, "b": 1}, barred=True)
+        assert found.count("swatch") == 2 and found.count('"swatch hatched"') == 1
+        assert ".hatched {" in CSS and not set("●■") & set(found)
+
+    def test_words_that_are_no_text(self) -> None:
+        svg = chart("model-\udce9.pt in fp32", 200, lambda axes: axes.plot([1, 2]))
+        assert 'aria-label="model-\\udce9.pt in fp32"' in svg
+        svg.encode()
 
     def test_legend(self) -> None:
         found = legend({"<a>": 0, "b": 9})

@@ -19,7 +19,7 @@ Document = dict[str, Any]
 EVIL = "<script>alert('$x_{1}$')</script>\"&"
 SECTIONS = [
     "Summary",
-    "Speed over the baseline",
+    "Speed over peers",
     "Measurements",
     "Change since an earlier run",
     "Latency",
@@ -42,20 +42,21 @@ def test_all_sections_in_order(documents: list[Document], parsed: Callable[[str]
     page = parsed(report(sources(*documents)))
     assert page.texts["h2"] == SECTIONS
     labels = " ".join(given["aria-label"] for given in page.attributes("svg"))
-    assert "batch 8, fastres cpu 1." in labels  # a ratio
+    assert "batch 8, nncf 0.864× [0.820, 0.907]" in labels  # a ratio
     assert "fp32 roof 210 GFLOP/s and 18 GB/s" in labels
     assert "layer2 6 and 6.5 ms" in labels  # v1 and v1.5
     assert "int8 auto -0.05 [-0.15, +0.05]" in labels
-    assert any("fastres bench fastres:resnet50" in code for code in page.texts["code"])
+    assert any("fastres bench fastres:resnet50@v1 " in code for code in page.texts["code"])
     assert "-o 'a b'" in page.texts["code"][0] and "/usr/bin" not in page.texts["code"][0]
 
 
 def test_the_summary_in_words(documents: list[Document]) -> None:
     html = report(sources(*documents))
     for said in (
-        "fastres against eager, by 95 % intervals: 8 faster",
+        "precision and batch size, by 95 % intervals: 4 no difference shown, 4 slower.",
+        "peers that are ahead of fastres: fastres:resnet50@v1 int8 nncf at batch 1 (",
         "v1.5 runs at 0.94 times the speed of v1 (4 comparisons)",
-        "All 32 results are within their bounds",
+        "All 24 results are within their bounds",
         "Against last week: 1 slower, 1 unclear, 1 same, 1 faster",
         "in 2 of 2 series",
         "by -0.05 [-0.15, +0.05] points",
@@ -69,7 +70,10 @@ def test_what_is_wrong_is_said(bench_document: Document) -> None:
     bench_document["parity"][3]["rms"] = 1.0
     html = report(sources(bench_document))
     assert "was interrupted" in html and ">FAILED</span>" in html
-    assert "1 of 32 results are outside their bounds: onnxruntime at batch 1" in html
+    assert (
+        "1 of 24 results are outside their bounds: fastres:resnet50@v1 int8 fastres at batch 1"
+        in html
+    )
 
 
 @pytest.mark.parametrize("field", ["target", "model", "precision"])
@@ -106,11 +110,14 @@ def test_numbers_that_are_missing(bench_document: Document, parsed: Callable[[st
     for m in bench_document["measurements"]:
         m["speedup"]["low"] = m["quantiles_ms"][7] = m["throughput"] = None
         m["latency_ms"] = {}
+    for found in bench_document["ratios"]:
+        found["speed"]["high"] = None
     for profile in bench_document["profiles"]:
         for row in profile["rows"]:
             row["gflop_per_s"] = None
     headings = parsed(report(sources(bench_document))).texts["h2"]
-    assert not {"Speed over the baseline", "Latency", "Roofline"} & set(headings)
+    absent = {"Speed over peers", "Speed over the baseline", "Latency", "Roofline"}
+    assert not absent & set(headings)
     assert "Measurements" in headings
 
 
@@ -120,8 +127,31 @@ def test_few_and_many_targets(
 ) -> None:
     first = bench_document["measurements"][1]
     bench_document["measurements"] = [{**first, "target": f"target {i}"} for i in range(count)]
+    ratio = bench_document["ratios"][0]
+    bench_document["ratios"] = [{**ratio, "peer": f"target {i}"} for i in range(count)]
     page = parsed(report(sources(bench_document)))
     assert page.texts["h2"][:2] == SECTIONS[:2]
+
+
+def test_leads_say_what_was_observed(bench_document: Document) -> None:
+    observed = "Shown is the mean over launches of the medians over paired rounds, and its"
+    assert observed in report(sources(bench_document))
+    once = {**bench_document, "run": {**bench_document["run"], "launches": 1}}
+    html = report(sources(once))
+    assert "mean over launches" not in html and "Shown is the median over rounds in" in html
+    assert "rounds (of a single launch: the median over" in report(sources(once, bench_document))
+
+
+def test_documents_with_and_without_ratios(
+    bench_document: Document, parsed: Callable[[str], Any]
+) -> None:
+    older = {**bench_document, "ratios": []}
+    assert parsed(report(sources(older))).texts["h2"][1] == "Speed over the baseline"
+    page = parsed(report(sources(bench_document, older)))
+    assert page.texts["h2"][1:3] == ["Speed over peers", "Speed over the baseline"]
+    labels = [given["aria-label"] for given in page.attributes("svg")]
+    over = [label for label in labels if label.startswith("Speed over")]
+    assert len(over) == 4 and all("of 1.json: " in label for label in over)
 
 
 def test_two_runs_are_told_apart(bench_document: Document, parsed: Callable[[str], Any]) -> None:
