@@ -26,7 +26,7 @@ from quantised import in_precision
 
 import fastres
 from fastres import models
-from fastres.backends.triton.cross import compiled_plan, launches_of
+from fastres.backends.triton.cross import compiled_plan, launches_of, spill_limit
 from fastres.backends.triton.eight_bits import FLOAT_OF
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import Plan
@@ -41,7 +41,7 @@ from fastres.backends.triton.table import (
 )
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
-from fastres.kernels.aot import KernelFacts, fits, key_of, narrow_loads, spill_limit
+from fastres.kernels.aot import KernelFacts, fits, key_of, narrow_loads
 from fastres.kernels.aot_table_int8 import byte_faults
 from fastres.kernels.binary_build import Built
 from fastres.kernels.cost import Target

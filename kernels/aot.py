@@ -142,16 +142,6 @@ def fits(facts: KernelFacts, sm: int) -> bool:
     return facts.shared_bytes <= Target.typical(sm).shared_bytes
 
 
-def spill_limit(sm: int) -> int:
-    """Bytes that a thread may keep in local memory.
-
-    A value or two anywhere: ptxas puts them there for one more block on an SM, where registers
-    would do (max pool on sm_90: 4 bytes at 40 registers with Triton 3.8, none with 3.9). On sm_120
-    the box kernels keep a few addresses of their epilogue there, outside the loops.
-    """
-    return 64 if sm >= 120 else 8
-
-
 def source_of(launch: Launch) -> ASTSource:
     """The specialisation Triton's JIT makes for the launch: by dtype, by 1, by divisor 16.
 

@@ -51,7 +51,10 @@ def _max_pool_kernel(
     n = rows // Q // P
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
-    x_images = x_ptr + n.to(tl.int64) * stride_xn
+    # of each window's first pixel, which may lie in the padding: then nothing is read there
+    x_rows = x_ptr + n.to(tl.int64) * stride_xn
+    x_rows += h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
+    x_tile = x_rows[:, None] + c[None, :]
 
     padding = lowest(x_ptr.dtype.element_ty)
     best = tl.full((BLOCK_M, BLOCK_C), padding, tl.float32)
@@ -60,8 +63,8 @@ def _max_pool_kernel(
             h = h0 + r * DILATION_H
             w = w0 + s * DILATION_W
             inside = ok & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-            x_rows = x_images + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
-            v = tl.load(x_rows[:, None] + c[None, :], mask=inside, other=padding)
+            tap = r * DILATION_H * stride_xh.to(tl.int64) + s * DILATION_W * stride_xw.to(tl.int64)
+            v = tl.load(x_tile + tap, mask=inside, other=padding)
             v = v.to(tl.float32)
             # v != v: a NaN wins, and then stays, since nothing compares greater than it
             best = tl.where((v > best) | (v != v), v, best)

@@ -95,8 +95,10 @@ def is_valid(tile: ConvTile, itemsize: int, tensor_cores: bool, target: Target) 
     if tile.block_k < least_depth(itemsize):
         return False
     if not tensor_cores:  # plain multiply-adds hold the operands in registers as well
-        # at 32x64 ptxas settles for 96 registers and spills a residual
-        return tile.accumulators() <= 32 and (tile.block_m, tile.block_n) != (32, 64)
+        # at 32x64 ptxas settles for 96 registers and spills a residual; at 128x64 for 128, and with
+        # Triton 3.8 spills 4 bytes on sm_90
+        blocks = (tile.block_m, tile.block_n)
+        return tile.accumulators() <= 32 and blocks not in ((32, 64), (128, 64))
     if 90 <= target.sm < 120 and (tile.block_m < 64 or tile.num_warps < 4):
         return False  # four warps take 64 rows together; less falls back to sm_80's HMMA
     # older matrix instructions take their operands from registers: with four warps, 64 results a

@@ -42,7 +42,7 @@ def test_each_fault_is_seen(script: ModuleType) -> None:
     good = KernelFacts(128, 0, 0, 50_000, 4, {"HMMA.16816": 8, "LDGSTS.E.128": 4})
     assert script.faults(launch, good, 80, "fp16") == []
     for bad, word in (
-        (replace(good, spill_loads=12), "spilled"),
+        (replace(good, spill_loads=4), "spilled"),
         (replace(good, shared_bytes=200_000), "shared memory"),
         (replace(good, instructions={"FFMA": 8}), "no HMMA"),
         (replace(good, instructions={**good.instructions, "LDG.E.U16": 1}), "of 1 or 2 bytes"),

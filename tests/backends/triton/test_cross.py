@@ -214,7 +214,7 @@ def test_a_kernel_that_does_not_fit_is_named(
 
 def test_a_tile_that_spills_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(launch: Launch, sm: int) -> Built:
-        spilled = 16 * (launch.num_warps == 4 and "BLOCK_N" in launch.constants)
+        spilled = 8 * (launch.num_warps == 4 and "BLOCK_N" in launch.constants)
         return built(KernelFacts(64, spilled, 0, 1000, launch.num_warps, {}))
 
     monkeypatch.setattr(cross, "build_launch", compiled)
