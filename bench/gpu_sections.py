@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +199,12 @@ def parity(run: Run) -> Iterator[Row]:
     x = photographs(PARITY_BATCH, run.image_size)
     for net in sorted(run.nets, key=lambda name: name != "resnet50"):
         for version in _versions(net):
-            model = settled(net, version, run)
+            made = cache(partial(settled, net, version, run))  # not where all is known
             for precision in run.precisions:
                 name = f"{net} {version} {precision}"
                 if (yield {"name": name, "asked": True}):
                     continue
+                model = made()
                 more = {"calibration": [x]} if precision == "int8" else {}
                 with _engine(model, x, precision, run, **more) as engine:
                     report = fastres.verify(model, engine, [x])

@@ -114,7 +114,11 @@ def run(given: argparse.Namespace, seed: int, engine: Path) -> BenchReport:
     batch = torch.randn(given.batch_size, 3, given.image_size, given.image_size)
     with tempfile.TemporaryDirectory() as folder:
         with Contest(
-            entrants, cores=cores(threads), folder=Path(folder), launches=given.launches
+            entrants,
+            batch_sizes=[len(batch)],
+            cores=cores(threads),
+            folder=Path(folder),
+            launches=given.launches,
         ) as contest:
             shuffler = random.Random(seed)
             for _ in range(given.launches):

@@ -182,7 +182,7 @@ def table(found: Sequence[Series]) -> str:
         line = ""
         if s.fit is not None:
             line = f"{s.fit.slope:.4g} ms for each of {s.x_label}, {s.fit.intercept:+.3g} ms\n"
-            line += f"R² {s.fit.r2:.4f}"
+            line += f"R² {s.fit.r2:.4f}, off by {100 * s.fit.worst:.1f} % at most"
         shown.add_row(f"{s.name}, in {s.x_label}", s.target, points, line)
         shown.add_section()
     return render(shown, width=140)

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 from rich.console import Console, RenderableType
 from rich.errors import LiveError
+from rich.measure import Measurement
 from rich.progress import Progress
+from rich.table import Table
 
 
 @contextmanager
@@ -39,6 +41,12 @@ def render(renderable: RenderableType, width: int = 120) -> str:
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+
+
+def render_whole(table: Table) -> str:
+    """The same as wide as it takes to cut nothing off: a figure without its end is another one."""
+    console = Console(width=10_000)
+    return render(table, width=max(80, Measurement.get(console, console.options, table).maximum))
 
 
 def json_text(value: Any) -> str:

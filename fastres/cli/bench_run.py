@@ -15,23 +15,25 @@ import torch
 from torch import Tensor
 
 from fastres.cli import pictures
+from fastres.cli.bench_entrants import Invited, lanes_of, pairs
 from fastres.cli.bench_networks import Network, open_networks
 from fastres.cli.bench_results import Lane, Results
 from fastres.cli.flags import Request
 from fastres.cli.output import command_line, note, progress, working
-from fastres.errors import FastresError, InputError, ParityError
+from fastres.errors import FastresError, ParityError
 from fastres.options import Options, as_device
 from fastres.timing.checks import Reference
 from fastres.timing.contest import Contest, Entrant
 from fastres.timing.guard import Base, Conditions, check_conditions
-from fastres.timing.machine import commit, cores, machine
-from fastres.timing.peers import refusal, usual_peers
+from fastres.timing.machine import Machine, commit, cores, machine
+from fastres.timing.machine import state as machine_state
 from fastres.timing.processes import Process
 from fastres.timing.rates import Rates
 from fastres.timing.report import BenchReport
-from fastres.timing.versions import Versions, versions
+from fastres.timing.versions import Versions, typical, versions
 
-MAKERS = "fastres.cli.bench_targets"
+EXAMPLE = "example.pt"
+VERSIONS_TURNS = 3  # in which v1 and v1.5 are profiled, so that noise is seen
 
 
 @dataclass
@@ -71,25 +73,33 @@ class Bench:
             FastresError: a flag does not fit, or one of ours cannot be made.
             ParityError: one of ours is wrong.
         """
-        started = time.time()
+        started, load = time.time(), machine_state()["load"]
         with tempfile.TemporaryDirectory(prefix="fastres-bench-") as name:
             folder = Path(name)
             networks = open_networks(self.models, self.asked, self.precisions, folder)
             image = tuple(networks[0].target.shape)
             if self.base is not None:
                 self._check_base(*self.base, image)
-            refused = self._refused(networks)
             batches = {n: pictures.synthetic(n, networks[0].target) for n in self.asked.batch_sizes}
-            entrants = self._entrants(networks, batches, folder)
-            lanes = _lanes(entrants)
-            launches = self.launches
-            with Contest(entrants, cores=self.cores, folder=folder, launches=launches) as contest:
+            torch.save(next(iter(batches.values())), folder / EXAMPLE)
+            invited = Invited(networks, self.precisions, self.peers, self.device, self.transfers)
+            entrants, refused = invited.entrants(folder / EXAMPLE), invited.refused()
+            lanes = lanes_of(entrants)
+            with Contest(
+                entrants,
+                batch_sizes=list(batches),
+                cores=self.cores,
+                folder=folder,
+                launches=self.launches,
+            ) as contest:
                 finished, failure = self._time(contest, networks, lanes, batches)
-                profiles: list[dict[str, Any]] = []
+                here = self._machine(load)
+                profiles: dict[tuple[str, int], list[dict[str, Any]]] = {}
                 rates: dict[str, Rates] = {}
-                if finished and (self.layers or _pairs(lanes)):
+                turns = self._profiles_wanted(lanes)
+                if finished and turns:
                     try:
-                        profiles = self._profiles(contest, batches)
+                        profiles = self._profiles(contest, batches, turns)
                         rates = self._rates(lanes, folder)
                     except FastresError as error:
                         note(f"the layers were not all timed: {error}")
@@ -98,7 +108,7 @@ class Bench:
         contest.left_out = refused | contest.left_out
         for target, why in contest.left_out.items():
             note(f"{target} is left out: {why}")
-        report = self._report(contest, lanes)
+        report = self._report(contest, lanes, here)
         return Results(
             report,
             [network.name for network in networks],
@@ -106,7 +116,7 @@ class Bench:
             contest.left_out,
             lanes,
             contest.verdicts,
-            profiles,
+            [typical(told) for told in profiles.values()],
             rates,
             self._versions(report, lanes, profiles, rates),
             finished,
@@ -130,58 +140,6 @@ class Bench:
     def _check_base(self, base: Base, name: str, image: tuple[int, ...]) -> None:
         here = replace(machine(), threads=self.threads)
         check_conditions(base, name, here, Conditions(True, self._transfers, image))
-
-    def _entrants(
-        self, networks: Sequence[Network], batches: dict[int, Tensor], folder: Path
-    ) -> list[Entrant]:
-        example = folder / "example.pt"
-        torch.save(next(iter(batches.values())), example)
-        found = []
-        for network in networks:
-            for asked in self.precisions:
-                tag = network.tag + f"{asked} " * (len(self.precisions) > 1)
-                precision = network.precision(asked)
-                given = {
-                    "request": network.in_precision(asked),
-                    "state": network.state,
-                    "transfers": self.transfers,
-                }
-                own = Entrant(
-                    f"{tag}fastres", network.name, precision, f"{MAKERS}:ours", given, ours=True
-                )
-                found.append(own)
-                for peer in self._peers_of(network):
-                    if refusal(peer, precision, self.device) is not None:
-                        continue
-                    more = {"name": peer, "example": example, "images": network.images}
-                    more |= {"precision": precision, "device": str(self.device)}
-                    found.append(
-                        Entrant(
-                            f"{tag}{peer}", network.name, precision, f"{MAKERS}:peer", given | more
-                        )
-                    )
-        return found
-
-    def _refused(self, networks: Sequence[Network]) -> dict[str, str]:
-        """Why peers that were asked for by name run in none of the precisions."""
-        found: dict[str, str] = {}
-        for name in self.peers or ():
-            whys = [
-                refusal(name, network.precision(asked), self.device)
-                for network in networks
-                for asked in self.precisions
-            ]
-            if whys and None not in whys:
-                found[name] = str(whys[0])
-        return found
-
-    def _peers_of(self, network: Network) -> Sequence[str]:
-        if network.module is not None:
-            return usual_peers(self.device) if self.peers is None else self.peers
-        if self.peers:
-            raise InputError(f"peers need the model's code, which {network.name} does not have")
-        note(f"{network.name} is timed without a check: only a model can be checked against")
-        return ()
 
     def _time(
         self,
@@ -211,7 +169,10 @@ class Bench:
                     with working(f"checking at batch {size}"):
                         contest.check(batch, expected)
                     if launch == 0 and size == next(iter(batches)):
-                        self._announce(contest, list(batches))
+                        turns = self._profiles_wanted(lanes)
+                        seconds = contest.forecast(self.duration_s, size, turns)
+                        count = len(contest.entrants)
+                        note(f"timing {count} targets takes about {_time(seconds)}")
                     with progress(f"timing at batch {size}") as advance:
                         contest.time(size, self.duration_s, shuffler, advance)
         except KeyboardInterrupt:
@@ -224,21 +185,27 @@ class Bench:
             return False, error
         return True, None
 
-    def _announce(self, contest: Contest, sizes: list[int]) -> None:
-        seconds = contest.forecast(self.duration_s, sizes, sizes[0])
-        note(f"timing {len(contest.entrants)} targets takes about {_time(seconds)}")
+    def _profiles_wanted(self, lanes: Sequence[Lane]) -> int:
+        """How often each of ours is profiled at each batch size."""
+        return VERSIONS_TURNS if pairs(lanes) else int(self.layers)
 
-    def _profiles(self, contest: Contest, batches: dict[int, Tensor]) -> list[dict[str, Any]]:
-        found = []
-        for entrant in (entrant for entrant in contest.entrants if entrant.ours):
-            process = contest.processes[entrant.name]
-            for size, batch in batches.items():
-                with working(f"profiling {entrant.name} at batch {size}"):
-                    process.feed(batch, rows=[0])
-                    told = process.ask("profile")
-                head = {"target": entrant.name, "model": entrant.model, "batch_size": size}
-                ran = {"precision": entrant.precision, "backend": process.facts["backend"]}
-                found.append(head | ran | told)
+    def _profiles(
+        self, contest: Contest, batches: dict[int, Tensor], turns: int
+    ) -> dict[tuple[str, int], list[dict[str, Any]]]:
+        """Ours, by name and batch size; in turns, since a machine changes its speed meanwhile."""
+        ours = [entrant for entrant in contest.entrants if entrant.ours]
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for size, batch in batches.items():
+            for turn in range(turns):
+                for entrant in ours if turn % 2 == 0 else reversed(ours):
+                    process = contest.processes[entrant.name]
+                    with working(f"profiling {entrant.name} at batch {size}"):
+                        if turn == 0:
+                            process.feed(batch, rows=[0])
+                        told = process.ask("profile")
+                    head = {"target": entrant.name, "model": entrant.model, "batch_size": size}
+                    ran = {"precision": entrant.precision, "backend": process.facts["backend"]}
+                    found.setdefault((entrant.name, size), []).append(head | ran | told)
         return found
 
     def _rates(self, lanes: Sequence[Lane], folder: Path) -> dict[str, Rates]:
@@ -254,10 +221,17 @@ class Bench:
                 process.close()
         return {precision: Rates(**found) for precision, found in told.items()}
 
-    def _report(self, contest: Contest, lanes: Sequence[Lane]) -> BenchReport:
-        """The first peer that was timed is the baseline; without peers, the first of ours."""
-        here = replace(machine(), threads=self.threads)
+    def _machine(self, load: str) -> Machine:
+        """Read while it is still warm; `load` is that before the run, when it should be idle."""
+        here = replace(
+            machine(self.device if self.device.type == "cuda" else None), threads=self.threads
+        )
+        here.state["load before"] = load
         here.state["pinned to"] = ", ".join(map(str, self.cores))
+        return here
+
+    def _report(self, contest: Contest, lanes: Sequence[Lane], here: Machine) -> BenchReport:
+        """The first peer that was timed is the baseline; without peers, the first of ours."""
         report = BenchReport(here, "", self.seed, contest.measurements(self.percentiles))
         timed = [m.target for m in report.measurements]
         peers = [peer for lane in lanes for peer in lane.peers if peer in timed]
@@ -270,50 +244,17 @@ class Bench:
         self,
         report: BenchReport,
         lanes: Sequence[Lane],
-        profiles: Sequence[dict[str, Any]],
+        profiles: dict[tuple[str, int], list[dict[str, Any]]],
         rates: dict[str, Rates],
     ) -> list[Versions]:
-        by_target = {(p["target"], p["batch_size"]): p for p in profiles}
         found = []
-        for net, v1, v15 in _pairs(lanes) if profiles else ():
+        for net, v1, v15 in pairs(lanes) if profiles else ():
             for size in report.batch_sizes:
                 old, new = (
-                    (report.of(lane.ours, size), by_target[lane.ours, size]) for lane in (v1, v15)
+                    (report.of(lane.ours, size), profiles[lane.ours, size]) for lane in (v1, v15)
                 )
                 found.append(versions(net, old, new, rates.get(v1.precision), self.seed))
         return found
-
-
-def _lanes(entrants: Sequence[Entrant]) -> list[Lane]:
-    return [
-        Lane(
-            own.name,
-            own.model,
-            own.precision,
-            tuple(
-                e.name
-                for e in entrants
-                if not e.ours and (e.model, e.precision) == (own.model, own.precision)
-            ),
-        )
-        for own in entrants
-        if own.ours
-    ]
-
-
-def _pairs(lanes: Sequence[Lane]) -> list[tuple[str, Lane, Lane]]:
-    """Nets of fastres that are there as v1 and as v1.5, in one precision: (net, v1, v1.5)."""
-    by_version = {}
-    for lane in lanes:
-        source, _, name = lane.model.partition(":")
-        net, _, version = name.partition("@")
-        if source == "fastres":
-            by_version[net, version or "v1.5", lane.precision] = lane
-    return [
-        (net, lane, by_version[net, "v1.5", precision])
-        for (net, version, precision), lane in by_version.items()
-        if version == "v1" and (net, "v1.5", precision) in by_version
-    ]
 
 
 def _device(request: Request) -> torch.device:

@@ -131,6 +131,7 @@ class Stage(msgspec.Struct, frozen=True):
     v15_ms: Amount = None
     v1_macs: Count = 0
     v15_macs: Count = 0
+    difference: Interval | None = None  # ms that v1.5 takes longer; least and most over turns
 
 
 class Versions(msgspec.Struct, frozen=True):
@@ -163,6 +164,7 @@ class Comparison(msgspec.Struct, frozen=True):
     base: str = ""
     limit: Amount = None
     rows: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Paired(msgspec.Struct, frozen=True):
@@ -242,6 +244,7 @@ class Fit(msgspec.Struct, frozen=True):
     slope: Finite
     intercept: Finite
     r2: Real = None
+    worst: Amount = None  # the most that a point is off, as a fraction of it
 
 
 class Series(msgspec.Struct, frozen=True):

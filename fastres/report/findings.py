@@ -19,7 +19,7 @@ from fastres.report.html import NOTHING, Cell, Column, Html, items, join, table,
 from fastres.report.numbers import number, percent, short, times, times_cell
 from fastres.report.speed import called, rated
 
-LINEAR = 0.99  # R² from which time is said to grow linearly
+LINEAR = 0.1  # of a point, by which it may be off where time is said to grow linearly
 
 
 def findings(documents: Mapping[str, Document]) -> Html:
@@ -135,10 +135,14 @@ def _change(bench: Bench) -> Iterator[str]:
 
 
 def _growth(document: Scaling) -> Iterator[str]:
-    fits = [series.fit.r2 for series in document.series if series.fit and series.fit.r2 is not None]
-    if fits:
-        straight = sum(r2 >= LINEAR for r2 in fits)
-        yield f"Time grows linearly (R² of at least {LINEAR}) in {straight} of {len(fits)} series."
+    off = [series.fit.worst for series in document.series if series.fit]
+    known = [worst for worst in off if worst is not None]
+    if known:
+        straight = sum(worst <= LINEAR for worst in known)
+        yield (
+            f"Time grows linearly (no point is off by more than {100 * LINEAR:g} %) in {straight} "
+            f"of {len(known)} series."
+        )
 
 
 def _answers(document: Accuracy) -> Iterator[str]:

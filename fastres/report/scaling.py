@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastres.report.documents import Scaling, Series
 from fastres.report.html import Column, Html, figure, figures, join, table
-from fastres.report.numbers import number, short
+from fastres.report.numbers import number, percent, short
 from fastres.report.plotting import INK, chart, colour, label, linear_or_log
 
 if TYPE_CHECKING:
@@ -57,12 +57,13 @@ def _fit(series: Series) -> str:
         return ""
     fit, what = series.fit, series.x_label or series.name
     grade = "" if fit.r2 is None else f", R² {fit.r2:.3f}"
+    grade += "" if fit.worst is None else f", off by {percent(fit.worst).text} at most"
     return f"; dashed: {short(fit.slope)} {series.unit} × {what} + {short(fit.intercept)}{grade}"
 
 
 def _table(named: list[tuple[str, Series]]) -> Html:
     columns = [Column("target"), Column("by"), Column("slope", True)]
-    columns += [Column("intercept", True), Column("R²", True)]
+    columns += [Column("intercept", True), Column("R²", True), Column("off at most", True)]
     rows = [
         (
             f"{head}{series.target}",
@@ -70,6 +71,7 @@ def _table(named: list[tuple[str, Series]]) -> Html:
             number(series.fit.slope),
             number(series.fit.intercept),
             number(series.fit.r2, ".4f"),
+            percent(series.fit.worst),
         )
         for head, series in named
         if series.fit is not None

@@ -260,7 +260,8 @@ def _change_table(name: str, comparison: Comparison) -> Html:
     limit = (
         f"; changes within {100 * comparison.limit:g} % count as none" if comparison.limit else ""
     )
-    return table(f"{name} against {comparison.base}{limit}", columns, rows)
+    shown = table(f"{name} against {comparison.base}{limit}", columns, rows)
+    return join([shown, items(comparison.notes)]) if comparison.notes else shown
 
 
 _MOODS = {"slower": "bad", "faster": "good"}

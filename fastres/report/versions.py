@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastres.report.documents import Bench, Versions
-from fastres.report.html import Column, Html, figure, figures, join, table
+from fastres.report.html import Cell, Column, Html, figure, figures, join, table
 from fastres.report.numbers import number, short, times_cell
 from fastres.report.plotting import bars, chart, label, legend
 from fastres.report.speed import called
@@ -35,7 +35,9 @@ def _table(head: str, pairs: tuple[Versions, ...]) -> Html:
     columns = [Column("network"), Column("precision"), Column("batch", True)]
     headings = ("v1 img/s", "v1.5 img/s", "speed v1.5 over v1", "arithmetic", "least time")
     columns += [Column(heading, numeric=True) for heading in headings]
-    rows = [
+    told = any(stage.difference for pair in pairs for stage in pair.groups)
+    columns += [Column("v1.5 takes longer in")] * told
+    rows: list[Sequence[Cell]] = [
         (
             pair.net,
             pair.precision,
@@ -45,14 +47,30 @@ def _table(head: str, pairs: tuple[Versions, ...]) -> Html:
             times_cell(pair.ratio),
             number(pair.macs_ratio, ".3f"),
             number(pair.roofline_ratio, ".3f"),
+            *([_where(pair)] * told),
         )
         for pair in pairs
     ]
     caption = (
         f"{head}speed with its 95 % interval; arithmetic: multiply-adds of v1.5 over those of v1; "
         "least time: what the machine's rates allow, v1.5 over v1"
+        + "; ms in the end: median over profiles that took turns, least and most"
+        * told
     )
     return table(caption, columns, rows)
+
+
+def _where(pair: Versions) -> str:
+    """The stages in which all turns agree on who takes longer, the largest difference first."""
+    found = []
+    for stage in pair.groups:
+        span = stage.difference
+        if span is None or span.median is None or span.low is None or span.high is None:
+            continue
+        if span.low < span.high and (span.low > 0 or span.high < 0):
+            text = f"{stage.group} {span.median:+.3g} [{span.low:.3g}, {span.high:.3g}]"
+            found.append((abs(span.median), text))
+    return ", ".join(text for _, text in sorted(found, reverse=True)) or "no stage for certain"
 
 
 def _chart(head: str, pair: Versions) -> Html:

@@ -1,7 +1,8 @@
 """Targets in processes of their own: made, checked, then timed in turns.
 
 What cannot be made is left out and named. At each batch size every result is held to the tolerance
-policy first. Nothing is timed if one of ours is wrong; a peer that is wrong is left out.
+policy first. Nothing is timed if one of ours is wrong; a peer that is wrong or fails is left out at
+that batch size.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from fastres.timing.turns import TURNS, Progress, Rounds, interleave, rounds_at_
 
 PAUSE = 0.005  # seconds before a turn: threads of the target before spin that long at most
 AT_ONCE = 2  # processes that are made at a time
+PROFILING = 6  # calls that a profile takes, about
 
 # what a result at these rows of the batch is held against; None: nothing is known of this network
 Expected = Callable[["Entrant", Tensor, Sequence[int]], Reference | None]
@@ -38,6 +41,7 @@ class Entrant:
     Args:
         maker: "package.module:function", see `Process`.
         ours: ours must be right for anything to be timed, and is made first.
+        alone: it times its own kernels while it is made, so nothing else is made meanwhile.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Entrant:
     maker: str
     arguments: Mapping[str, Any]
     ours: bool = False
+    alone: bool = False
 
 
 class Contest:
@@ -53,6 +58,7 @@ class Contest:
 
     Args:
         entrants: all of different names.
+        batch_sizes: that will be timed.
         cores: every process is pinned to these.
         folder: an existing one for what processes print and hand over.
         launches: how many times `prepare` will be called.
@@ -65,6 +71,7 @@ class Contest:
         self,
         entrants: Sequence[Entrant],
         *,
+        batch_sizes: Sequence[int],
         cores: Sequence[int],
         folder: Path,
         launches: int = 1,
@@ -72,14 +79,25 @@ class Contest:
         names = [entrant.name for entrant in entrants]
         if len(set(names)) < len(names):
             raise InputError(f"two targets have one name: {', '.join(names)}")
-        self.entrants = list(entrants)  # who still takes part
         self.processes: dict[str, Process] = {}
-        self.left_out: dict[str, str] = {}  # why, by name
+        self.left_out: dict[str, str] = {}  # why, by name, with the batch size unless it is all
+        self._invited = list(entrants)
+        self._sizes = {name: list(batch_sizes) for name in names}  # where each takes part
         self.verdicts: list[Verdict] = []  # of the first launch
         self._facts: dict[str, dict[str, Any]] = {}  # that the makers told, by name
         self._timed: dict[tuple[int, str], list[Rounds]] = {}  # launches, by batch size and name
         self._cores, self._folder = cores, folder
         self._launches, self._preparing_s = launches, 0.0
+        self._feeding_s: dict[str, float] = {}  # the latest, by name: compiles for that shape
+        self._expecting_s: dict[int, float] = {}  # to know what is right, by batch size
+
+    @property
+    def entrants(self) -> list[Entrant]:
+        """Who still takes part, at some batch size."""
+        return [entrant for entrant in self._invited if self._sizes[entrant.name]]
+
+    def _at(self, size: int) -> list[Entrant]:
+        return [entrant for entrant in self._invited if size in self._sizes[entrant.name]]
 
     def __enter__(self) -> Contest:
         return self
@@ -99,9 +117,14 @@ class Contest:
         started = time.perf_counter()
         self.close()
         everybody = sorted(self.entrants, key=lambda entrant: not entrant.ours)
+        together = [entrant for entrant in everybody if not entrant.alone]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
-                for done, _ in enumerate(pool.map(self._make, everybody), start=1):
+                made = chain(
+                    pool.map(self._make, together),
+                    map(self._make, (entrant for entrant in everybody if entrant.alone)),
+                )
+                for done, _ in enumerate(made, start=1):
                     progress(done / len(everybody))
             except BaseException:  # nobody waits for what is still being made
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -116,6 +139,7 @@ class Contest:
             process.dismiss()
         for process in self.processes.values():
             process.close()
+        self.processes.clear()
 
     def _make(self, entrant: Entrant) -> None:
         process = Process(
@@ -142,10 +166,18 @@ class Contest:
         """
         rows = rows_to_judge(len(batch))
         known = {(verdict.target, verdict.batch_size) for verdict in self.verdicts}
-        for entrant in tuple(self.entrants):
-            with self._leaving_out(entrant):
+        size, expecting_s = len(batch), 0.0
+        for entrant in self._at(size):
+            if entrant.name not in self.processes:  # it failed at the batch size before
+                self._make(entrant)
+        for entrant in self._at(size):
+            with self._leaving_out(entrant, size):
+                started = time.perf_counter()
                 result = self.processes[entrant.name].feed(batch, rows=rows)
+                fed = time.perf_counter()
                 want = expected(entrant, batch, rows)
+                self._feeding_s[entrant.name] = fed - started
+                expecting_s += time.perf_counter() - fed
                 if want is not None:
                     own_scales = entrant.precision in EIGHT_BITS and not entrant.ours
                     verdict = judge(
@@ -153,26 +185,37 @@ class Contest:
                         want,
                         entrant.name,
                         entrant.precision,
-                        len(batch),
+                        size,
                         OWN_SCALES if own_scales else 2.0,
                     )
-                    if (entrant.name, len(batch)) not in known:
+                    if (entrant.name, size) not in known:
                         self.verdicts.append(replace(verdict, model=entrant.model))
                     verdict.raise_if_wrong()
+        self._expecting_s.setdefault(size, expecting_s)
 
-    def forecast(self, duration_s: float, batch_sizes: Sequence[int], fed: int) -> float:
-        """Seconds that all of it will take from here, by one call of each with `fed` images."""
+    def forecast(self, duration_s: float, fed: int, profiles: int = 0) -> float:
+        """Seconds that all of it will take after the first check, which was of `fed` images.
+
+        Args:
+            profiles: how often each of ours will be profiled at each batch size.
+        """
         seconds = self._preparing_s * (self._launches - 1)
-        for entrant in tuple(self.entrants):
-            with self._leaving_out(entrant):
+        sizes = {size for entrant in self.entrants for size in self._sizes[entrant.name]} - {fed}
+        rows = sum(len(rows_to_judge(size)) for size in sizes) / len(rows_to_judge(fed))
+        seconds += rows * self._expecting_s[fed]  # once: later launches are held against the same
+        for entrant in self._at(fed):
+            with self._leaving_out(entrant, fed):
                 (one,) = self.processes[entrant.name].turn(1)
-                for size in batch_sizes:
+                compiling = max(0.0, self._feeding_s[entrant.name] - one)
+                for size in self._sizes[entrant.name]:
                     call = one * size / fed
                     calls = max(1, round(duration_s / TURNS / call))
                     share = duration_s / self._launches / (calls * call)
                     rounds = self._launches * max(rounds_at_least(self._launches), share)
                     warming = self._launches * (duration_s / 6 + call)
                     seconds += warming + rounds * ((calls + 1) * call + PAUSE)
+                    seconds += self._launches * (compiling + call)  # before its check
+                    seconds += entrant.ours * profiles * (compiling + PROFILING * call)
         return seconds
 
     def time(
@@ -180,8 +223,8 @@ class Contest:
     ) -> None:
         """Times this launch with the batch that was fed; what an interrupt leaves is kept."""
         timed: dict[str, Rounds] = {}
-        while self.entrants:
-            contestants = [self.processes[entrant.name] for entrant in self.entrants]
+        while taking_part := self._at(size):
+            contestants = [self.processes[entrant.name] for entrant in taking_part]
             try:
                 interleave(
                     contestants,
@@ -194,8 +237,8 @@ class Contest:
                 )
                 break
             except FastresError:  # the others start again
-                for entrant in tuple(self.entrants):
-                    with self._leaving_out(entrant):
+                for entrant in taking_part:
+                    with self._leaving_out(entrant, size):
                         self.processes[entrant.name].raise_failure()
             except KeyboardInterrupt:
                 self._keep(size, timed)
@@ -203,13 +246,13 @@ class Contest:
         self._keep(size, timed)
 
     def _keep(self, size: int, timed: dict[str, Rounds]) -> None:
-        for entrant in self.entrants:
+        for entrant in self._at(size):
             if timed.get(entrant.name):
                 self._timed.setdefault((size, entrant.name), []).append(timed[entrant.name])
 
     def measurements(self, percentiles: Sequence[float]) -> tuple[Measurement, ...]:
-        """What is known of all who took part to the end, by batch size."""
-        by_name = {entrant.name: entrant for entrant in self.entrants}
+        """What is known of all who took part at a batch size to the end, by batch size."""
+        by_name = {entrant.name: entrant for entrant in self._invited}
         return tuple(
             measurement(
                 name,
@@ -221,17 +264,19 @@ class Contest:
                 self._facts[name].get("precision", ""),
             )
             for (size, name), launches in self._timed.items()
-            if name in by_name
+            if size in self._sizes[name]
         )
 
     @contextmanager
-    def _leaving_out(self, entrant: Entrant) -> Iterator[None]:
-        """An entrant that fails inside takes no further part; one of ours ends the contest."""
+    def _leaving_out(self, entrant: Entrant, size: int | None = None) -> Iterator[None]:
+        """A peer that fails inside is out, there or everywhere; one of ours ends the contest."""
         try:
             yield
         except FastresError as error:
             if entrant.ours:
                 raise
-            self.left_out[entrant.name] = str(error)
-            self.entrants.remove(entrant)
-            self.processes[entrant.name].close()
+            where = "" if size is None else f" at batch {size}"
+            self.left_out[entrant.name + where] = str(error)
+            left = self._sizes[entrant.name]
+            self._sizes[entrant.name] = [n for n in left if n != size] if size is not None else []
+            self.processes.pop(entrant.name).close()

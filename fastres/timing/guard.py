@@ -23,7 +23,7 @@ from typing import Any, Literal
 import msgspec
 
 from fastres.errors import InputError
-from fastres.text import render
+from fastres.text import render_whole
 from fastres.timing.machine import Machine
 from fastres.timing.report import Measurement, by_launch
 from fastres.timing.statistics import Launches, Ratio, change, spread
@@ -125,7 +125,7 @@ class Comparison:
         for row in self.rows:
             words = (row.target, row.precision, row.yardstick, str(row.change), row.verdict)
             table.add_row(str(row.batch_size), *words)
-        return "\n".join([render(table, width=160), *self.notes])
+        return "\n".join([render_whole(table), *self.notes])
 
 
 def read_base(path: Path) -> Base:

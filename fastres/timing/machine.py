@@ -48,20 +48,24 @@ class Machine:
         return f"{self.cpu}, {self.cores} cores, {self.threads} threads{gpu}; {versions}"
 
 
-def machine() -> Machine:
-    """The facts about this machine and installation that a figure depends on."""
+def machine(gpu: torch.device | None = None) -> Machine:
+    """The facts about this machine and installation that a figure depends on.
+
+    Args:
+        gpu: of several, the one that is meant; None: the current one.
+    """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    name = torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None
     cores = len(os.sched_getaffinity(0))
-    return Machine(_cpu_model(), cores, torch.get_num_threads(), gpu, versions, state())
+    return Machine(_cpu_model(), cores, torch.get_num_threads(), name, versions, state(gpu))
 
 
-def state() -> dict[str, str]:
+def state(gpu: torch.device | None = None) -> dict[str, str]:
     """Clocks, governor, load and, where `nvidia-smi` tells, the GPU's clocks and power."""
     found = {"load": " ".join(f"{load:.2f}" for load in os.getloadavg())}
     governor = _CPU / "cpu0/cpufreq/scaling_governor"
@@ -72,12 +76,19 @@ def state() -> dict[str, str]:
         found["cpu MHz"] = ", ".join(clocks[:8])
     smi = shutil.which("nvidia-smi")
     if smi is not None:
-        query = [smi, f"--query-gpu={_GPU_STATE}", "--format=csv,noheader"]
+        query = [smi, *_which(gpu), f"--query-gpu={_GPU_STATE}", "--format=csv,noheader"]
         told = subprocess.run(query, capture_output=True, text=True, timeout=30)
         if told.returncode == 0:
             values = told.stdout.strip().splitlines()[0].split(", ")
             found |= {f"gpu {k}": v for k, v in zip(_GPU_STATE.split(","), values, strict=False)}
     return found
+
+
+def _which(gpu: torch.device | None) -> list[str]:
+    """CUDA's numbers need not be those of nvidia-smi, which also sees GPUs that are hidden here."""
+    if not torch.cuda.is_available():
+        return []
+    return ["-i", f"GPU-{torch.cuda.get_device_properties(gpu).uuid}"]
 
 
 def commit() -> str | None:

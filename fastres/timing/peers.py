@@ -78,6 +78,11 @@ def refusal(name: str, precision: Precision, device: torch.device) -> str | None
     return None
 
 
+def tunes_itself(name: str) -> bool:
+    """Whether a peer times kernels while it is made, and so wants the machine to itself."""
+    return PEERS[name].tunes
+
+
 def _check_network(model: nn.Module, example: Tensor) -> None:
     if any(module.training for module in model.modules()):
         raise InputError("the model is in training mode; call model.eval() first")
@@ -94,6 +99,7 @@ class _Peer:
     prepare: Callable[[Setting], Run]
     precisions: tuple[Precision, ...]
     only_on: Literal["cpu", "cuda"] | None = None
+    tunes: bool = False  # it times kernels while it is made
 
 
 _TORCH: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
@@ -103,13 +109,17 @@ PEERS: dict[str, _Peer] = {
     "eager_channels_last": _Peer(peers_torch.eager_channels_last, _TORCH),
     "torch_compile": _Peer(_COMPILED, _TORCH),
     "torch_compile_reduce_overhead": _Peer(partial(_COMPILED, mode="reduce-overhead"), _TORCH),
-    "torch_compile_max_autotune": _Peer(partial(_COMPILED, mode="max-autotune"), _TORCH),
+    "torch_compile_max_autotune": _Peer(
+        partial(_COMPILED, mode="max-autotune"), _TORCH, tunes=True
+    ),
     "openvino": _Peer(peers_exported.openvino_direct, ("fp32", "bf16"), "cpu"),
     "nncf": _Peer(peers_exported.nncf, ("int8",), "cpu"),
     # ONNX Runtime's CPU provider has no bf16 convolution
     "onnxruntime": _Peer(peers_exported.onnxruntime, ("fp32", "int8"), "cpu"),
-    "torch_tensorrt": _Peer(peers_torch.torch_tensorrt, ("fp32", "fp16"), "cuda"),
-    "tensorrt": _Peer(peers_exported.tensorrt, ("fp32", "tf32", "fp16", "int8"), "cuda"),
+    "torch_tensorrt": _Peer(peers_torch.torch_tensorrt, ("fp32", "fp16"), "cuda", tunes=True),
+    "tensorrt": _Peer(
+        peers_exported.tensorrt, ("fp32", "tf32", "fp16", "int8"), "cuda", tunes=True
+    ),
 }
 _USUAL = {
     "cpu": ("eager", "torch_compile", "openvino", "onnxruntime"),

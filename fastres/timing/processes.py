@@ -27,6 +27,7 @@ from fastres.errors import FastresError
 from fastres.timing import turns
 
 PATIENCE = 10.0  # seconds in which a child that was told to end must have ended
+LONGEST = 1800.0  # seconds for an answer, then a child counts as hung; tuning takes minutes
 
 
 class Stopped(FastresError):
@@ -156,7 +157,11 @@ class Process:
 
     def _answer(self) -> Any:
         try:
-            kind, value = self._pipe.recv()
+            if not self._pipe.poll(LONGEST):
+                self.kill()
+                kind, value = Stopped, f"it gave no answer for {LONGEST / 60:g} minutes"
+            else:
+                kind, value = self._pipe.recv()
         except (EOFError, OSError):
             kind, value = Stopped, self._death()
         if kind is None:

@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from fastres.errors import InputError
-from fastres.text import json_text, render
+from fastres.text import json_text, render_whole
 from fastres.timing.machine import Machine
 from fastres.timing.statistics import Ratio, estimate
 from fastres.timing.turns import Rounds
@@ -110,9 +110,12 @@ class BenchReport:
 
     def __str__(self) -> str:
         shown = self.measurements[0].latency_ms
-        table = Table(title="latency in ms; ratios are of paired rounds, with their 95 % interval")
+        table = Table(
+            title=f"latency in ms; speed is that over {self.baseline}, of paired rounds, with its "
+            "95 % interval"
+        )
         columns = ("batch", "target", "precision", "img/s", *shown, "min", "calls")
-        for column in (*columns, f"speed over {self.baseline}"):
+        for column in (*columns, "speed"):
             left = column in ("target", "precision")
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
         previous = None
@@ -131,7 +134,7 @@ class BenchReport:
                 str(m.samples),
                 rate,
             )
-        return "\n".join([str(self.machine), render(table, width=160), *self.unsteady])
+        return "\n".join([str(self.machine), render_whole(table), *self.unsteady])
 
 
 def by_launch(values: Sequence[float], launches: Sequence[int]) -> list[list[float]]:

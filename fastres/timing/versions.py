@@ -2,23 +2,42 @@
 
 v1 has the stride of a stage's first bottleneck in its 1x1 convolution, v1.5 in the 3x3, so that
 v1.5 computes more. Beside the speeds stand the ratio of multiply-adds and that of the least times,
-which the roofline gives: the sum over nodes of max(flop / rate, bytes / bandwidth).
+which the roofline gives: the sum over nodes of max(flop / rate, bytes / bandwidth). Where the
+difference is, profiles tell that both versions made in turns; where turns disagree it is noise.
 
 Source: NVIDIA's DeepLearningExamples, ResNet50 v1.5: "about 5 % fewer images per second".
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
-from fastres.text import render
+from fastres.text import render_whole
 from fastres.timing.rates import Rates
 from fastres.timing.report import Measurement, paired
 from fastres.timing.statistics import Ratio, estimate
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Milliseconds that v1.5 takes longer: the median over turns, the least and the most."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def shown(self) -> bool:
+        """Whether several turns agree that there is one."""
+        return self.low < self.high and (self.low > 0 or self.high < 0)
+
+    def __str__(self) -> str:
+        return f"{self.median:+.3g} [{self.low:.3g}, {self.high:.3g}] ms"
 
 
 @dataclass(frozen=True)
@@ -30,6 +49,7 @@ class Group:
     v15_ms: float
     v1_macs: int
     v15_macs: int
+    difference: Difference
 
 
 @dataclass(frozen=True)
@@ -57,25 +77,34 @@ class Versions:
 
 
 Profile = Mapping[str, Any]  # of `Profile.to_dict`
+Profiles = Sequence[Profile]  # of one target, turn by turn
+
+
+def typical(profiles: Profiles) -> Profile:
+    """That of the median total."""
+    ordered = sorted(profiles, key=lambda profile: float(profile["total"]["milliseconds"]))
+    return ordered[len(ordered) // 2]
 
 
 def versions(
     net: str,
-    v1: tuple[Measurement, Profile],
-    v15: tuple[Measurement, Profile],
+    v1: tuple[Measurement, Profiles],
+    v15: tuple[Measurement, Profiles],
     rates: Rates | None,
     seed: int = 0,
 ) -> Versions:
     """Sets the two versions of a network side by side.
 
     Args:
-        v1: what was timed, and a profile at the same batch size; likewise `v15`.
+        v1: what was timed, and profiles at the same batch size; `v15` was profiled in turns with
+            it.
         rates: of this machine in that precision.
     """
-    (old, old_profile), (new, new_profile) = v1, v15
-    groups = {
-        row["name"]: row for row in (*old_profile["groups"], *new_profile["groups"])
-    }  # every name of either, in order
+    (old, old_profiles), (new, new_profiles) = v1, v15
+    old_profile, new_profile = typical(old_profiles), typical(new_profiles)
+    names = dict.fromkeys(
+        row["name"] for profile in (old_profile, new_profile) for row in profile["groups"]
+    )
     return Versions(
         net,
         old.precision,
@@ -85,11 +114,7 @@ def versions(
         estimate(paired(old, new), seed),
         new_profile["total"]["flop"] / old_profile["total"]["flop"],
         _least(new_profile, rates) / _least(old_profile, rates) if rates else None,
-        tuple(
-            Group(name, *_of(old_profile, new_profile, name, "milliseconds"), *_macs)
-            for name in groups
-            for _macs in [[flop // 2 for flop in _of(old_profile, new_profile, name, "flop")]]
-        ),
+        tuple(_group(name, old_profiles, new_profiles) for name in names),
     )
 
 
@@ -112,20 +137,32 @@ def table(found: Sequence[Versions]) -> str:
             "" if v.roofline_ratio is None else f"{v.roofline_ratio:.3f}",
             _explanation(v),
         )
-    return render(shown, width=180)
+    return render_whole(shown)
 
 
 def _explanation(v: Versions) -> str:
-    """The stages by what v1.5 takes longer in them, the largest first: "layer2 +1.2 ms"."""
-    ordered = sorted(v.groups, key=lambda g: abs(g.v15_ms - g.v1_ms), reverse=True)
-    return ", ".join(f"{g.group} {g.v15_ms - g.v1_ms:+.2f} ms" for g in ordered[:3])
+    """The stages by what v1.5 takes longer in them, the largest first, unless it may be noise."""
+    shown = [group for group in v.groups if group.difference.shown]
+    ordered = sorted(shown, key=lambda g: abs(g.difference.median), reverse=True)
+    return ", ".join(f"{g.group} {g.difference}" for g in ordered[:3]) or "in no stage for certain"
 
 
-def _of(old: Profile, new: Profile, name: str, what: str) -> list[Any]:
-    return [
-        next((row[what] for row in profile["groups"] if row["name"] == name), 0)
-        for profile in (old, new)
-    ]
+def _group(name: str, old: Profiles, new: Profiles) -> Group:
+    before, after = ([_of(profile, name, "milliseconds") for profile in ps] for ps in (old, new))
+    longer = [b - a for a, b in zip(before, after, strict=True)]
+    old_macs, new_macs = (int(_of(typical(ps), name, "flop")) // 2 for ps in (old, new))
+    return Group(
+        name,
+        statistics.median(before),
+        statistics.median(after),
+        old_macs,
+        new_macs,
+        Difference(statistics.median(longer), min(longer), max(longer)),
+    )
+
+
+def _of(profile: Profile, name: str, what: str) -> float:
+    return next((float(row[what]) for row in profile["groups"] if row["name"] == name), 0.0)
 
 
 def _least(profile: Profile, rates: Rates) -> float:

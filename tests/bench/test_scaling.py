@@ -131,4 +131,6 @@ def test_depth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_linear_fit() -> None:
     line = linear_fit([1, 2, 3], [3, 5, 7])
     assert (line.slope, line.intercept, line.r2) == pytest.approx((2, 1, 1))
+    assert line.worst == pytest.approx(0, abs=1e-9)
+    assert linear_fit([0, 1, 2, 3], [1, 2, 3, 5]).worst == pytest.approx(0.2)  # 0.8 for 1
     assert linear_fit([1, 2, 3, 4], [1, -1, 1, -1]).r2 < 0.3

@@ -88,6 +88,7 @@ def bench_document() -> Document:
         "comparison": {
             "base": "last week",
             "limit": 0.03,
+            "notes": ["since then: openvino 2026.3 is now 2026.4"],
             "rows": [
                 {
                     "target": m["target"],
@@ -125,7 +126,7 @@ def scaling_document() -> Document:
             "fit": fit,
         }
 
-    straight = {"slope": 2.0, "intercept": 3.0, "r2": 0.998}
+    straight = {"slope": 2.0, "intercept": 3.0, "r2": 0.998, "worst": 0.034}
     return {
         "command": "scaling",
         "fastres": "0.1.0",
@@ -274,7 +275,14 @@ def _profile(draw: random.Random, precision: str) -> Document:
 
 def _versions(precision: str, size: int) -> Document:
     stages = [
-        {"group": f"layer{i}", "v1_ms": 4.0 + i, "v15_ms": 4.5 + i, "v1_macs": 9, "v15_macs": 10}
+        {
+            "group": f"layer{i}",
+            "v1_ms": 4.0 + i,
+            "v15_ms": 4.5 + i,
+            "v1_macs": 9,
+            "v15_macs": 10,
+            "difference": {"median": 0.5, "low": 0.7 - 0.3 * i, "high": 0.8 + i},
+        }
         for i in (1, 2, 3, 4)
     ]
     return {

@@ -55,5 +55,27 @@ def mortal(calls: int) -> Made:
     return Made(call)
 
 
+def up_to(images: int) -> Made:
+    """Has no memory for more."""
+
+    def call(x: Tensor) -> Tensor:
+        if len(x) > images:
+            raise MemoryError("out of memory")
+        return 2 * x
+
+    return Made(call)
+
+
+def slowly_made(seconds: float) -> Made:
+    began = time.monotonic()
+    time.sleep(seconds)
+    return Made(lambda x: 2 * x, facts={"span": (began, time.monotonic())})
+
+
+def hung() -> Made:
+    time.sleep(60)
+    return Made(lambda x: x)
+
+
 def torch_threads() -> Made:
     return Made(lambda x: torch.full((1,), float(torch.get_num_threads())))

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ def at_ease(done: float) -> None:
 @pytest.fixture
 def contest(tmp_path: Path) -> Make:
     cores = sorted(os.sched_getaffinity(0))
-    return lambda *entrants, **more: Contest(entrants, cores=cores, folder=tmp_path, **more)
+
+    def make(*entrants: Entrant, batch_sizes: Sequence[int] = (2,), **more: Any) -> Contest:
+        return Contest(entrants, batch_sizes=batch_sizes, cores=cores, folder=tmp_path, **more)
+
+    return make
 
 
 def test_the_right_are_timed_and_the_others_named(contest: Make) -> None:
@@ -50,13 +55,13 @@ def test_the_right_are_timed_and_the_others_named(contest: Make) -> None:
     with contest(*entrants) as running:
         running.prepare(done.append)
         running.check(X, twice)
-        forecast = running.forecast(0.2, [2], 2)
+        forecast = running.forecast(0.2, 2)
         running.time(2, 0.2, random.Random(0), at_ease)
     assert done == sorted(done) and done[-1] == 1 and len(done) == 5
-    assert running.left_out.keys() == {"refused", "wrong", "mortal"}
+    assert running.left_out.keys() == {"refused", "wrong at batch 2", "mortal at batch 2"}
     assert "not on a Monday" in running.left_out["refused"]
-    assert "largest error" in running.left_out["wrong"]
-    assert "its process died, exit status 7" in running.left_out["mortal"]
+    assert "largest error" in running.left_out["wrong at batch 2"]
+    assert "its process died, exit status 7" in running.left_out["mortal at batch 2"]
     ours, slow = running.measurements((50,))
     assert (ours.target, ours.model, ours.batch_size) == ("ours", "a net", 2)
     assert len(ours.round_ms) == len(slow.round_ms) >= MIN_ROUNDS
@@ -92,6 +97,36 @@ def test_every_launch_is_a_new_process(contest: Make) -> None:
     first, second = running.measurements((50,))
     assert len(first.launches) == 3 and min(first.launches) >= 3
     assert sum(first.launches) == len(first.round_ms) and first.launches == second.launches
+
+
+def test_a_peer_that_fails_at_one_batch_size_is_timed_at_the_others(contest: Make) -> None:
+    entrants = [
+        entrant("ours", "sleeper", ours=True, seconds=0.001),
+        entrant("small", "up_to", images=2),
+    ]
+    with contest(*entrants, batch_sizes=(1, 4, 2), launches=2) as running:
+        for _ in range(2):
+            running.prepare(at_ease)
+            for size in (1, 4, 2):
+                running.check(torch.ones(size, 3), twice)
+                running.time(size, 0.05, random.Random(0), at_ease)
+    assert running.left_out.keys() == {"small at batch 4"}
+    assert "out of memory" in running.left_out["small at batch 4"]
+    found = {(m.target, m.batch_size): len(m.launches) for m in running.measurements((50,))}
+    assert found == {(name, size): 2 for name in ("ours", "small") for size in (1, 2)} | {
+        ("ours", 4): 2
+    }
+
+
+def test_who_times_kernels_is_made_while_nothing_else_is(contest: Make) -> None:
+    spans = []
+    everybody = [entrant(name, "slowly_made", ours=True, seconds=0.3) for name in "ab"]
+    everybody.insert(1, replace(entrant("tuner", "slowly_made", seconds=0.3), alone=True))
+    with contest(*everybody) as running:
+        running.prepare(at_ease)
+        spans = [running.processes[name].facts["span"] for name in ("a", "b", "tuner")]
+    (_, a), (_, b), (tuning, _) = spans
+    assert tuning >= max(a, b)
 
 
 def test_an_interrupt_keeps_whole_rounds(contest: Make) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastres.errors import UnsupportedError
+from fastres.timing import processes
 from fastres.timing.processes import Process, Stopped
 
 Start = Callable[..., Process]
@@ -46,6 +47,12 @@ def test_what_it_prints_spoils_nothing(start: Start, capfd: pytest.CaptureFixtur
     process.feed(torch.ones(2))
     assert process.ask("add", 3) == 5
     assert capfd.readouterr().out == ""
+
+
+def test_one_that_hangs_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LONGEST", 0.3)
+    with pytest.raises(Stopped, match="hung stopped: it gave no answer for 0.005 minutes"):
+        start("hung").wait()
 
 
 def test_errors_come_back(start: Start) -> None:
