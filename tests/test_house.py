@@ -57,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 ONLY_IN = {  # package → the modules that may import it
     "triton": ("fastres.kernels", "fastres.backends.triton"),
     "openvino": ("fastres.backends.openvino_runtime",),
-    "onnx": ("fastres.graph.onnx", "fastres.graph.onnx_writer"),
+    "onnx": ("fastres.graph.onnx", "fastres.graph.onnx_nodes", "fastres.graph.onnx_writer"),
     "onnxruntime": ("fastres.timing", "fastres.backends.onnx_runtime"),
     "torchvision": ("fastres.cli",),
     "timm": ("fastres.cli",),
