@@ -45,12 +45,14 @@ types: dev  ## mypy does not follow setup.py's package_dir: give it a tree of li
 	$(BIN)/mypy --config-file pyproject.toml -p fastres
 
 # Triton's interpreter and its compiler cannot share a process, so there are two runs of pytest.
-# Each file stays with one of two workers, which share what its tests have made.
+# Each file stays with one of two workers, which share what its tests have made. tests/conftest.py
+# says which files are long: they are begun first.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 interpret: dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m interpret
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(TWO_WORKERS) -m interpret
 
 unit: dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not interpret'
+	$(BIN)/python -m pytest -q $(TWO_WORKERS) -m 'not interpret'
 
 # bf16 only where the processor has it
 PRECISIONS := fp32$(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo ,bf16),int8

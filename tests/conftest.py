@@ -4,6 +4,7 @@ Pictures, because noise hides errors that photographs show.
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,9 +18,18 @@ import fastres
 from fastres import models
 from fastres.backends.cpu import CpuBackend
 
+LONG_FILES = ("test_networks.py", "test_bench.py")  # begun first: none is waited for in the end
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup, and then for all children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 def _normalised(picture: Image.Image) -> Tensor:  # -> [3, H, W] fp32
