@@ -28,7 +28,7 @@ import torch
 
 import fastres
 from fastres import models
-from fastres.cli.output import check_folder
+from fastres.cli.output import check_folder, write_file
 from fastres.errors import BackendUnavailable, FastresError, is_interrupt
 from fastres.options import Options, Precision
 from fastres.text import json_text
@@ -209,7 +209,7 @@ def _keep(trials: Sequence[Trial], given: argparse.Namespace) -> None:
     if given.output is not None:
         finished = len(trials) == given.trials
         figures = {"argv": sys.argv, "finished": finished, "trials": [asdict(t) for t in trials]}
-        given.output.write_text(json.dumps(figures, indent=2) + "\n")
+        write_file(given.output, json.dumps(figures, indent=2) + "\n")
 
 
 def _tell(trials: Sequence[Trial], given: argparse.Namespace) -> None:

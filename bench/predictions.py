@@ -33,6 +33,8 @@ from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.table import Tiles, shipped_for
+from fastres.cli.output import check_folder, write_file
+from fastres.errors import InputError
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.chain_tiles import ChainShape
@@ -206,8 +208,14 @@ def _asked(
 ) -> tuple[Target, list[Precision], list[int]]:
     """What was asked for; ends with status 2 where that makes no sense."""
     sizes = given.batch_size.split(",")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if not all(size.isdecimal() and len(size) < 19 and int(size) > 0 for size in sizes):
         parser.error(f"--batch-size {given.batch_size}: expected positive numbers, as 1,32,256")
+    try:
+        if given.output is not None:
+            given.output.parent.mkdir(parents=True, exist_ok=True)
+        check_folder(given.output)
+    except (InputError, OSError) as error:
+        parser.error(f"-o {given.output}: {error}")
     precisions = given.precision.split(",")
     if unknown := set(precisions) - set(get_args(Precision)):
         known = ", ".join(get_args(Precision))
@@ -237,9 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"--batch-size {size}: {error}")
             print(found[-1], flush=True)
     if given.output is not None:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
         fields = {"note": LABEL, "predictions": [one.to_dict() for one in found]}
-        given.output.write_text(json.dumps(fields, indent=1) + "\n")
+        try:
+            write_file(given.output, json.dumps(fields, indent=1) + "\n")
+        except InputError as error:
+            parser.error(str(error))
     return 0
 
 

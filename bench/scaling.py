@@ -32,7 +32,8 @@ from rich.table import Table
 import fastres
 from fastres import models
 from fastres.backends.select import BACKENDS
-from fastres.cli.output import check_folder
+from fastres.cli.models import is_cifar, make
+from fastres.cli.output import check_folder, write_file
 from fastres.errors import FastresError, is_interrupt
 from fastres.graph.cost import multiply_adds
 from fastres.graph.shapes import infer_shapes
@@ -93,9 +94,10 @@ def measure(
 
 
 def batch(precision: Precision, given: argparse.Namespace) -> Series:
-    engine = _engine(given.model, precision, 224, given)
-    calls = {n: Here(str(n), engine, _pictures(n, 224, engine)) for n in given.batch_sizes}
-    return measure("batch", _named(given, precision), "images in a batch", calls, given)
+    size = _side(given)
+    engine = _engine(given.model, precision, size, given)
+    calls = {n: Here(str(n), engine, _pictures(n, size, engine)) for n in given.batch_sizes}
+    return measure("batch", _named(given, precision, size), "images in a batch", calls, given)
 
 
 def image_size(precision: Precision, given: argparse.Namespace) -> Series:
@@ -112,23 +114,23 @@ def depth(precision: Precision, given: argparse.Namespace) -> Series:
     for layers in given.depths:
         engine = _engine(f"resnet{layers}", precision, 224, given)
         calls[_work(engine)] = Here(f"resnet{layers}", engine, _pictures(1, 224, engine))
-    return measure("depth", precision, "billion multiply-adds", calls, given)
+    return measure("depth", f"{precision}, 224 pixels", "billion multiply-adds", calls, given)
 
 
 def depth_cifar(precision: Precision, given: argparse.Namespace) -> Series:
     calls = {}
     for layers in given.cifar_depths:
-        engine = _engine(f"cifar_resnet:{layers}", precision, 32, given)
+        engine = _engine(f"cifar_resnet{layers}", precision, 32, given)
         calls[layers] = Here(str(layers), engine, _pictures(1, 32, engine))
-    return measure("depth of CIFAR nets", precision, "layers", calls, given)
+    return measure("depth of CIFAR nets", f"{precision}, 32 pixels", "layers", calls, given)
 
 
 def threads(precision: Precision, given: argparse.Namespace) -> Series:
-    calls = {}
+    calls, size = {}, _side(given)
     for count in range(1, Options().num_threads + 1):
-        engine = _engine(given.model, precision, 224, given, threads=count)
-        calls[count] = Here(str(count), engine, _pictures(1, 224, engine))
-    return measure("threads", _named(given, precision), "threads", calls, given)
+        engine = _engine(given.model, precision, size, given, threads=count)
+        calls[count] = Here(str(count), engine, _pictures(1, size, engine))
+    return measure("threads", _named(given, precision, size), "threads", calls, given)
 
 
 SERIES = {
@@ -159,18 +161,20 @@ def _engine(
 
 
 def _network(name: str) -> torch.nn.Module:
-    factory, _, layers = name.partition(":")
-    arguments = (int(layers),) if layers else ()
-    network: torch.nn.Module = getattr(models, factory)(*arguments, seed=0)
-    return network.eval()
+    return make(f"fastres:{name}")
 
 
 def _pictures(count: int, size: int, engine: fastres.Engine) -> torch.Tensor:
     return photographs(count, size).to(engine.device)
 
 
-def _named(given: argparse.Namespace, precision: Precision) -> str:
-    return f"{given.model} {precision}"
+def _side(given: argparse.Namespace) -> int:
+    """Of the pictures that --model takes."""
+    return 32 if is_cifar(given.model) else 224
+
+
+def _named(given: argparse.Namespace, precision: Precision, size: int | None = None) -> str:
+    return f"{given.model} {precision}" + (f", {size} pixels" if size else "")
 
 
 def table(found: Sequence[Series]) -> str:
@@ -251,7 +255,7 @@ def keep(
         },
         "series": [asdict(series) for series in found],
     }
-    given.output.write_text(json_text(document) + "\n")
+    write_file(given.output, json_text(document) + "\n")
 
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
@@ -259,7 +263,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     try:
         check_folder(given.output)
         for precision in given.precision:  # of a small network: does the backend take it here?
-            _engine("cifar_resnet:8", precision, 32, given).close()
+            _engine("cifar_resnet8", precision, 32, given).close()
     except FastresError as error:
         parser.error(str(error))
 
@@ -282,7 +286,7 @@ def _depths(text: str) -> list[int]:
 
 def _cifar_depths(text: str) -> list[int]:
     for depth in (found := _numbers(text)):
-        _model(f"cifar_resnet:{depth}")
+        _model(f"cifar_resnet{depth}")
     return found
 
 
@@ -290,11 +294,8 @@ def _model(text: str) -> str:
     try:
         with torch.device("meta"):
             _network(text)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no network of fastres.models ({error}); there are resnet50 and its like, "
-            "and cifar_resnet:DEPTH"
-        ) from error
+    except FastresError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 
@@ -340,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         type=_model,
         default="resnet50",
-        help="of fastres.models, where depth does not vary",
+        help="resnet50, cifar_resnet56@v1 and so on, where depth does not vary",
     )
     add("--precision", type=_precisions, default=["fp32", "bf16"])
     add("--backend", choices=["auto", *BACKENDS], default="auto")

@@ -10,7 +10,7 @@ import typer
 
 from fastres.cli import flags
 from fastres.cli.flags import Request
-from fastres.cli.output import check_folder, check_output, emit, note
+from fastres.cli.output import check_folder, emit, note
 from fastres.errors import InputError
 
 DEFAULT = "default"
@@ -92,11 +92,6 @@ def bench(
     from fastres.timing.guard import read_base
 
     check_folder(output, html)
-    for written in (output, html):
-        if written is not None:
-            check_output(written, compare)
-    if output is not None and html is not None and output.resolve() == html.resolve():
-        raise InputError(f"-o and --html are both {output}: give two files")
     if not math.isfinite(duration):
         raise InputError(f"--duration is {duration}; give seconds")
     if html is not None:

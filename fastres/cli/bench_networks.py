@@ -32,7 +32,7 @@ class Network:
     Args:
         request: for this model alone; its calibration is a table by now.
         tag: what the names of its targets start with; empty where it is the only one.
-        state: a file with the weights of one that was settled here.
+        state: a file with its weights, for all processes.
         images: a file with a batch that int8 peers calibrate with.
     """
 
@@ -65,6 +65,12 @@ class Network:
             return own
         if asked is None and self.request.calibration is not None:
             return "int8"
+        if asked is None and self.target.dtype not in PRECISION_OF:
+            known = ", ".join(str(dtype) for dtype in PRECISION_OF)
+            raise InputError(
+                f"{self.name} has parameters of {self.target.dtype}; without --precision they must "
+                f"be {known}"
+            )
         return asked or PRECISION_OF[self.target.dtype]  # type: ignore[return-value]
 
     def expected(
@@ -142,12 +148,14 @@ def _short_names(networks: Sequence[Network]) -> list[str]:
 
 
 def _settle(network: Network, path: Path) -> None:
-    if network.module is None or not network.target.untrained:
+    """All processes get the weights that are here: a factory may draw others at each call."""
+    if network.module is None:
         return
-    with working(f"settling {network.name}"):
-        pictures.settle(network.target)
+    if network.target.untrained:
+        with working(f"settling {network.name}"):
+            pictures.settle(network.target)
+        note(f"{network.name} has random weights: they are settled on synthetic pictures")
     network.state = keep_state(network.module, path)
-    note(f"{network.name} has random weights: they are settled on synthetic pictures")
 
 
 def _calibrate(network: Network, folder: Path, number: int) -> None:

@@ -63,7 +63,7 @@ class Bench:
         self.threads = Options(threads=self.asked.threads).num_threads
         self.cores = cores(self.threads)
         text = self.asked.precision
-        self.precisions: list[str | None] = list(text.split(",")) if text else [None]
+        self.precisions: list[str | None] = [*dict.fromkeys(text.split(","))] if text else [None]
         self.device = _device(self.asked)
 
     def run(self) -> Results:

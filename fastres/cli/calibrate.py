@@ -10,7 +10,7 @@ import typer
 
 from fastres.cli import flags
 from fastres.cli.flags import Request
-from fastres.cli.output import check_output, emit, note
+from fastres.cli.output import emit, note
 from fastres.cli.pictures import adjusted, preprocess_for
 from fastres.cli.targets import Target, image_input, open_model, split, warn_if_untrained
 from fastres.errors import InputError
@@ -99,8 +99,6 @@ def calibrate(
     if not is_array or val is not None:
         start = preprocess_for(target.shape)
         preprocess = adjusted(start, resize=resize, crop=crop, mean=mean, std=std)
-    if output is not None:
-        check_output(output, request.weights, Path(rest[0]))
     labelled = None if val is None else _labelled(val)
     table = fastres.quantize(
         target.model,  # type: ignore[arg-type]  # open_model gives no engine

@@ -10,7 +10,7 @@ import typer
 
 from fastres.cli import flags
 from fastres.cli.flags import Request
-from fastres.cli.output import check_output, emit, working
+from fastres.cli.output import emit, working
 from fastres.cli.targets import image_input, open_model, warn_if_untrained
 from fastres.errors import InputError
 
@@ -52,7 +52,6 @@ def export(
         raise InputError(f"--to {to!r}: there is onnx")
     if output is None:
         raise InputError("give -o FILE, the file to write")
-    check_output(output, request.weights, request.calibration)
     request = request.about(model)
     target = open_model(request)
     with working(f"writing {output}"):

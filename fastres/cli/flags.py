@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
+from fastres.cli.output import check_outputs, only_reports
 from fastres.errors import InputError
 
+WRITTEN = ("output", "html", "trace")  # parameters of commands that name a file to write
 NAMES = "fastres:NAME[@v1|@v1.5], torchvision:NAME, timm:NAME or package.module:factory"
 _TARGET = f"{NAMES}, or the path of a saved engine"
 
@@ -191,7 +193,9 @@ def takes_request(
         @functools.wraps(command)
         def run(**given: Any) -> None:
             asked = {flag.name: given.pop(flag.name) for flag in flags}
-            command(request=Request(**asked), **given)
+            _check_outputs({**asked, **given})
+            with only_reports():
+                command(request=Request(**asked), **given)
 
         signature = inspect.signature(command, eval_str=True)
         parameters = [
@@ -206,6 +210,16 @@ def takes_request(
     return decorate
 
 
+def _check_outputs(given: Mapping[str, Any]) -> None:
+    """Of everything on a command line that is written, and everything else that may be a file."""
+    written = [path for name, path in given.items() if name in WRITTEN and path is not None]
+    read = []
+    for name, value in given.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        read += [v for v in values if isinstance(v, str | Path)] if name not in WRITTEN else []
+    check_outputs(written, read)
+
+
 def batch_sizes(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
     """ "1,8" → (1, 8), each size once.
 
@@ -216,10 +230,10 @@ def batch_sizes(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
         return default
     sizes = []
     for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) < 1:
+        if not part.strip().isdecimal() or len(part) > 18 or int(part) < 1:
             raise InputError(
-                f"--batch-size {text!r}: {part.strip()!r} is not an integer of at least 1; "
-                "give one size or several, as in 1,8"
+                f"--batch-size {text!r}: {part.strip()!r} is not an integer of at least 1 "
+                "and at most 18 digits; give one size or several, as in 1,8"
             )
         sizes.append(int(part))
     return tuple(dict.fromkeys(sizes))

@@ -7,6 +7,7 @@ Exit status: 0 well, 1 a check failed, 2 usage or bad input, 3 this machine lack
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -121,6 +122,7 @@ def root(
 
 def main() -> None:
     """Runs the command line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is undone
     app(prog_name="fastres")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -18,6 +20,18 @@ from fastres.errors import InputError
 from fastres.text import json_text, printable
 
 WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())  # the command was given
+_REPORTS: ContextVar[TextIO | None] = ContextVar("reports")  # where they go instead of stdout
+
+
+@contextmanager
+def only_reports() -> Iterator[None]:
+    """What models print meanwhile goes to stderr, so that stdout holds the report and no more."""
+    before = _REPORTS.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _REPORTS.reset(before)
 
 
 def emit(
@@ -40,12 +54,25 @@ def emit(
     failure = None
     if output is not None:  # first, since who reads the other may be gone
         try:
-            output.write_text(body + "\n", encoding="utf-8")
-        except OSError as error:
-            failure = InputError(f"{output} cannot be written: {error.strerror}")
-    typer.echo(body if as_json else printable(text))
+            write_file(output, body + "\n")
+        except InputError as error:
+            failure = error
+    stream = _REPORTS.get(sys.stdout)
+    if stream is not None:  # closed by who started the process
+        typer.echo(body if as_json else printable(text), file=stream)
     if failure is not None:
         raise failure
+
+
+def write_file(path: Path, text: str) -> None:
+    """
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def check_output(output: Path, *read: Path | None) -> None:
@@ -56,7 +83,32 @@ def check_output(output: Path, *read: Path | None) -> None:
     """
     for file in read:
         if file is not None and file.exists() and output.exists() and output.samefile(file):
-            raise InputError(f"-o {output} is what is read here: give another file to write")
+            raise InputError(f"{output} is what is read here: give another file to write")
+
+
+def check_outputs(written: Iterable[Path], read: Iterable[str | Path]) -> None:
+    """Keeps a command from writing over what it reads, and one of its files over another.
+
+    Args:
+        read: whatever was named, of which some may be files.
+
+    Raises:
+        InputError: an output is one of these files, or is given twice.
+    """
+    outputs = list(written)
+    for one, other in combinations(outputs, 2):
+        if one.resolve() == other.resolve():
+            raise InputError(f"{one} is to be written twice: give two files")
+    files = [Path(name) for name in read if _is_there(Path(name))]
+    for output in outputs:
+        check_output(output, *files)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no name that a file could have
+        return False
 
 
 def check_folder(*outputs: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,11 @@ def settle(target: Target, data: torch.Tensor | None = None) -> None:
         raise InputError(f"{target.name} cannot be settled: {error}; give --weights") from error
 
 
+def physical_memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def synthetic(count: int, target: Target) -> torch.Tensor:
     """[N, C, H, W]: smooth random fields, mean 0 and deviation 1, as photographs normalised; for
     an engine that normalises, uint8 [N, H, W, 3] around 128.
@@ -107,10 +113,19 @@ def synthetic(count: int, target: Target) -> torch.Tensor:
     of a shorter one.
 
     Source: Field 1987, "Relations between the statistics of natural images".
+
+    Raises:
+        InputError: this machine has no memory for so many, or such large ones.
     """
     import torch
 
     channels, height, width = target.shape
+    needed, memory = 4 * count * channels * height * width, physical_memory()
+    if needed > memory:
+        raise InputError(
+            f"{count} pictures of {height} x {width} take {needed / 2**30:.0f} GiB; this machine "
+            f"has {memory / 2**30:.0f}: give a smaller --batch-size or --image-size"
+        )
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
     frequency = (rows.square() + columns.square()).sqrt().clamp_min(1 / max(height, width))
     pictures = []

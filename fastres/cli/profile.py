@@ -9,7 +9,7 @@ import typer
 
 from fastres.cli import flags, pictures
 from fastres.cli.flags import Request
-from fastres.cli.output import emit, working
+from fastres.cli.output import check_folder, emit, working
 from fastres.cli.targets import open_target, precision_ran, to_engine
 from fastres.errors import InputError
 
@@ -31,6 +31,7 @@ def profile(
     ] = None,
 ) -> None:
     """Show the time, GFLOP/s and GB/s of every node in one run; on a GPU, share of the roofline."""
+    check_folder(output, trace, html)
     request = request.about(model)
     size, *more = request.batch_sizes
     if more:

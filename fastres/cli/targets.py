@@ -183,7 +183,8 @@ def _named(request: Request, name: str, version: Version | None) -> Target:
     if request.weights is not None:
         models.load_weights(model, name, request.weights)
     size = request.image_size or (32 if models.is_cifar(name) else 224)
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(dtypes, torch.float32)
     untrained = request.weights is None and models.is_fresh(model)
     return Target(name, model, (3, size, size), dtype, untrained)
 

@@ -78,7 +78,7 @@ class Contest:
     ) -> None:
         names = [entrant.name for entrant in entrants]
         if len(set(names)) < len(names):
-            raise InputError(f"two targets have one name: {', '.join(names)}")
+            raise InputError(f"two targets have one name: {', '.join(names)}; give each model once")
         self.processes: dict[str, Process] = {}
         self.left_out: dict[str, str] = {}  # why, by name, with the batch size unless it is all
         self._invited = list(entrants)

@@ -14,6 +14,7 @@ lies below 1 - limit: where it does not, noise could explain what is seen.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,15 +154,20 @@ def read_base(path: Path) -> Base:
     if not base.run.finished:
         raise InputError(f"{path} was interrupted: make another one to compare with")
     rounds: dict[int, int] = {}  # by batch size: all that were timed together have as many
+    launches: dict[int, tuple[int, ...]] = {}
     for timed in base.measurements:
         sound = all(math.isfinite(ms) and ms > 0 for ms in timed.round_ms)
         count = rounds.setdefault(timed.batch_size, len(timed.round_ms))
         counted = sum(timed.launches) if min(timed.launches, default=1) > 0 else -1
-        if not sound or not 0 < len(timed.round_ms) == count == (counted or count):
+        alike = launches.setdefault(timed.batch_size, timed.launches) == timed.launches
+        if not (sound and alike) or not 0 < len(timed.round_ms) == count == (counted or count):
             raise InputError(
                 f"{path} is damaged: the rounds of {timed.target} at batch {timed.batch_size} are "
                 "no times, or not as many as its launches and the others have"
             )
+    twice = [key for key, n in Counter(map(key_of, base.measurements)).items() if n > 1]
+    if twice:
+        raise InputError(f"{path} is damaged: it has {', '.join(map(str, twice[0]))} twice")
     return base
 
 

@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -214,6 +215,7 @@ def _serve(
 ) -> None:
     """What the child does: makes its target and answers until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.sched_setaffinity(0, cores)
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -234,6 +236,14 @@ def _serve(
             except (EOFError, OSError):
                 return
             _tell(pipe, partial(served[0].answer, *question))
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed closes no pipe that a child would look at while it is busy."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _tell(pipe: Connection, work: Callable[[], Any]) -> None:

@@ -162,12 +162,13 @@ def measurement(
     rounds = [calls for launch in launches for calls in launch]
     milliseconds = 1e3 * np.concatenate([np.asarray(calls) for calls in rounds])
     latencies = np.percentile(milliseconds, list(percentiles))
+    names = [f"p{p!r}".removesuffix(".0") for p in percentiles]
     return Measurement(
         target,
         precision,
         size,
         float(1e3 * size * len(milliseconds) / milliseconds.sum()),
-        {f"p{p:g}": float(ms) for p, ms in zip(percentiles, latencies, strict=True)},
+        {name: float(ms) for name, ms in zip(names, latencies, strict=True)},
         float(milliseconds.min()),
         len(milliseconds),
         tuple(float(1e3 * np.median(calls)) for calls in rounds),

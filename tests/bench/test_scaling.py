@@ -15,7 +15,7 @@ from fastres.timing.contest import PAUSE
 
 
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", "cifar_resnet:8", "--precision", "fp32", "--duration", "0.02"]
+    arguments = ["--model", "cifar_resnet8", "--precision", "fp32", "--duration", "0.02"]
     arguments += ["--series", "batch,depth_cifar,threads", "--batch-sizes", "1,2,3"]
     arguments += ["--cifar-depths", "8,14,20", "-o", str(tmp_path / "out.json")]
     assert scaling.main(arguments) == 0
@@ -31,7 +31,7 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["run"]["finished"] is True
 
 
-QUICK = ("--model", "cifar_resnet:8", "--precision", "fp32", "--duration", "0.02")
+QUICK = ("--model", "cifar_resnet8", "--precision", "fp32", "--duration", "0.02")
 
 
 def series(name: str) -> scaling.Series:
@@ -94,10 +94,10 @@ def test_points_are_timed_on_their_cores_with_pauses(monkeypatch: pytest.MonkeyP
         ("--duration 0", "'0': give seconds, more than 0"),
         ("--duration nan", "'nan': give seconds, more than 0"),
         ("--duration inf", "'inf': give seconds, more than 0"),
-        ("--depths 20", "'resnet20' is no network of fastres.models"),
+        ("--depths 20", "there is no fastres:resnet20"),
         ("--cifar-depths 9", "depth must be 6n + 2"),
-        ("--model x", "'x' is no network of fastres.models"),
-        ("--model settle", "'settle' is no network of fastres.models"),
+        ("--model x", "there is no fastres:x"),
+        ("--model settle", "there is no fastres:settle"),
         ("--precision foo", "there is no foo; there are fp32,"),
         ("--precision tf32", "tf32"),
         ("--backend foo", "invalid choice: 'foo'"),

@@ -65,6 +65,42 @@ def _compared(run: Run, small: str, base: Path, folder: Path) -> None:
     assert "slower" in result.stdout
 
 
+def test_a_model_that_prints_and_draws_its_weights_anew(
+    run_json: RunJson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stdout holds the document alone; the processes that are timed have our weights."""
+    (tmp_path / "moody.py").write_text(
+        "import random, torch\n"
+        "from fastres import models\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        print('well, well')\n"
+        "        return super().forward(x)\n"
+        "def net():\n"
+        "    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))\n"
+        "    net = models.cifar_resnet(8, seed=random.SystemRandom().randrange(2**31))\n"
+        "    return Net(models.settle(net, x))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ("--image-size", "16", "--peers", "eager")
+    document = run_json("bench", "moody:net", *BRIEF, *flags)
+    assert document["left_out"] == {} and len(document["parity"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--image-size", "1000000"), "this machine has"),
+        (("--batch-size", "99999999999"), "this machine has"),
+        (("--batch-size", "9" * 5000), "at most 18 digits"),
+    ],
+)
+def test_more_than_a_machine_can_hold(
+    run: Run, small: str, flags: tuple[str, ...], said: str
+) -> None:
+    assert said in run("bench", small, *flags, *BRIEF, status=2).stderr
+
+
 def test_versions_are_explained(run: Run, tmp_path: Path) -> None:
     names = ("fastres:resnet50@v1", "fastres:resnet50")
     flags = ("--image-size", "64", "--peers", "none", "-o", tmp_path / "out.json")
@@ -120,14 +156,15 @@ def test_a_peer_that_cannot_run_is_left_out_and_named(run_json: RunJson, small: 
 def test_the_speed_of_wrong_results_is_not_shown(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model whose weights in the processes that run it are not those of the one that checks."""
+    """A model that is another one in the processes that run it than in the one that checks."""
     (tmp_path / "two_faced.py").write_text(
         "import multiprocessing, torch\n"
         "from fastres import models\n"
         "def net():\n"
         "    there = multiprocessing.parent_process() is not None\n"
         "    x = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))\n"
-        "    return models.settle(models.cifar_resnet(8, seed=int(there)), x)\n"
+        "    net = models.settle(models.cifar_resnet(8, seed=0), x)\n"
+        "    return torch.nn.Sequential(net, torch.nn.ReLU() if there else torch.nn.Identity())\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     result = run("bench", "two_faced:net", *BRIEF, "--peers", "none", status=1)
@@ -180,6 +217,32 @@ def test_an_interrupt_while_processes_are_made(small: str, command: list[str]) -
     assert not _is_there(process.pid)
 
 
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_one_that_is_killed(
+    ending: signal.Signals, small: str, command: list[str], tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [*command, "bench", small, "--peers", "none", "--duration", "60", "--launches", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "takes about" in line:
+            break
+    process.send_signal(ending)
+    process.communicate(timeout=60)
+    assert process.returncode == (143 if ending == signal.SIGTERM else -ending)
+    until = time.time() + 20
+    while _is_there(process.pid) and time.time() < until:
+        time.sleep(0.1)
+    assert not _is_there(process.pid)
+    left = list(tmp_path.glob("fastres-bench-*"))
+    assert bool(left) == (ending == signal.SIGKILL)  # which nobody can answer
+
+
 def _is_there(group: int) -> bool:
     """Whether a process of the group is left."""
     try:
@@ -213,7 +276,13 @@ def test_what_is_read_is_not_written_over(run: Run, small: str, tmp_path: Path) 
     base.write_text("{}")
     for command in (("bench", small, "--compare", base, "-o", base), ("report", base, "-o", base)):
         assert "is what is read here" in run(*command, status=2).stderr
+    for flag in ("-o", "--html"):
+        given = ("--weights", base, flag, base)
+        assert "is what is read here" in run("bench", small, *given, status=2).stderr
+        assert "is what is read here" in run("profile", small, *given, status=2).stderr
+        assert "is what is read here" in run("profile", base, flag, base, status=2).stderr
     page = tmp_path / "page"
+    assert "give two files" in run("profile", small, "-o", page, "--html", page, status=2).stderr
     assert "give two files" in run("bench", small, "-o", page, "--html", page, status=2).stderr
     assert base.read_text() == "{}" and not page.exists()
 
@@ -264,7 +333,7 @@ def test_profile_lists_every_node(run: Run, run_json: RunJson, engine: Path) -> 
 def test_profile_writes_a_trace(run: Run, engine: Path, tmp_path: Path) -> None:
     run("profile", engine, "--trace", tmp_path / "trace.json")
     assert "traceEvents" in (tmp_path / "trace.json").read_text()
-    assert "cannot be written" in run("profile", engine, "--trace", tmp_path, status=2).stderr
+    assert "is a folder" in run("profile", engine, "--trace", tmp_path, status=2).stderr
 
 
 def test_profile_refuses(run: Run, engine: Path) -> None:

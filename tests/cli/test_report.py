@@ -72,4 +72,4 @@ def test_what_profile_prints_can_be_reported(run: Run, engine: Path, tmp_path: P
 def test_profile_refuses_a_page_that_cannot_be_written(
     run: Run, engine: Path, tmp_path: Path
 ) -> None:
-    assert "cannot be written" in run("profile", engine, "--html", tmp_path, status=2).stderr
+    assert "is a folder" in run("profile", engine, "--html", tmp_path, status=2).stderr

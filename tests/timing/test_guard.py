@@ -81,6 +81,19 @@ def test_faster_and_unclear() -> None:
     assert judged(run(0), run(1)).rows[0].verdict == "same"
 
 
+def test_a_base_with_launches_or_targets_that_do_not_agree(tmp_path: Path) -> None:
+    first, *rest = run(1)
+    other = replace(first, target="other", launches=(8, 6, 7))
+    path = tmp_path / "base.json"
+    for measured, said in (
+        ([first, first, *rest], "net, fp32, ours, 1 twice"),
+        ([first, other, *rest], "not as many as its launches"),
+    ):
+        path.write_text(json_text(document(measured)))
+        with pytest.raises(InputError, match=f"(?s)is damaged.*{said}"):
+            read_base(path)
+
+
 def test_one_launch_is_never_judged() -> None:
     """What differs between launches is not known of it."""
     slow, then = run(0, factor=2.0), run(1)
