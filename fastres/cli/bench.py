@@ -10,7 +10,7 @@ import typer
 
 from fastres.cli import flags
 from fastres.cli.flags import Request
-from fastres.cli.output import check_folder, emit, note
+from fastres.cli.output import check_folder, emit, note, one_interrupt
 from fastres.errors import InputError
 
 DEFAULT = "default"
@@ -113,21 +113,22 @@ def bench(
         seed=seed,
         base=None if base is None else (base, str(compare)),
     )
-    results = bench.run()
-    comparison, failure = None, results.failure
-    if base is not None and results.finished:
-        try:
-            comparison = results.against(base, str(compare), 0.05 if limit is None else limit)
-        except InputError as error:
-            failure = error  # told after what was measured
-    fields = results.to_dict(comparison)
-    text = "\n".join([str(results), *([str(comparison)] if comparison else [])])
-    emit("bench", text, fields, as_json=as_json, output=output)
-    if html is not None:
-        from fastres.report import write_report
+    with one_interrupt():
+        results = bench.run()
+        comparison, failure = None, results.failure
+        if base is not None and results.finished:
+            try:
+                comparison = results.against(base, str(compare), 0.05 if limit is None else limit)
+            except InputError as error:
+                failure = error  # told after what was measured
+        fields = results.to_dict(comparison)
+        text = "\n".join([str(results), *([str(comparison)] if comparison else [])])
+        emit("bench", text, fields, as_json=as_json, output=output)
+        if html is not None:
+            from fastres.report import write_report
 
-        write_report(html, [{"command": "bench", **fields}])
-        note(f"the report is {html}")
+            write_report(html, [{"command": "bench", **fields}])
+            note(f"the report is {html}")
     if failure is not None:
         raise failure
     if not results.finished:
@@ -163,7 +164,12 @@ def _percent(text: str | None) -> float | None:
     """ "5%" or "5" → 0.05."""
     if text is None:
         return None
-    (found,) = flags.numbers("--fail-if-slower", text.removesuffix("%"), 1)
+    try:
+        found = float(text.removesuffix("%"))
+    except ValueError:
+        found = math.nan
     if not 0 < found < 100:
-        raise InputError(f"--fail-if-slower {text!r}: give a percentage above 0 and below 100")
+        raise InputError(
+            f"--fail-if-slower {text!r}: give a percentage above 0 and below 100, as in 5%"
+        )
     return found / 100

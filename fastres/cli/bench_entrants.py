@@ -53,16 +53,17 @@ class Invited:
         return found
 
     def refused(self) -> dict[str, str]:
-        """Why peers that were asked for by name run in none of the precisions."""
+        """Why peers run in none of the precisions, or not in all, by name."""
+        networks = [network for network in self.networks if network.module is not None]
+        precisions = dict.fromkeys(n.precision(p) for n in networks for p in self.precisions)
         found: dict[str, str] = {}
-        for name in self.peers or ():
-            whys = [
-                refusal(name, network.precision(asked), self.device)
-                for network in self.networks
-                for asked in self.precisions
-            ]
-            if whys and None not in whys:
-                found[name] = str(whys[0])
+        for name in usual_peers(self.device) if self.peers is None else self.peers:
+            whys = {precision: refusal(name, precision, self.device) for precision in precisions}
+            wrong = {precision: why for precision, why in whys.items() if why is not None}
+            if len(wrong) < len(whys):
+                found |= {f"{name} in {precision}": why for precision, why in wrong.items()}
+            elif wrong:
+                found[name] = next(iter(wrong.values()))
         return found
 
     def _own(self, network: Network, asked: str | None) -> Entrant:

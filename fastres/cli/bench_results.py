@@ -109,7 +109,8 @@ class Results:
             parts.append(table(self.versions))
         if not self.finished:
             word = "interrupted" if self.failure is None else "broken off"
-            parts.append(f"{word}: what was measured until then")
+            kept = "what was measured until then"
+            parts.append(f"{word}: {kept if self.report.measurements else 'nothing was measured'}")
         return "\n".join(parts)
 
     def _sentences(self) -> list[str]:

@@ -19,7 +19,7 @@ from fastres.cli.bench_entrants import Invited, lanes_of, pairs
 from fastres.cli.bench_networks import Network, open_networks
 from fastres.cli.bench_results import Lane, Results
 from fastres.cli.flags import Request
-from fastres.cli.output import command_line, note, progress, working
+from fastres.cli.output import command_line, interrupted, note, progress, working
 from fastres.errors import FastresError, ParityError
 from fastres.options import Options, as_device
 from fastres.timing.checks import Reference
@@ -65,6 +65,10 @@ class Bench:
         text = self.asked.precision
         self.precisions: list[str | None] = [*dict.fromkeys(text.split(","))] if text else [None]
         self.device = _device(self.asked)
+        if self.threads > len(self.cores):
+            note(f"{self.threads} threads share {len(self.cores)} cores, and will be slower for it")
+        if self.launches == 2:
+            note("an interval from 2 launches is very wide: 3 or more tell something")
 
     def run(self) -> Results:
         """Prepares, checks and times.
@@ -104,6 +108,8 @@ class Bench:
                     except FastresError as error:
                         note(f"the layers were not all timed: {error}")
                     except KeyboardInterrupt:
+                        interrupted()
+                        contest.kill()
                         finished = False
         contest.left_out = refused | contest.left_out
         for target, why in contest.left_out.items():
@@ -176,6 +182,8 @@ class Bench:
                     with progress(f"timing at batch {size}") as advance:
                         contest.time(size, self.duration_s, shuffler, advance)
         except KeyboardInterrupt:
+            interrupted()
+            contest.kill()
             return False, None
         except ParityError:
             raise

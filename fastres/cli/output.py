@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -73,6 +74,22 @@ def write_file(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def one_interrupt() -> Iterator[None]:
+    """Lets `interrupted` be called within."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted() -> None:
+    """Says so at once, and makes further interrupts void: the second would lose what is kept."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    note("interrupted: what was measured is kept")
 
 
 def check_output(output: Path, *read: Path | None) -> None:

@@ -113,7 +113,8 @@ class Profile(msgspec.Struct, frozen=True):
     def title(self) -> str:
         where = self.target or self.backend
         words = (self.model, where, self.precision or self.precision_ran)
-        return ", ".join([*filter(None, words), f"batch {self.batch_size}"])
+        told = [w for w in words if w and (w == where or w not in where.split())]
+        return ", ".join([*told, f"batch {self.batch_size}"])
 
 
 class Rate(msgspec.Struct, frozen=True):
@@ -213,6 +214,13 @@ class Bench(msgspec.Struct, frozen=True):
     def is_ours(self, target: str) -> bool:
         """Older documents have no lanes, whose keys are ours."""
         return target in self.lanes if self.lanes else "fastres" in target
+
+    def runtime_of(self, target: str) -> str:
+        """A target without what all names of its lane begin with: the model and the precision."""
+        for ours, peers in self.lanes.items():
+            if target in (ours, *peers):
+                return target.removeprefix(ours.removesuffix("fastres"))
+        return target
 
     def beside_baseline(self, target: str) -> bool:
         """Whether it ran what the baseline ran, as far as the document tells."""

@@ -37,9 +37,9 @@ def findings(documents: Mapping[str, Document]) -> Html:
 def _said(head: str, document: Document) -> Iterator[str]:
     if isinstance(document, Bench):
         yield from _speed(head, document)
-        yield from _versions(document)
-        yield from _parity(document)
-        yield from _change(document)
+        yield from (head + said for said in _versions(document))
+        yield from (head + said for said in _parity(document))
+        yield from (head + said for said in _change(document))
     elif isinstance(document, Scaling):
         yield from _growth(document)
     elif isinstance(document, Accuracy):
@@ -172,12 +172,13 @@ def _fastest(name: str, bench: Bench) -> Html:
             groups.setdefault((bench.model_of(m), m.precision, m.batch_size), []).append(m)
     if not groups:
         return Html("")
-    alone = bool(bench.lanes) and not bench.ratios and not any(bench.lanes.values())
+    if bench.lanes and not any(bench.lanes.values()):
+        return _alone(name, groups)
     columns = [Column("model"), Column("precision"), Column("batch", True), Column("fastest")]
     columns += [Column("img/s", numeric=True), Column("fastres img/s", numeric=True)]
     if bench.ratios:
         columns += [Column("fastest peer"), Column("fastres over that peer", numeric=True)]
-    elif not alone:
+    else:
         columns += [Column(f"fastres over {bench.baseline or 'the baseline'}", numeric=True)]
     rows = []
     for (model, precision, size), group in groups.items():
@@ -191,10 +192,20 @@ def _fastest(name: str, bench: Bench) -> Html:
                 best.target,
                 number(best.throughput, ",.1f"),
                 number(own.throughput if own else None, ",.1f"),
-                *(() if alone else _over(bench, own)),
+                *_over(bench, own),
             )
         )
     return table(f"{name}: the fastest of each comparison", columns, rows)
+
+
+def _alone(name: str, groups: Mapping[tuple[str, str, int], Sequence[Measurement]]) -> Html:
+    """Where nothing else was timed beside ours."""
+    columns = [Column("model"), Column("precision"), Column("batch", True), Column("img/s", True)]
+    rows = [
+        (model, precision, number(size), number(max(map(_rate, group)), ",.1f"))
+        for (model, precision, size), group in groups.items()
+    ]
+    return table(f"{name}: images per second", columns, rows)
 
 
 def _over(bench: Bench, own: Measurement | None) -> Sequence[Cell]:

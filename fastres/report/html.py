@@ -71,8 +71,9 @@ def paragraphs(lines: Iterable[str]) -> Html:
 
 
 def items(lines: Iterable[str], class_: str | None = None) -> Html:
-    """A list with bullets."""
-    return tag("ul", join(tag("li", line) for line in lines), class_=class_)
+    """A list with bullets; nothing where there are no lines."""
+    listed = join(tag("li", line) for line in lines)
+    return tag("ul", listed, class_=class_) if listed else Html("")
 
 
 def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> Html:

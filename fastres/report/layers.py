@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from fastres.report.documents import Bench, Profile, Rate, Work
 from fastres.report.html import Html, figure, figures, folded, join, tag
 from fastres.report.numbers import short
-from fastres.report.plotting import INK, chart, colour, label, legend, linear_or_log, marker
+from fastres.report.panels import numbered
+from fastres.report.plotting import INK, PAPER, chart, colour, label, legend, linear_or_log, marker
 from fastres.report.speed import called
 from fastres.report.timing import timing_table
 
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 def roofline_charts(benches: Mapping[str, Bench]) -> Html:
     """One chart for each profile: what its layers reach."""
+    works = (w for bench in benches.values() for p in bench.profiles for w in p.rows)
+    colours = numbered(work.op or "other" for work in works if _placed(work))
     return figures(
         [
-            _roofline(called(name, benches), profile, bench.rates)
+            _roofline(called(name, benches), profile, bench.rates, colours)
             for name, bench in benches.items()
             for profile in bench.profiles
             if any(map(_placed, profile.rows))
@@ -57,11 +60,13 @@ def _placed(work: Work) -> bool:
     return bool(work.flop and work.bytes and work.gflop_per_s)
 
 
-def _roofline(head: str, profile: Profile, rates: Mapping[str, Rate]) -> Html:
+def _roofline(
+    head: str, profile: Profile, rates: Mapping[str, Rate], colours: Mapping[str, int]
+) -> Html:
     title = f"{head}{profile.title}"
     rows = [work for work in profile.rows if _placed(work)]
     intensity = {work.name: work.flop / work.bytes for work in rows}
-    kinds = {kind: i for i, kind in enumerate(dict.fromkeys(work.op or "other" for work in rows))}
+    kinds = {kind: colours[kind] for kind in dict.fromkeys(work.op or "other" for work in rows)}
     ran = dict.fromkeys(work.precision or profile.precision for work in rows)
     roofs = {name: rates[name] for name in ran if name in rates}
 
@@ -80,6 +85,8 @@ def _roofline(head: str, profile: Profile, rates: Mapping[str, Rate]) -> Html:
                     (0, 3),
                     textcoords="offset points",
                     ha="right",
+                    bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.0},
+                    zorder=5,
                 )
                 tops += roof
         for work in rows:

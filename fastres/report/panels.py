@@ -19,7 +19,7 @@ class Panel:
     Args:
         title: says which, and which document if there are several.
         batches: sizes, from the top.
-        series: target → index of its colour, the same in every panel of a document.
+        series: target → index of its colour, the same in every panel of the page.
     """
 
     title: str
@@ -51,7 +51,7 @@ def panel(title: str, shown: Iterable[tuple[str, int]], colours: Mapping[str, in
 
     Args:
         shown: target and batch size of all that it will show.
-        colours: of every target of the document.
+        colours: of every target that it shows, and maybe of others.
     """
     shown = list(shown)
     targets = {target for target, _ in shown}
@@ -59,6 +59,6 @@ def panel(title: str, shown: Iterable[tuple[str, int]], colours: Mapping[str, in
     return Panel(title, tuple(sorted({size for _, size in shown})), series)
 
 
-def numbered(targets: Iterable[str]) -> dict[str, int]:
-    """An index for each distinct target, in order."""
-    return {target: i for i, target in enumerate(dict.fromkeys(targets))}
+def numbered(names: Iterable[str]) -> dict[str, int]:
+    """An index for each distinct name, in order."""
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}

@@ -82,5 +82,5 @@ def _decode(data: bytes, fields: Mapping[str, msgspec.Raw], name: str) -> Docume
     found = ", ".join(list(fields)[:8]) or "none"
     raise InputError(
         f"{name} holds nothing to report on: its fields are {found}; supported are the documents "
-        "of fastres bench, fastres profile, bench/accuracy.py and bench/int8.py"
+        "of fastres bench, fastres profile, bench/scaling.py, bench/accuracy.py and bench/int8.py"
     )

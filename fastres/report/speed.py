@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastres.report.documents import Bench, Comparison, Interval, Measurement
@@ -27,7 +28,6 @@ from fastres.report.plotting import (
     PAPER,
     chart,
     colour,
-    label,
     legend,
     linear_or_log,
     marker,
@@ -41,9 +41,8 @@ Rated = tuple[str, int, Interval]  # whose ratio, at which batch size
 
 def peer_charts(benches: Mapping[str, Bench]) -> Html:
     """How many times as fast as each of its peers ours is, with intervals."""
-    drawn = []
+    drawn, colours = [], _colours(benches)
     for name, bench in benches.items():
-        colours = numbered(found.runtime for found in bench.ratios)
         groups: dict[tuple[str, str], list[Rated]] = {}
         for found in bench.ratios:
             if found.speed is not None and known(found.speed):
@@ -64,11 +63,11 @@ def ratio_charts(benches: Mapping[str, Bench]) -> Html:
         if bench.ratios:
             continue
         shown = [m for m in bench.measurements if m.target != bench.baseline and rated(m)]
-        for lanes, group in _panels(called(name, benches), bench, shown):
+        for lanes, group in _panels(called(name, benches), bench, shown, _colours(benches)):
             ratios = [(m.target, m.batch_size, m.speedup) for m in group if m.speedup]
             head = f"Speed over {bench.baseline} of {lanes.title}"
-            axis = f"times as fast as {label(bench.baseline)}"
-            drawn.append(_ratio_chart(lanes, ratios, head, axis))
+            named = replace(lanes, title=f"{lanes.title}, over {bench.baseline}")
+            drawn.append(_ratio_chart(named, ratios, head, "times as fast as the baseline"))
     return figures(drawn)
 
 
@@ -79,7 +78,10 @@ def latency_charts(benches: Mapping[str, Bench]) -> Html:
             _latency_chart(lanes, group)
             for name, bench in benches.items()
             for lanes, group in _panels(
-                called(name, benches), bench, [m for m in bench.measurements if _spread(m)]
+                called(name, benches),
+                bench,
+                [m for m in bench.measurements if _spread(m)],
+                _colours(benches),
             )
         ]
     )
@@ -120,11 +122,22 @@ def known(ratio: Interval) -> bool:
     return None not in (ratio.median, ratio.low, ratio.high)
 
 
+def _colours(benches: Mapping[str, Bench]) -> dict[str, int]:
+    """Of every runtime on the page, and so of every target, however a document calls it."""
+    runtimes = {
+        m.target: bench.runtime_of(m.target)
+        for bench in benches.values()
+        for m in bench.measurements
+    }
+    peers = (pair.runtime for bench in benches.values() for pair in bench.ratios)
+    found = numbered([*runtimes.values(), *peers])
+    return found | {target: found[runtime] for target, runtime in runtimes.items()}
+
+
 def _panels(
-    head: str, bench: Bench, shown: Sequence[Measurement]
+    head: str, bench: Bench, shown: Sequence[Measurement], colours: Mapping[str, int]
 ) -> Iterator[tuple[Panel, Sequence[Measurement]]]:
     """A panel for each model and precision, and what it shows."""
-    colours = numbered(m.target for m in bench.measurements)
     groups: dict[tuple[str, str], list[Measurement]] = {}
     for m in shown:
         groups.setdefault((bench.model_of(m), m.precision), []).append(m)
@@ -199,29 +212,26 @@ def _quantiles(measurement: Measurement, percentiles: Sequence[int]) -> list[flo
 
 def _measurement_table(name: str, bench: Bench) -> Html:
     percentiles = list(dict.fromkeys(p for m in bench.measurements for p in m.latency_ms))
-    columns = [Column("target"), Column("model"), Column("precision")]
     ran = any(m.ran for m in bench.measurements)
-    columns += [Column("ran in")] * ran + [Column("backend")] * bool(bench.backends)
-    numeric = ["batch", "img/s", *(f"{p} ms" for p in percentiles), "min ms", "calls"]
-    columns += [Column(heading, numeric=True) for heading in numeric]
-    if bench.ratios:
-        columns.append(Column("fastres over it", numeric=True))
-    else:
-        over = f"speed over {bench.baseline}" if bench.baseline else "speed"
-        columns.append(Column(over, numeric=True))
+    over = f"speed over {bench.baseline}" if bench.baseline else "speed"
+    numeric = ["batch", "img/s", "fastres over it" if bench.ratios else over]
+    numeric += [*(f"{p} ms" for p in percentiles), "min ms", "calls"]
+    columns = [Column("target"), *(Column(heading, numeric=True) for heading in numeric)]
+    columns += [Column("precision")] + [Column("ran in")] * ran
+    columns += [Column("backend")] * bool(bench.backends) + [Column("model")]
     rows: list[Sequence[Cell]] = [
         (
             m.target,
-            bench.model_of(m),
-            m.precision,
-            *([m.ran or NOTHING] * ran),
-            *([bench.backends.get(m.target, NOTHING)] * bool(bench.backends)),
             number(m.batch_size),
             number(m.throughput, ",.1f"),
+            _speed_cell(bench, m),
             *(number(m.latency_ms.get(p), ",.2f") for p in percentiles),
             number(m.min_ms, ",.2f"),
             number(m.samples, ","),
-            _speed_cell(bench, m),
+            m.precision,
+            *([m.ran or NOTHING] * ran),
+            *([bench.backends.get(m.target, NOTHING)] * bool(bench.backends)),
+            bench.model_of(m),
         )
         for m in bench.measurements
     ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _SERIES = {"v1": 0, "v1.5": 1}
 _WIDTH = 0.36  # of a bar
+RELEVANT = 0.01  # of the whole time, from which a stage's difference is listed
 
 
 def version_tables(benches: Mapping[str, Bench]) -> Html:
@@ -36,7 +37,7 @@ def _table(head: str, pairs: tuple[Versions, ...]) -> Html:
     headings = ("v1 img/s", "v1.5 img/s", "speed v1.5 over v1", "arithmetic", "least time")
     columns += [Column(heading, numeric=True) for heading in headings]
     told = any(stage.difference for pair in pairs for stage in pair.groups)
-    columns += [Column("v1.5 takes longer in")] * told
+    columns += [Column("difference by stage, ms", wraps=True)] * told
     rows: list[Sequence[Cell]] = [
         (
             pair.net,
@@ -54,7 +55,7 @@ def _table(head: str, pairs: tuple[Versions, ...]) -> Html:
     caption = (
         f"{head}speed with its 95 % interval; arithmetic: multiply-adds of v1.5 over those of v1; "
         "least time: what the machine's rates allow, v1.5 over v1"
-        + "; ms in the end: median over profiles that took turns, least and most"
+        + "; by stage: what v1.5 takes longer, the median of profiles made in turns, least and most"
         * told
     )
     return table(caption, columns, rows)
@@ -63,11 +64,13 @@ def _table(head: str, pairs: tuple[Versions, ...]) -> Html:
 def _where(pair: Versions) -> str:
     """The stages in which all turns agree on who takes longer, the largest difference first."""
     found = []
+    whole = sum(stage.v1_ms or 0.0 for stage in pair.groups)
     for stage in pair.groups:
         span = stage.difference
         if span is None or span.median is None or span.low is None or span.high is None:
             continue
-        if span.low < span.high and (span.low > 0 or span.high < 0):
+        agreed = span.low < span.high and (span.low > 0 or span.high < 0)
+        if agreed and abs(span.median) >= RELEVANT * whole:
             text = f"{stage.group} {span.median:+.3g} [{span.low:.3g}, {span.high:.3g}]"
             found.append((abs(span.median), text))
     return ", ".join(text for _, text in sorted(found, reverse=True)) or "no stage for certain"

@@ -128,10 +128,14 @@ class Contest:
                     progress(done / len(everybody))
             except BaseException:  # nobody waits for what is still being made
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in tuple(self.processes.values()):
-                    process.kill()
+                self.kill()
                 raise
         self._preparing_s = time.perf_counter() - started
+
+    def kill(self) -> None:
+        """Ends all processes at once, whatever they do."""
+        for process in tuple(self.processes.values()):
+            process.kill()
 
     def close(self) -> None:
         """Ends all processes; they take a second each to do so, all at once."""

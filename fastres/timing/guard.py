@@ -232,8 +232,8 @@ def compare(
             notes.append(f"not judged: {what}: {name} has not timed it")
         elif not peers:
             notes.append(
-                f"not judged: {what}: no peer that both runs timed measures it; time the same "
-                "--peers in both"
+                f"not judged: {what}: no peer that runs {m.precision} was timed beside it in both "
+                "runs; time the same --peers, and among them one that does"
             )
         elif ran[key] is not None and ran[key] != backends.get(m.target, ran[key]):
             notes.append(f"not judged: {what}: it ran on {ran[key]} then")

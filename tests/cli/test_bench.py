@@ -153,6 +153,13 @@ def test_a_peer_that_cannot_run_is_left_out_and_named(run_json: RunJson, small: 
     assert document["baseline"] == "fastres"
 
 
+def test_a_peer_that_lacks_a_precision_is_named_with_it(run_json: RunJson, small: str) -> None:
+    flags = ("--precision", "fp32,int8", "--peers", "eager")
+    document = run_json("bench", small, *BRIEF, *flags)
+    assert document["left_out"].keys() == {"eager in int8"}
+    assert "eager runs fp32, fp16, bf16 here, not int8" in document["left_out"]["eager in int8"]
+
+
 def test_the_speed_of_wrong_results_is_not_shown(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +192,8 @@ def test_an_interrupt_keeps_what_was_measured(small: str, command: list[str]) ->
             break
     time.sleep(1.7)
     process.send_signal(signal.SIGINT)
+    assert "interrupted: what was measured is kept" in process.stderr.readline()  # at once
+    process.send_signal(signal.SIGINT)  # impatience costs nothing
     stdout, _ = process.communicate(timeout=60)
     document = json.loads(stdout)
     assert process.returncode == 130 and document["run"]["finished"] is False
@@ -301,7 +310,7 @@ def test_what_is_read_is_not_written_over(run: Run, small: str, tmp_path: Path) 
         (("SMALL", "--fail-if-slower", "5%"), "--compare BASE.json, to what"),
         (("SMALL", "--compare", "no.json"), "no.json cannot be read"),
         (("SMALL", "--compare", "WEIGHTS"), "holds no results of fastres bench"),
-        (("SMALL", "--compare", "no.json", "--fail-if-slower", "x"), "--fail-if-slower 'x'"),
+        (("SMALL", "--compare", "no.json", "--fail-if-slower", "x"), "'x': give a percentage"),
         (("SMALL", "--compare", "no.json", "--fail-if-slower", "100"), "below 100"),
         (("SMALL", "--percentile", "50,x"), "--percentile"),
         (("SMALL", "--percentile", "0"), "above 0"),

@@ -124,7 +124,7 @@ def test_tables_sort_by_mouse_and_by_keyboard(files: dict[str, Path], opened: Op
     heading = table.locator("th[scope=col]", has_text="img/s")
 
     def shown() -> list[float]:
-        column = "(t) => [...t.tBodies[0].rows].map((r) => Number(r.cells[6].dataset.value))"
+        column = "(t) => [...t.tBodies[0].rows].map((r) => Number(r.cells[2].dataset.value))"
         return list(table.evaluate(column))
 
     before = shown()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from fastres.report.documents import Bench
 from fastres.report.reading import from_memory
-from fastres.report.speed import measurement_tables, peer_charts, ratio_charts
+from fastres.report.speed import latency_charts, measurement_tables, peer_charts, ratio_charts
 
 Document = dict[str, Any]
 
@@ -57,6 +58,24 @@ def test_a_runtime_has_one_colour_in_all_charts(bench_document: Document) -> Non
     assert len(legends) == 2 and legends[0] == legends[1]
 
 
+def test_a_runtime_has_one_colour_on_the_whole_page(bench_document: Document) -> None:
+    """Under the name of its lane in one document, under its own in another, in another order."""
+    alone = {
+        "measurements": [
+            {"target": name, "batch_size": 1, "throughput": 1.0, "quantiles_ms": [1.0, 2.0]}
+            for name in ("nncf", "eager", "fastres")
+        ],
+        "lanes": {"fastres": ["nncf", "eager"]},
+    }
+    first, second = benches(bench_document), benches(alone)
+    html = latency_charts({"a": first["x"], "b": second["x"]})
+    for runtime in ("nncf", "eager", "fastres"):
+        keys = re.findall(
+            rf"--series-(\d)[^<]*>[^<]*</span><span>(?:[^<]* )?{runtime}</span>", html
+        )
+        assert len(keys) >= 2 and len(set(keys)) == 1, (runtime, keys)
+
+
 def test_equal_speed_is_a_dashed_line(bench_document: Document) -> None:
     first = peer_charts(benches(bench_document)).split("</figure>")[0]
     assert first.count("stroke-dasharray") == 1
@@ -73,7 +92,9 @@ def test_what_is_null_is_left_out_of_a_chart(bench_document: Document) -> None:
 def test_ratios_replace_those_to_the_baseline(bench_document: Document) -> None:
     assert not ratio_charts(benches(bench_document))
     old = benches({**bench_document, "ratios": []})
-    assert not peer_charts(old) and "times as fast as fastres" in ratio_charts(old)
+    charts = ratio_charts(old)
+    assert not peer_charts(old) and "times as fast as the baseline" in charts
+    assert "resnet50@v1 in fp32, over fastres:resnet50@v1 fp32 eager</figcaption>" in charts
 
 
 @pytest.mark.parametrize(
@@ -89,7 +110,7 @@ def test_the_table_of_measurements(target: str, cells: list[str], bench_document
     name = f"fastres:resnet50@v1.5 {target}"
     row = table.split(f'<th scope="row">{name}</th>')[1].split("</tr>")[0]
     found = [cell.split(">")[1] for cell in row.split("</td>")[:-1]]
-    assert [found[2], found[3], found[-1]] == cells
+    assert [found[-3], found[-2], found[2]] == cells  # ran in, backend, speed
     assert "fastres over it" in table and "speed over" not in table
 
 

@@ -175,7 +175,7 @@ def test_a_peer_of_one_run_only_is_no_yardstick() -> None:
     found = judged(run(0)[:2], run(1))
     assert found.rows[0].yardstick == "eager" and found.slower == ()
     assert "speed now over speed in base.json" in str(found) and "eager" in str(found)
-    with pytest.raises(InputError, match="no peer that both runs timed"):
+    with pytest.raises(InputError, match="no peer that runs fp32 was timed beside it"):
         judged(run(0)[:1], run(1))
 
 
