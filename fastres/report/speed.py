@@ -213,8 +213,8 @@ def _quantiles(measurement: Measurement, percentiles: Sequence[int]) -> list[flo
 def _measurement_table(name: str, bench: Bench) -> Html:
     percentiles = list(dict.fromkeys(p for m in bench.measurements for p in m.latency_ms))
     ran = any(m.ran for m in bench.measurements)
-    over = f"speed over {bench.baseline}" if bench.baseline else "speed"
-    numeric = ["batch", "img/s", "fastres over it" if bench.ratios else over]
+    over = f"speed over {bench.baseline}" if bench.baseline and not bench.ratios else "speed"
+    numeric = ["batch", "img/s", "fastres over it" if bench.ratios else "speed"]
     numeric += [*(f"{p} ms" for p in percentiles), "min ms", "calls"]
     columns = [Column("target"), *(Column(heading, numeric=True) for heading in numeric)]
     columns += [Column("precision")] + [Column("ran in")] * ran
@@ -236,7 +236,7 @@ def _measurement_table(name: str, bench: Bench) -> Html:
         for m in bench.measurements
     ]
     caption = (
-        f"{name}: latency of one call, and images per second of all timed calls; speed with its "
+        f"{name}: latency of one call, and images per second of all timed calls; {over} with its "
         "95 % interval"
     )
     return table(caption, columns, rows)
