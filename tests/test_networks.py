@@ -58,7 +58,6 @@ CASES = (
     ours("resnet50", shortcut="A"),
     ours("resnet50", shortcut="C"),
     ours("resnet101", version="v1"),
-    ours("resnet152", version="v1"),
     ours("resnext50_32x4d"),  # the wider and deeper ones: torchvision's, below
     ours("wide_resnet50_2"),
     Case("resnet18_cifar", lambda: models.resnet18(stem="cifar", num_classes=10, seed=0), 32),
@@ -71,7 +70,6 @@ CASES = (
     theirs("resnet18"),
     theirs("resnet34"),
     theirs("resnet50"),
-    theirs("resnet101"),
     theirs("resnet152"),
     theirs("resnext101_32x8d"),
     theirs("wide_resnet101_2"),
