@@ -10,13 +10,13 @@ from fastres.report.html import Cell, Column, Html, figure, figures, join, table
 from fastres.report.numbers import number, short, times_cell
 from fastres.report.plotting import bars, chart, label, legend
 from fastres.report.speed import called
+from fastres.timing.versions import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SERIES = {"v1": 0, "v1.5": 1}
 _WIDTH = 0.36  # of a bar
-RELEVANT = 0.01  # of the whole time, from which a stage's difference is listed
 
 
 def version_tables(benches: Mapping[str, Bench]) -> Html:
@@ -69,8 +69,7 @@ def _where(pair: Versions) -> str:
         span = stage.difference
         if span is None or span.median is None or span.low is None or span.high is None:
             continue
-        agreed = span.low < span.high and (span.low > 0 or span.high < 0)
-        if agreed and abs(span.median) >= RELEVANT * whole:
+        if Difference(span.median, span.low, span.high).matters(whole):
             text = f"{stage.group} {span.median:+.3g} [{span.low:.3g}, {span.high:.3g}]"
             found.append((abs(span.median), text))
     return ", ".join(text for _, text in sorted(found, reverse=True)) or "no stage for certain"

@@ -33,10 +33,10 @@ class Difference:
     low: float
     high: float
 
-    @property
-    def shown(self) -> bool:
-        """Whether several turns agree that there is one."""
-        return self.low < self.high and (self.low > 0 or self.high < 0)
+    def matters(self, whole: float) -> bool:
+        """Whether several turns agree that there is one, and it is no trifle of so many ms."""
+        agreed = self.low < self.high and (self.low > 0 or self.high < 0)
+        return agreed and abs(self.median) >= RELEVANT * whole
 
     def __str__(self) -> str:
         return f"{self.median:+.3g} [{self.low:.3g}, {self.high:.3g}] ms"
@@ -148,8 +148,8 @@ def table(found: Sequence[Versions]) -> str:
 
 def _explanation(v: Versions) -> str:
     """The stages by what v1.5 takes longer in them, the largest first; no noise, and no trifles."""
-    least = RELEVANT * sum(group.v1_ms for group in v.groups)
-    shown = [g for g in v.groups if g.difference.shown and abs(g.difference.median) >= least]
+    whole = sum(group.v1_ms for group in v.groups)
+    shown = [group for group in v.groups if group.difference.matters(whole)]
     ordered = sorted(shown, key=lambda g: abs(g.difference.median), reverse=True)
     return ", ".join(f"{g.group} {g.difference}" for g in ordered[:3]) or "in no stage for certain"
 

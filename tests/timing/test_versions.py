@@ -52,7 +52,7 @@ def test_the_table_says_where() -> None:
     assert "layer2 +1 [0.8, 1.1] ms" in text and "layer1" not in text
     assert "0.8x [0.8, 0.8]" in text and "1.100" in text
     first = found.groups[0]
-    assert (first.v1_ms, first.v15_ms) == (2.0, 2.0) and not first.difference.shown
+    assert (first.v1_ms, first.v15_ms) == (2.0, 2.0) and not first.difference.matters(4.0)
 
 
 def test_one_turn_shows_nothing() -> None:
