@@ -55,7 +55,8 @@ unit: dev
 	$(BIN)/python -m pytest -q $(TWO_WORKERS) -m 'not interpret'
 
 # bf16 only where the processor has it
-PRECISIONS := fp32$(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo ,bf16),int8
+FLOATS := fp32$(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo ,bf16)
+PRECISIONS := $(FLOATS),int8
 
 bench: dev  ## ours and peers on ResNet-50, interleaved
 	$(BIN)/fastres bench fastres:resnet50 --precision $(PRECISIONS) --batch-size 1,8
@@ -64,7 +65,7 @@ report: dev  ## everything that a report shows, measured afresh: about half an h
 	mkdir -p build/report
 	$(BIN)/fastres bench fastres:resnet50 --precision $(PRECISIONS) --batch-size 1,8 --layers -o build/report/peers.json
 	$(BIN)/fastres bench fastres:resnet50@v1 fastres:resnet50@v1.5 --precision $(PRECISIONS) --batch-size 1,8 --peers none -o build/report/versions.json
-	$(BIN)/python bench/scaling.py -o build/report/scaling.json
+	$(BIN)/python bench/scaling.py --precision $(FLOATS) -o build/report/scaling.json
 	$(BIN)/python bench/accuracy.py --quick -o build/report/accuracy.json
 	$(BIN)/python bench/accuracy.py --parity --depths 18,50 -o build/report/parity.json
 	$(BIN)/fastres report build/report/*.json -o build/report/report.html

@@ -46,10 +46,12 @@ from datasets import Pictures, digits
 from torch import Tensor
 
 from fastres.calib.images import Preprocess
+from fastres.cli.output import check_folder, write_file
 from fastres.errors import FastresError, InputError
 from fastres.options import Input
 from fastres.source import source_of
-from fastres.timing.machine import machine
+from fastres.text import json_text
+from fastres.timing.machine import machine, record
 from fastres.timing.peers_torch import torch_threads
 
 OTHER_DAMAGE = 1000  # added to the seed: the pictures of `validate` are damaged in other ways
@@ -173,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     _check(parser, given)
+    started = time.time()
     if given.validation_images is None:
         given.validation_images = 0 if given.quick else 256
     with torch_threads(given.threads):
@@ -187,14 +190,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = on_settled(given)
         else:
             report = on_digits(given)
-    print(report.to_json() if given.json else report)
+    document = {**report.to_dict(), "run": record(["python", *sys.argv], started)}
+    print(json_text(document) if given.json else report)
     if given.output is not None:
-        given.output.write_text(report.to_json() + "\n")
+        write_file(given.output, json_text(document) + "\n")
     return 0
 
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Ends with status 2 where flags contradict each other or a number is out of range."""
+    try:
+        check_folder(given.output)
+    except InputError as error:
+        parser.error(str(error))
     modes = {"--quick": given.quick, "--imagenet": given.imagenet, "--parity": given.parity}
     if sum(map(bool, modes.values())) > 1:
         parser.error(f"choose one of {', '.join(modes)}")

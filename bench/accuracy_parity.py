@@ -22,7 +22,7 @@ from fastres import models
 from fastres.calib.images import Preprocess, decode, find_images
 from fastres.errors import UnsupportedError
 from fastres.parity_report import ParityReport
-from fastres.text import json_text, render
+from fastres.text import render
 from fastres.timing.machine import Machine, machine
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
@@ -80,8 +80,8 @@ class Parities:
     rows: tuple[Parity, ...]
     notes: tuple[str, ...]
 
-    def to_json(self) -> str:
-        return json_text(asdict(self))
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
     def __str__(self) -> str:
         table = Table(

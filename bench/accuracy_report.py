@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from fastres.calib.thresholds import ALGORITHMS
-from fastres.text import json_text, render
+from fastres.text import render
 from fastres.timing.machine import Machine
 
 BASELINE, AUTO, KEPT = "fp32", "int8 auto", "int8 auto, max_drop"
@@ -121,9 +121,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def to_json(self) -> str:
-        return json_text(self.to_dict())
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.sections), *self.notes, f"measured on {self.machine}"])

@@ -6,13 +6,12 @@ Each trial makes three runs as `fastres bench` does, every target in a process o
 the same again, and one in which ours, and ours alone, runs a network of a tenth more layers under
 the same name. Counted is how often the guard calls the second and the third slower, and how often
 the intervals of all ratios of the first two overlap. The file is written after each trial; an
-interrupt keeps the trials that are done, and the exit status is 130.
+interrupt keeps the trials that are done, and the exit status is 130. `fastres report` shows it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -34,7 +33,7 @@ from fastres.options import Options, Precision
 from fastres.text import json_text
 from fastres.timing.contest import Contest, Entrant
 from fastres.timing.guard import SCHEMA, Base, Comparison, compare
-from fastres.timing.machine import cores, machine
+from fastres.timing.machine import cores, machine, record
 from fastres.timing.peers import PEERS, make_peer, refusal
 from fastres.timing.peers_torch import torch_threads
 from fastres.timing.processes import Made
@@ -189,13 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_all(given: argparse.Namespace, trials: list[Trial]) -> None:
     """Every trial, each written and told as soon as it is there."""
+    started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         engines = {name: Path(folder, f"{i}") for i, name in enumerate((given.model, given.slower))}
         for name, path in engines.items():
             keep_engine(given, name, path)
         for number in range(given.trials):
             trials.append(trial(given, number, engines))
-            _keep(trials, given)
+            _keep(trials, given, started)
             t = trials[-1]
             print(
                 f"{number}: same {t.same} {t.same_verdict}, slowed {t.slowed} {t.slowed_verdict}, "
@@ -205,11 +205,27 @@ def _run_all(given: argparse.Namespace, trials: list[Trial]) -> None:
             )
 
 
-def _keep(trials: Sequence[Trial], given: argparse.Namespace) -> None:
+def _keep(trials: Sequence[Trial], given: argparse.Namespace, started: float) -> None:
     if given.output is not None:
         finished = len(trials) == given.trials
-        figures = {"argv": sys.argv, "finished": finished, "trials": [asdict(t) for t in trials]}
-        write_file(given.output, json.dumps(figures, indent=2) + "\n")
+        document = {
+            "command": "guard_trials",
+            "fastres": fastres.__version__,
+            "schema": SCHEMA,
+            "machine": asdict(machine()),
+            "run": {
+                **record(["python", *sys.argv], started),
+                "duration_s": given.duration,
+                "launches": given.launches,
+                "transfers": "not included",
+                "finished": finished,
+            },
+            "limit": given.limit,
+            "model": given.model,
+            "slower": given.slower,
+            "trials": [asdict(t) for t in trials],
+        }
+        write_file(given.output, json_text(document) + "\n")
 
 
 def _tell(trials: Sequence[Trial], given: argparse.Namespace) -> None:

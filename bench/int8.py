@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,12 +38,14 @@ from torch import Tensor, nn
 import fastres
 from fastres.calib.images import Preprocess, find_images
 from fastres.calibrating import collect
+from fastres.cli.output import check_folder, write_file
 from fastres.compiler import optimised
-from fastres.errors import CaptureError
+from fastres.errors import CaptureError, InputError
 from fastres.options import Input
 from fastres.source import source_of
-from fastres.text import render
+from fastres.text import json_text, render
 from fastres.timing.benchmark import Target, benchmark
+from fastres.timing.machine import record
 from fastres.timing.peers_exported import (
     OrtSession,
     in_openvino,
@@ -132,7 +134,13 @@ def _calibrate_alone(name: str, images: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        check_folder(given.output)
+    except InputError as error:
+        parser.error(str(error))
+    started = time.time()
     images = photographs(given.images)
     model = settled(given.model, images)
     examples = {n: photographs(n, seed=1) for n in map(int, given.batch_size.split(","))}
@@ -176,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"peak memory of calibrating with {n} images: {memory[n]:.0f} MiB above that with 8")
     if given.output is not None:
         figures = {
+            "run": record(["python", *sys.argv], started),
             "model": given.model,
             "images": given.images,
             "calibration_seconds": seconds,
@@ -183,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "memory_mib": memory,
             **report.to_dict(),
         }
-        given.output.write_text(json.dumps(figures, indent=2) + "\n")
+        write_file(given.output, json_text(figures) + "\n")
     return 0
 
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,7 +39,7 @@ from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision
 from fastres.text import json_text, render
 from fastres.timing.contest import PAUSE
-from fastres.timing.machine import commit, cores, machine
+from fastres.timing.machine import cores, machine, record
 from fastres.timing.statistics import bootstrap
 from fastres.timing.turns import Here, Rounds, interleave
 
@@ -244,10 +243,7 @@ def keep(
         "schema": SCHEMA,
         "machine": asdict(machine()),
         "run": {
-            "argv": ["python", *sys.argv],
-            "commit": commit(),
-            "date": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - started, 1),
+            **record(["python", *sys.argv], started),
             "duration_s": given.duration,
             "seed": given.seed,
             "transfers": "not included",

@@ -56,6 +56,15 @@ def is_interrupt(error: BaseException) -> bool:
     return False
 
 
+def described(error: BaseException) -> str:
+    """Kind and message of an error out of somebody's code, whose message may itself fail."""
+    try:
+        said = str(error)
+    except Exception:
+        said = "its message cannot be shown"
+    return f"{type(error).__name__}: {said}"
+
+
 def missing(package: str, error: Exception) -> str:
     """What there is to say of a package that cannot be imported."""
     return f"{package} cannot be imported ({error}); pip install {package}"

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from fastres.options import Options, as_device
 from fastres.timing.checks import Reference
 from fastres.timing.contest import Contest, Entrant
 from fastres.timing.guard import Base, Conditions, check_conditions
-from fastres.timing.machine import Machine, commit, cores, machine
+from fastres.timing.machine import Machine, cores, machine, record
 from fastres.timing.machine import state as machine_state
 from fastres.timing.processes import Process
 from fastres.timing.rates import Rates
@@ -127,10 +126,7 @@ class Bench:
             self._versions(report, lanes, profiles, rates),
             finished,
             {
-                "argv": command_line(),
-                "commit": commit(),
-                "date": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-                "seconds": round(time.time() - started, 1),
+                **record(command_line(), started),
                 "duration_s": self.duration_s,
                 "launches": self.launches,
                 "transfers": self._transfers,

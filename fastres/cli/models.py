@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastres.cli.flags import NAMES
-from fastres.errors import BackendUnavailable, BuildError, InputError, missing
+from fastres.errors import BackendUnavailable, BuildError, InputError, described, missing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,7 +201,7 @@ def _factory(module: str, attribute: str) -> nn.Module:
         except InputError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything
-            raise InputError(f"{name} raised {type(error).__name__}: {error}") from error
+            raise InputError(f"{name} raised {described(error)}") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} gave {type(made).__name__}; expected an nn.Module")
     return made

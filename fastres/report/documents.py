@@ -338,7 +338,46 @@ class Parities(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
-Document = Bench | Scaling | Accuracy | Parities
+class GuardTrial(msgspec.Struct, frozen=True):
+    """Three runs: speeds of the second and of a slowed third over the first, and the verdicts."""
+
+    same: Interval
+    same_verdict: str
+    slowed: Interval
+    slowed_verdict: str
+    agree: bool  # whether the intervals of all ratios of the first two runs overlap
+    seconds: Amount = None  # of one run
+
+
+class GuardTrials(msgspec.Struct, frozen=True):
+    """What bench/guard_trials.py writes.
+
+    Args:
+        limit: the fraction that the guard was to tolerate.
+        model: what was timed, and `slower` what took its place in every third run.
+    """
+
+    trials: tuple[GuardTrial, ...]
+    machine: Machine = Machine()
+    run: Run = Run()
+    limit: Amount = None
+    model: str = ""
+    slower: str = ""
+
+    @property
+    def false_alarms(self) -> int:
+        return sum(trial.same_verdict == "slower" for trial in self.trials)
+
+    @property
+    def caught(self) -> int:
+        return sum(trial.slowed_verdict == "slower" for trial in self.trials)
+
+    @property
+    def agreeing(self) -> int:
+        return sum(trial.agree for trial in self.trials)
+
+
+Document = Bench | Scaling | Accuracy | Parities | GuardTrials
 
 
 def _closeness(found: Paired) -> float:

@@ -10,6 +10,7 @@ from fastres.report.documents import (
     Accuracy,
     Bench,
     Document,
+    GuardTrials,
     Interval,
     Measurement,
     Parities,
@@ -44,6 +45,8 @@ def _said(head: str, document: Document) -> Iterator[str]:
         yield from _growth(document)
     elif isinstance(document, Accuracy):
         yield from _answers(document)
+    elif isinstance(document, GuardTrials):
+        yield from _guarded(document)
     else:
         yield from _settled(document)
 
@@ -142,6 +145,14 @@ def _growth(document: Scaling) -> Iterator[str]:
         yield (
             f"Time grows linearly (no point is off by more than {100 * LINEAR:g} %) in {straight} "
             f"of {len(known)} series."
+        )
+
+
+def _guarded(document: GuardTrials) -> Iterator[str]:
+    if count := len(document.trials):
+        yield (
+            f"The regression guard called equal runs slower {document.false_alarms} times out of "
+            f"{count}, and caught a planted slowdown {document.caught} times out of {count}."
         )
 
 

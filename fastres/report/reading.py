@@ -10,7 +10,15 @@ from typing import Any
 import msgspec
 
 from fastres.errors import InputError
-from fastres.report.documents import Accuracy, Bench, Document, Parities, Profile, Scaling
+from fastres.report.documents import (
+    Accuracy,
+    Bench,
+    Document,
+    GuardTrials,
+    Parities,
+    Profile,
+    Scaling,
+)
 from fastres.text import json_text
 
 SCHEMA = 1
@@ -75,6 +83,8 @@ def _decode(data: bytes, fields: Mapping[str, msgspec.Raw], name: str) -> Docume
         return msgspec.json.decode(data, type=Scaling)
     if "sections" in fields:
         return msgspec.json.decode(data, type=Accuracy)
+    if "trials" in fields:
+        return msgspec.json.decode(data, type=GuardTrials)
     if "rows" in fields and "total" in fields:  # fastres profile --json
         return Bench((), profiles=(msgspec.json.decode(data, type=Profile),))
     if "rows" in fields:
@@ -82,5 +92,6 @@ def _decode(data: bytes, fields: Mapping[str, msgspec.Raw], name: str) -> Docume
     found = ", ".join(list(fields)[:8]) or "none"
     raise InputError(
         f"{name} holds nothing to report on: its fields are {found}; supported are the documents "
-        "of fastres bench, fastres profile, bench/scaling.py, bench/accuracy.py and bench/int8.py"
+        "of fastres bench, fastres profile, bench/scaling.py, bench/accuracy.py, bench/int8.py and "
+        "bench/guard_trials.py"
     )

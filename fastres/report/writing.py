@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastres.report.accuracy import accuracy_parts, parity_tables, sqnr_charts
-from fastres.report.documents import Accuracy, Bench, Document, Parities, Scaling
+from fastres.report.documents import Accuracy, Bench, Document, GuardTrials, Parities, Scaling
 from fastres.report.findings import findings
+from fastres.report.guard import guard_parts
 from fastres.report.html import Html, join, tag
 from fastres.report.layers import layer_tables, roofline_charts
 from fastres.report.page import page, write_page
@@ -24,7 +25,7 @@ from fastres.report.speed import (
 )
 from fastres.report.versions import version_tables
 
-_ORDER = (Bench, Scaling, Accuracy, Parities)
+_ORDER = (Bench, Scaling, Accuracy, Parities, GuardTrials)
 _LEADS = {
     "Speed over peers": "How many times as fast fastres is as each peer that ran the same model in "
     "the same precision; dashed: equal speed. Shown is the {observed}, and its 95 % interval.",
@@ -35,6 +36,10 @@ _LEADS = {
     "v1 against v1.5": "A bottleneck strides in its first 1×1 convolution (v1) or in its 3×3 "
     "(v1.5). Speed is the {observed}, and its 95 % interval.",
     "Scaling": "Medians with their 95 % intervals; dashed: the straight line that fits best.",
+    "Regression guard": "How often the guard is right, asked by real runs: each trial times a "
+    "network, the same once more, and a slower one under its name. Shown are the speeds of the "
+    "second and third run over the first with their 95 % intervals; dashed: equal speed, and the "
+    "limit given to the guard.",
     "Roofline": "What each layer reaches, over the work it has for each byte that it moves; both "
     "axes are logarithmic. Lines: the most that the machine's rates allow, where they are known.",
 }
@@ -68,6 +73,7 @@ def report(sources: Sequence[Source]) -> Html:
     scalings = {name: d for name, d in named.items() if isinstance(d, Scaling)}
     trials = {name: d for name, d in named.items() if isinstance(d, Accuracy)}
     parities = {name: d for name, d in named.items() if isinstance(d, Parities)}
+    guards = {name: d for name, d in named.items() if isinstance(d, GuardTrials)}
     parts = [
         ("Summary", findings(named)),
         ("Speed over peers", peer_charts(benches)),
@@ -81,6 +87,7 @@ def report(sources: Sequence[Source]) -> Html:
         ("Layers", layer_tables(benches)),
         ("INT8 accuracy", join([accuracy_parts(trials), sqnr_charts(parities, benches)])),
         ("Parity", parity_tables(benches, parities)),
+        ("Regression guard", guard_parts(guards)),
         ("Machine and versions", machine_table({name: d.machine for name, d in named.items()})),
         ("How to reproduce", commands(named)),
     ]

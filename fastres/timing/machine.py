@@ -6,10 +6,13 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,6 +108,21 @@ def commit() -> str | None:
         return None
     name, changed = (answer.stdout.strip() for answer in told)
     return f"{name} with changes" if changed else name
+
+
+def record(argv: Sequence[str], started: float) -> dict[str, Any]:
+    """What a document says of the run it comes from: command, commit, date, seconds until now.
+
+    Args:
+        argv: what to type to run it again.
+        started: seconds since the epoch.
+    """
+    return {
+        "argv": list(argv),
+        "commit": commit(),
+        "date": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+    }
 
 
 def cores(count: int) -> list[int]:

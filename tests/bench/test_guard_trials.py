@@ -12,6 +12,8 @@ import pytest
 from guard_trials import Trial
 
 from fastres.errors import UnsupportedError
+from fastres.report.documents import GuardTrials
+from fastres.report.reading import read
 from fastres.timing.machine import machine
 from fastres.timing.report import BenchReport, measurement
 from fastres.timing.statistics import Ratio
@@ -52,8 +54,10 @@ def test_trials_are_told_and_written(
     assert TOLD.format(2) in printed.out and "at most 2 s a run" in printed.out
     assert "1: same 1x [0.99, 1.01] same, slowed 0.9x [0.89, 0.91] slower, agree" in printed.err
     found = json.loads(path.read_text())
-    assert found["finished"] is True and len(found["trials"]) == 2
+    assert found["run"]["finished"] is True and len(found["trials"]) == 2
     assert found["trials"][0]["slowed"] == {"median": 0.9, "low": 0.89, "high": 0.91}
+    shown = read(path).document
+    assert isinstance(shown, GuardTrials) and (shown.caught, shown.false_alarms) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_what_breaks_off_keeps_the_trials_before(
     path = tmp_path / "out.json"
     assert guard_trials.main(["--trials", "9", "-o", str(path)]) == status
     found = json.loads(path.read_text())
-    assert found["finished"] is False and len(found["trials"]) == 2
+    assert found["run"]["finished"] is False and len(found["trials"]) == 2
     printed = capsys.readouterr()
     assert said in printed.err and TOLD.format(2) in printed.out
 

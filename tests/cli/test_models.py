@@ -97,6 +97,10 @@ def test_a_factory_in_the_current_folder(
         "ready = cifar_resnet(8)\n"
     )
     (tmp_path / "own_broken.py").write_text("import nowhere_to_be_found\n")
+    (tmp_path / "own_mute.py").write_text(
+        "class Mute(Exception):\n    def __str__(self):\n        raise self\n"
+        "def net():\n    raise Mute\n"
+    )
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     assert isinstance(models.make("own_nets:net"), ours.ResNet)
@@ -104,6 +108,8 @@ def test_a_factory_in_the_current_folder(
     assert capsys.readouterr().out == ""  # stdout is the report's
     with pytest.raises(InputError, match="ModuleNotFoundError: No module named 'nowhere_to_be_f"):
         models.make("own_broken:net")
+    with pytest.raises(InputError, match="own_mute:net raised Mute: its message cannot be shown"):
+        models.make("own_mute:net")
     assert sys.path == path
 
 

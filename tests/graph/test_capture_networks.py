@@ -155,10 +155,3 @@ def test_two_roads_one_meaning(agree: Agree, photo_batch: PhotoBatch) -> None:
     model = settle(seeded(tv.resnet18), x)
     built = build_graph(model.state_dict(), ResNetSpec(), Input((1, 3, 64, 64)))
     agree(model, built, [x])
-
-
-@pytest.mark.slow
-def test_1202_layers(agree: Agree, photo_batch: PhotoBatch) -> None:
-    x = photo_batch(2, 32)
-    model = settle(models.cifar_resnet(1202, seed=0), x)
-    agree(model, capture(model, [Input((1, 3, 32, 32))]).graph, [x])

@@ -168,12 +168,44 @@ def accuracy_document() -> Document:
 
 
 @pytest.fixture
+def guard_document() -> Document:
+    """Of the first of three trials not all is known, and the guard is not sure of it."""
+
+    def trial(same: float | None, slowed: float, verdicts: tuple[str, str], agree: bool) -> Any:
+        return {
+            "same": {"median": same, "low": 0.97, "high": 1.03},
+            "same_verdict": verdicts[0],
+            "slowed": {"median": slowed, "low": slowed - 0.02, "high": slowed + 0.02},
+            "slowed_verdict": verdicts[1],
+            "agree": agree,
+            "seconds": 17.4,
+        }
+
+    return {
+        "command": "guard_trials",
+        "machine": MACHINE,
+        "run": RUN,
+        "limit": 0.05,
+        "model": "cifar_resnet:62",
+        "slower": "cifar_resnet:68",
+        "trials": [
+            trial(None, 0.94, ("unclear", "unclear"), False),
+            trial(1.01, 0.91, ("same", "slower"), True),
+            trial(0.99, 0.90, ("same", "slower"), True),
+        ],
+    }
+
+
+@pytest.fixture
 def documents(
-    bench_document: Document, scaling_document: Document, accuracy_document: Document
+    bench_document: Document,
+    scaling_document: Document,
+    accuracy_document: Document,
+    guard_document: Document,
 ) -> list[Document]:
     """One of each kind; that of parity is the one in the repository."""
     parity = json.loads((RESULTS / "parity.json").read_text())
-    return [bench_document, scaling_document, accuracy_document, parity]
+    return [bench_document, scaling_document, accuracy_document, parity, guard_document]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from fastres.report.documents import (
     Accuracy,
     Bench,
     Difference,
+    GuardTrials,
     Parities,
     Scaling,
 )
@@ -24,10 +25,12 @@ Document = dict[str, Any]
 
 def test_kinds_are_told_apart(documents: list[Document]) -> None:
     kinds = [type(from_memory(document, "x").document) for document in documents]
-    assert kinds == [Bench, Scaling, Accuracy, Parities]
+    assert kinds == [Bench, Scaling, Accuracy, Parities, GuardTrials]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("int8", Bench), ("parity", Parities)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("int8", Bench), ("parity", Parities), ("guard_trials", GuardTrials)]
+)
 def test_documents_of_the_repository(name: str, kind: type, results: Path) -> None:
     assert isinstance(read(results / f"{name}.json").document, kind)
 
@@ -71,9 +74,10 @@ def test_unknown_fields_are_passed_over_and_numbers_may_be_null(bench_document: 
         (b'{"series": [{"name": "x", "target": "t", "points": [{"x": "1"}]}]}', "Expected `float`"),
         (b'{"sections": 1}', "Expected `array`"),
         (b'{"rows": [{}]}', "missing required field"),
+        (b'{"trials": [{}]}', "missing required field"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not a document"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_what_is_refused_and_why(data: bytes, said: str) -> None:
     with pytest.raises(InputError, match="^results.json ") as caught:

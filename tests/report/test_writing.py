@@ -29,6 +29,7 @@ SECTIONS = [
     "Layers",
     "INT8 accuracy",
     "Parity",
+    "Regression guard",
     "Machine and versions",
     "How to reproduce",
 ]
@@ -47,6 +48,7 @@ def test_all_sections_in_order(documents: list[Document], parsed: Callable[[str]
     assert "layer2 6 and 6.5 ms" in labels  # v1 and v1.5
     told = [text for text in page.texts["td"] if "layer" in text and "[" in text]
     assert "layer2 +0.5 [0.1, 2.8], layer1 +0.5 [0.4, 1.8]" in told  # in layer3 it may be noise
+    assert "the same again from 0.990× [0.970, 1.03] to 1.01× [0.970, 1.03]; with" in labels
     assert "int8 auto -0.05 [-0.15, +0.05]" in labels
     assert any("fastres bench fastres:resnet50@v1 " in code for code in page.texts["code"])
     assert "-o 'a b'" in page.texts["code"][0] and "/usr/bin" not in page.texts["code"][0]
@@ -65,6 +67,7 @@ def test_the_summary_in_words(documents: list[Document]) -> None:
         "off by 3.4 % at most",
         "by -0.05 [-0.15, +0.05] points",
         "9 of 9 settled networks",
+        "called equal runs slower 0 times out of 3, and caught a planted slowdown 2 times out of 3",
     ):
         assert said in html, said
 
@@ -123,6 +126,15 @@ def test_numbers_that_are_missing(bench_document: Document, parsed: Callable[[st
     absent = {"Speed over peers", "Speed over the baseline", "Latency", "Roofline"}
     assert not absent & set(headings)
     assert "Measurements" in headings
+
+
+def test_guard_trials_are_counted(guard_document: Document, parsed: Callable[[str], Any]) -> None:
+    html = report(sources(guard_document))
+    texts = parsed(html).texts
+    assert texts["td"][1:10:2] == ["0", "1", "2", "2", "1"]
+    assert "slowed by cifar_resnet:68 for cifar_resnet:62; a run took 17.4" in html
+    none = parsed(report(sources({**guard_document, "trials": []})))
+    assert "Regression guard" not in none.texts["h2"]
 
 
 @pytest.mark.parametrize("count", [1, 20])
