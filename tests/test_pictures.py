@@ -334,7 +334,7 @@ def test_command_line(net: nn.Module, tmp_path: Path) -> None:
     photo = Path(__file__).parents[1] / "examples" / "photos" / "coffee.jpg"
     for arguments in (
         ("predict", path, photo),
-        ("bench", path, "--duration", "0.05"),
+        ("bench", path, "--duration", "0.05", "--launches", "1"),
         ("profile", path),
         ("inspect", path, "--graph"),
     ):

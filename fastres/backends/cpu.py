@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from fastres.options import Options, Precision, Sizes
 _LARGEST = torch.finfo(torch.float32).max
 _ROW = 8192  # numbers
 _FEW = 1 << 18
-_PASSES = 5  # of a profile, which has the medians
+_PASSES, _SECONDS = 5, 5.0  # of a profile, which has the medians; fewer where they take longer
 
 
 class CpuBackend:
@@ -250,8 +251,9 @@ class _Plan:
         }
         request = self._request()
         self._infer(request, inputs)  # once to warm up
-        passes = []
-        for _ in range(_PASSES):
+        passes: list[Any] = []
+        until = time.perf_counter() + _SECONDS
+        while not passes or (len(passes) < _PASSES and time.perf_counter() < until):
             self._infer(request, inputs)
             passes.append(request.profiling_info)
         times = []

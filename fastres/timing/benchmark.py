@@ -46,8 +46,9 @@ def benchmark(
 
     Every target is first called for a sixth of `duration_s`, untimed. Then come rounds until each
     target has been timed for about `duration_s`, and at least 8. A turn within a round starts with
-    one untimed call, which lets the threads of the target before come to rest. Calls are made
-    without gradients; on CUDA the device is synchronised around each.
+    one untimed call, which lets the threads of the target before come to rest, unless a call takes
+    a second or more. Calls are made without gradients; on CUDA the device is synchronised around
+    each.
 
     Args:
         targets: callables by name, or `Target`s; an Engine's precision is read off the engine.

@@ -24,11 +24,11 @@ from fastres.options import EIGHT_BITS, Precision
 from fastres.timing.checks import OWN_SCALES, Reference, Verdict, judge, rows_to_judge
 from fastres.timing.processes import Process
 from fastres.timing.report import Measurement, measurement
-from fastres.timing.turns import TURNS, Progress, Rounds, interleave, rounds_at_least
+from fastres.timing.turns import LONG, TURNS, Progress, Rounds, interleave, rounds_at_least
 
 PAUSE = 0.005  # seconds before a turn: threads of the target before spin that long at most
 AT_ONCE = 2  # processes that are made at a time
-PROFILING = 6  # calls that a profile takes, about
+PROFILING, PROFILING_S = 6, 5.0  # calls that a profile takes, about, or seconds if they are long
 
 # what a result at these rows of the batch is held against; None: nothing is known of this network
 Expected = Callable[["Entrant", Tensor, Sequence[int]], Reference | None]
@@ -102,7 +102,9 @@ class Contest:
     def __enter__(self) -> Contest:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:  # nobody waits for what they are still doing
+            self.kill()
         self.close()
 
     def prepare(self, progress: Progress) -> None:
@@ -217,9 +219,11 @@ class Contest:
                     share = duration_s / self._launches / (calls * call)
                     rounds = self._launches * max(rounds_at_least(self._launches), share)
                     warming = self._launches * (duration_s / 6 + call)
-                    seconds += warming + rounds * ((calls + 1) * call + PAUSE)
+                    untimed = call if call < LONG else 0.0
+                    seconds += warming + rounds * (calls * call + untimed + PAUSE)
                     seconds += self._launches * (compiling + call)  # before its check
-                    seconds += entrant.ours * profiles * (compiling + PROFILING * call)
+                    profiling = call * max(2, min(PROFILING, round(PROFILING_S / call)))
+                    seconds += entrant.ours * profiles * (compiling + profiling)
         return seconds
 
     def time(

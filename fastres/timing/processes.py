@@ -137,15 +137,18 @@ class Process:
         self._pipe.close()
 
     def kill(self) -> None:
-        """Ends the child at once, whatever it does; whoever waits for it is told that it died."""
-        self._child.kill()
+        """Ends the child, and what it has started, at once; who waits for it hears that it died."""
+        if self._child.is_alive() and self._child.pid is not None:
+            with suppress(ProcessLookupError):  # so young that it leads no group yet
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.kill()
 
     def close(self) -> None:
         """Ends the child."""
         self.dismiss()
         self._child.join(PATIENCE)
         if self._child.is_alive():
-            self._child.kill()
+            self.kill()
             self._child.join()
 
     def raise_failure(self) -> None:
@@ -215,6 +218,7 @@ def _serve(
 ) -> None:
     """What the child does: makes its target and answers until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    os.setpgid(0, 0)  # compilers and their helpers, which it starts, are of its group
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.sched_setaffinity(0, cores)
     with log.open("wb") as file:
@@ -243,7 +247,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
 
 def _tell(pipe: Connection, work: Callable[[], Any]) -> None:

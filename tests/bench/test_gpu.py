@@ -281,9 +281,16 @@ def test_images_per_joule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     fake.write_text("#!/bin/sh\nwhile :; do echo 250.0; echo '[N/A]'; sleep 0.05; done\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    done = run(tmp_path, *SMALL, "--only=power", "--budget=200")
-    assert done.returncode == 0, done.stderr
-    first, second = rows(tmp_path)
+    monkeypatch.setattr(gpu_bench, "WARM_S", 0.1)
+    monkeypatch.setattr(gpu_bench, "HEATED_S", 0.5)
+    asked = SimpleNamespace(
+        out=tmp_path,
+        nets=["cifar_resnet:8"],
+        batch_sizes=[1],
+        image_size=32,
+        device=torch.device("cpu"),
+    )
+    first, second = (row for row in gpu_bench.power(asked) if "asked" not in row)
     assert (first["name"], second["name"]) == ("fp16 batch 1", "int8 batch 1")
     for row in (first, second):
         assert row["watts"] == 250

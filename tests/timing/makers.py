@@ -1,6 +1,7 @@
 """Targets for processes of their own: some well, some not."""
 
 import os
+import subprocess
 import time
 from typing import Any
 
@@ -70,6 +71,12 @@ def slowly_made(seconds: float) -> Made:
     began = time.monotonic()
     time.sleep(seconds)
     return Made(lambda x: 2 * x, facts={"span": (began, time.monotonic())})
+
+
+def parent(seconds: float) -> Made:
+    """Has a child."""
+    child = subprocess.Popen(["sleep", str(seconds)])
+    return Made(lambda x: x, facts={"child": child.pid})
 
 
 def hung() -> Made:

@@ -1,6 +1,7 @@
 """Targets in processes of their own: pinned, quiet, and told of when they fail."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def test_one_that_hangs_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(processes, "LONGEST", 0.3)
     with pytest.raises(Stopped, match="hung stopped: it gave no answer for 0.005 minutes"):
         start("hung").wait()
+
+
+def test_what_it_started_ends_with_it(start: Start) -> None:
+    process = start("parent", seconds=60)
+    words = Path("/proc", str(process.wait()["child"]), "cmdline")
+    assert words.read_text().startswith("sleep")
+    process.kill()
+    process.close()
+    until = time.time() + 10
+    while words.exists() and words.read_text() and time.time() < until:
+        time.sleep(0.02)
+    assert not (words.exists() and words.read_text())  # one that has ended has no words
 
 
 def test_errors_come_back(start: Start) -> None:
