@@ -87,6 +87,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._tree = pytree.treespec_loads(self.graph.output_tree)
+        self._gives_one = self._tree.is_leaf()
         self._given = EngineInputs(self.graph, self.inputs, self.options)
 
     @property
@@ -146,7 +147,7 @@ class Engine:
             y if y.dtype == dtype else y.to(dtype)
             for y, dtype in zip(outputs, lowered.dtypes, strict=True)
         ]
-        return typed[0] if self._tree.is_leaf() else pytree.tree_unflatten(typed, self._tree)
+        return typed[0] if self._gives_one else pytree.tree_unflatten(typed, self._tree)
 
     def _runnable(self) -> Lowered:
         if self.options.target is not None:

@@ -14,6 +14,7 @@ from fastres.options import Input, Options, Sizes
 from fastres.weights import oddity
 
 _NHWC = (0, 2, 3, 1)
+Kind = tuple[torch.Size, torch.dtype, torch.layout, torch.device]
 
 
 class Taken(NamedTuple):
@@ -51,6 +52,7 @@ class EngineInputs:
         self.pictures = graph.normalize is not None
         self.taken = tuple(map(self._taken, graph.inputs, inputs))
         self._options = options
+        self._accepted: Kind | None = None  # of the latest: the usual call is like the one before
 
     def planar(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The same tensors as the graph takes them: pictures seen as [N, 3, H, W]."""
@@ -62,6 +64,14 @@ class EngineInputs:
         Raises:
             InputError: one does not fit; says what was expected and what came.
         """
+        kind = _kind(inputs)
+        if kind is not None and kind == self._accepted:
+            return kind[0][0]
+        size = self._checked(inputs)
+        self._accepted = kind
+        return size
+
+    def _checked(self, inputs: Sequence[torch.Tensor]) -> int:
         if len(inputs) != len(self.taken):
             names = ", ".join(taken.name for taken in self.taken)
             raise InputError(f"expected {len(self.taken)} inputs ({names}), got {len(inputs)}")
@@ -118,3 +128,11 @@ class EngineInputs:
         spec = TensorSpec(tuple(value.spec.shape[i] for i in order), value.spec.dtype)
         ends = (tuple(sizes[i] for i in order) for sizes in (allowed.smallest, allowed.largest))
         return Taken(value.name, spec, *ends)
+
+
+def _kind(inputs: Sequence[torch.Tensor]) -> Kind | None:
+    """All that is asked of the one input; None where there are more, or it is out of the usual."""
+    if len(inputs) != 1 or type(inputs[0]) is not torch.Tensor or inputs[0].is_nested:
+        return None
+    (x,) = inputs
+    return x.shape, x.dtype, x.layout, x.device

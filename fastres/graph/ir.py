@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as _replace
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -287,7 +288,7 @@ class Graph:
         real = (d for d in dtypes if d.is_floating_point and d.itemsize > 1)
         return next(real, torch.float32)
 
-    @property
+    @cached_property
     def normalize(self) -> Node | None:
         """The node that normalises decoded pictures; None where the model is fed as it was."""
         return next((node for node in self.nodes if isinstance(node.op, Normalize)), None)
