@@ -216,11 +216,11 @@ def watts_read(interval_ms: int = 50) -> Iterator[list[float]]:
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    readings: list[float] = []
+    told, readings = process.stdout, list[float]()
+    assert told is not None
 
     def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in told:
             try:
                 readings.append(float(line))
             except ValueError:  # "[N/A]" where the card does not tell
@@ -234,6 +234,7 @@ def watts_read(interval_ms: int = 50) -> Iterator[list[float]]:
         process.terminate()
         process.wait()
         reader.join()
+        told.close()
 
 
 def report(run: Run) -> Iterator[Row]:
