@@ -43,15 +43,16 @@ from accuracy_nets import (
 )
 from accuracy_report import Report, Section, section
 from datasets import Pictures, digits
+from outputs import check_output, headed
 from torch import Tensor
 
 from fastres.calib.images import Preprocess
-from fastres.cli.output import check_folder, write_file
+from fastres.cli.output import write_file
 from fastres.errors import FastresError, InputError
 from fastres.options import Input
 from fastres.source import source_of
 from fastres.text import json_text
-from fastres.timing.machine import machine, record
+from fastres.timing.machine import machine
 from fastres.timing.peers_torch import torch_threads
 
 OTHER_DAMAGE = 1000  # added to the seed: the pictures of `validate` are damaged in other ways
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = on_settled(given)
         else:
             report = on_digits(given)
-    document = {**report.to_dict(), "run": record(["python", *sys.argv], started)}
+    document = {**headed("accuracy", started), **report.to_dict()}
     print(json_text(document) if given.json else report)
     if given.output is not None:
         write_file(given.output, json_text(document) + "\n")
@@ -199,10 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Ends with status 2 where flags contradict each other or a number is out of range."""
-    try:
-        check_folder(given.output)
-    except InputError as error:
-        parser.error(str(error))
+    check_output(parser, given.output)
     modes = {"--quick": given.quick, "--imagenet": given.imagenet, "--parity": given.parity}
     if sum(map(bool, modes.values())) > 1:
         parser.error(f"choose one of {', '.join(modes)}")

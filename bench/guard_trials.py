@@ -24,16 +24,17 @@ from typing import Any, get_args
 
 import msgspec
 import torch
+from outputs import check_output, headed
 
 import fastres
 from fastres import models
-from fastres.cli.output import check_folder, write_file
+from fastres.cli.output import write_file
 from fastres.errors import BackendUnavailable, FastresError, is_interrupt
 from fastres.options import Options, Precision
 from fastres.text import json_text
 from fastres.timing.contest import Contest, Entrant
 from fastres.timing.guard import SCHEMA, Base, Comparison, compare
-from fastres.timing.machine import cores, machine, record
+from fastres.timing.machine import cores, machine
 from fastres.timing.peers import PEERS, make_peer, refusal
 from fastres.timing.peers_torch import torch_threads
 from fastres.timing.processes import Made
@@ -208,18 +209,9 @@ def _run_all(given: argparse.Namespace, trials: list[Trial]) -> None:
 def _keep(trials: Sequence[Trial], given: argparse.Namespace, started: float) -> None:
     if given.output is not None:
         finished = len(trials) == given.trials
+        run = {"duration_s": given.duration, "launches": given.launches, "finished": finished}
         document = {
-            "command": "guard_trials",
-            "fastres": fastres.__version__,
-            "schema": SCHEMA,
-            "machine": asdict(machine()),
-            "run": {
-                **record(["python", *sys.argv], started),
-                "duration_s": given.duration,
-                "launches": given.launches,
-                "transfers": "not included",
-                "finished": finished,
-            },
+            **headed("guard_trials", started, transfers="not included", **run),
             "limit": given.limit,
             "model": given.model,
             "slower": given.slower,
@@ -243,10 +235,7 @@ def _tell(trials: Sequence[Trial], given: argparse.Namespace) -> None:
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Ends with status 2, before anything is run, where a flag does not fit."""
-    try:
-        check_folder(given.output)
-    except FastresError as error:
-        parser.error(str(error))
+    check_output(parser, given.output)
     for flag, least in {"trials": 1, "image_size": 1, "batch_size": 1, "launches": 1}.items():
         if getattr(given, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")

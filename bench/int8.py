@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from outputs import check_output, headed
 from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,14 +38,13 @@ from torch import Tensor, nn
 import fastres
 from fastres.calib.images import Preprocess, find_images
 from fastres.calibrating import collect
-from fastres.cli.output import check_folder, write_file
+from fastres.cli.output import write_file
 from fastres.compiler import optimised
-from fastres.errors import CaptureError, InputError
+from fastres.errors import CaptureError
 from fastres.options import Input
 from fastres.source import source_of
 from fastres.text import json_text, render
 from fastres.timing.benchmark import Target, benchmark
-from fastres.timing.machine import record
 from fastres.timing.peers_exported import (
     OrtSession,
     in_openvino,
@@ -136,10 +135,7 @@ def _calibrate_alone(name: str, images: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
-    try:
-        check_folder(given.output)
-    except InputError as error:
-        parser.error(str(error))
+    check_output(parser, given.output)
     started = time.time()
     images = photographs(given.images)
     model = settled(given.model, images)
@@ -184,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"peak memory of calibrating with {n} images: {memory[n]:.0f} MiB above that with 8")
     if given.output is not None:
         figures = {
-            "run": record(["python", *sys.argv], started),
+            **headed("int8", started),
             "model": given.model,
             "images": given.images,
             "calibration_seconds": seconds,

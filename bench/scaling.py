@@ -25,6 +25,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from fits import Fit, linear_fit
+from outputs import check_output, headed
 from pictures import photographs
 from rich.table import Table
 
@@ -32,18 +33,16 @@ import fastres
 from fastres import models
 from fastres.backends.select import BACKENDS
 from fastres.cli.models import is_cifar, make
-from fastres.cli.output import check_folder, write_file
+from fastres.cli.output import write_file
 from fastres.errors import FastresError, is_interrupt
 from fastres.graph.cost import multiply_adds
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Options, Precision
 from fastres.text import json_text, render
 from fastres.timing.contest import PAUSE
-from fastres.timing.machine import cores, machine, record
+from fastres.timing.machine import cores, machine
 from fastres.timing.statistics import bootstrap
 from fastres.timing.turns import Here, Rounds, interleave
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -237,18 +236,9 @@ def keep(
     """Writes what there is so far, if a file is wanted."""
     if given.output is None:
         return
+    run = {"duration_s": given.duration, "seed": given.seed, "finished": finished}
     document = {
-        "command": "scaling",
-        "fastres": fastres.__version__,
-        "schema": SCHEMA,
-        "machine": asdict(machine()),
-        "run": {
-            **record(["python", *sys.argv], started),
-            "duration_s": given.duration,
-            "seed": given.seed,
-            "transfers": "not included",
-            "finished": finished,
-        },
+        **headed("scaling", started, transfers="not included", **run),
         "series": [asdict(series) for series in found],
     }
     write_file(given.output, json_text(document) + "\n")
@@ -256,8 +246,8 @@ def keep(
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Ends with status 2, before anything is measured, where something would fail later."""
+    check_output(parser, given.output)
     try:
-        check_folder(given.output)
         for precision in given.precision:  # of a small network: does the backend take it here?
             _engine("cifar_resnet8", precision, 32, given).close()
     except FastresError as error:

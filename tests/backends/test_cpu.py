@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastres
+from fastres.backends import cpu
 from fastres.backends.cpu import CpuExecutable
 from fastres.errors import GraphError, UnsupportedError
 from fastres.options import Options
@@ -189,8 +190,6 @@ def test_the_callers_defaults_change_nothing() -> None:
 
 
 def test_a_shape_that_openvino_sees_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastres.backends import cpu
-
     honest = cpu.infer_shapes
     monkeypatch.setattr(
         cpu,
@@ -218,3 +217,18 @@ def test_what_openvino_cannot_do_is_a_refusal(layer: nn.Module, reason: str) -> 
     with pytest.raises(UnsupportedError, match=re.escape(reason)) as caught:
         fastres.compile(model, fastres.Input((2, 3, 16, 16)), backend="cpu")
     assert ".cpp" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(60.0, 5), (0.0, 1)], ids=["short", "long"])
+def test_a_profile_has_fewer_passes_where_they_are_long(
+    seconds: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_SECONDS", seconds)
+    x = torch.zeros(1, 3, 8, 8)
+    with fastres.compile(nn.Conv2d(3, 4, 3).eval(), x, backend="cpu") as engine:
+        runs: list[object] = []
+        infer = cpu._Plan._infer
+        monkeypatch.setattr(
+            cpu._Plan, "_infer", lambda plan, *given: (runs.append(plan), infer(plan, *given))[1]
+        )
+        assert engine.profile(x).rows and len(runs) == 1 + passes  # the first one warms up
