@@ -6,18 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from fastres.report.accuracy import ALL, points
-from fastres.report.documents import (
-    Accuracy,
-    Bench,
-    Document,
-    GuardTrials,
-    Interval,
-    Measurement,
-    Parities,
-    Scaling,
-)
+from fastres.report.documents import Accuracy, Bench, Document, GuardTrials, Parities, Scaling
 from fastres.report.html import NOTHING, Cell, Column, Html, items, join, table, tag
 from fastres.report.numbers import number, percent, short, times, times_cell
+from fastres.report.records import Interval, Measurement
 from fastres.report.speed import called, rated
 
 LINEAR = 0.1  # of a point, by which it may be off where time is said to grow linearly

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fastres.report.documents import GuardTrials, Interval
+from fastres.report.documents import GuardTrials
 from fastres.report.html import Column, Html, figure, figures, join, table
 from fastres.report.numbers import number, short, times
 from fastres.report.plotting import MUTED, chart, colour, label, legend, marker
+from fastres.report.records import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

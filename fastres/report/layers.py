@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fastres.report.documents import Bench, Profile, Rate, Work
+from fastres.report.documents import Bench
 from fastres.report.html import Html, figure, figures, folded, join, tag
 from fastres.report.numbers import short
 from fastres.report.panels import numbered
 from fastres.report.plotting import INK, PAPER, chart, colour, label, legend, linear_or_log, marker
+from fastres.report.records import Profile, Rate, Work
 from fastres.report.speed import called
 from fastres.report.timing import timing_table
 

@@ -15,7 +15,7 @@ from fastres.graph.cost import Shapes
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
 from fastres.profiling import Profile
-from fastres.report import documents
+from fastres.report import records
 from fastres.report.html import Cell, Column, Html, folded, items, join, table, tag
 from fastres.report.network_boxes import INPUT, Box, boxes_of, captured_and_run
 from fastres.report.network_drawing import drawing
@@ -46,7 +46,7 @@ def network_page(
     """
     planar = engine.planar(tuple(inputs))
     shapes = infer_shapes(engine.graph, [tuple(x.shape) for x in planar])
-    here = msgspec.convert(asdict(machine()), documents.Machine)
+    here = msgspec.convert(asdict(machine()), records.Machine)
     return draw(name, engine.graph, engine.source, engine.info, profile, shapes, here)
 
 
@@ -57,7 +57,7 @@ def draw(
     info: EngineInfo,
     profile: Profile,
     shapes: Shapes,
-    where: documents.Machine,
+    where: records.Machine,
 ) -> Html:
     """The same of the parts of an engine: its graph as it runs and as captured, and so on."""
     boxes = boxes_of(graph, source, info, profile, shapes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastres.report.documents import Interval
 from fastres.report.html import NOTHING, Number
+from fastres.report.records import Interval
 
 
 def short(value: float | None, unit: str = "") -> str:

@@ -8,9 +8,10 @@ from pathlib import PurePath
 
 from msgspec.structs import replace
 
-from fastres.report.documents import Bench, Document, Machine, Run
+from fastres.report.documents import Bench, Document
 from fastres.report.html import Column, Html, items, join, table, tag
 from fastres.report.numbers import short
+from fastres.report.records import Machine, Run
 
 
 def machine_table(measured: Mapping[str, Machine]) -> Html:

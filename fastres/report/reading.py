@@ -10,15 +10,8 @@ from typing import Any
 import msgspec
 
 from fastres.errors import InputError
-from fastres.report.documents import (
-    Accuracy,
-    Bench,
-    Document,
-    GuardTrials,
-    Parities,
-    Profile,
-    Scaling,
-)
+from fastres.report.documents import Accuracy, Bench, Document, GuardTrials, Parities, Scaling
+from fastres.report.records import Profile
 from fastres.text import json_text
 
 SCHEMA = 1

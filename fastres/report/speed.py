@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastres.report.documents import Bench, Comparison, Interval, Measurement
+from fastres.report.documents import Bench
 from fastres.report.html import (
     NOTHING,
     Cell,
@@ -32,6 +32,7 @@ from fastres.report.plotting import (
     linear_or_log,
     marker,
 )
+from fastres.report.records import Comparison, Interval, Measurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

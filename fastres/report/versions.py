@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fastres.report.documents import Bench, Versions
+from fastres.report.documents import Bench
 from fastres.report.html import Cell, Column, Html, figure, figures, join, table
 from fastres.report.numbers import number, short, times_cell
 from fastres.report.plotting import bars, chart, label, legend
+from fastres.report.records import Versions
 from fastres.report.speed import called
 from fastres.timing.versions import Difference
 

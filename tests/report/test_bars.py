@@ -10,7 +10,8 @@ import matplotlib.axes
 import pytest
 
 from fastres.report.accuracy import sqnr_charts
-from fastres.report.documents import Bench, Parities, Settled, Stage, Versions
+from fastres.report.documents import Bench, Parities, Settled
+from fastres.report.records import Stage, Versions
 from fastres.report.versions import version_tables
 
 SETTLED = Parities(

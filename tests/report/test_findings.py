@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastres.report.documents import Bench, Interval, Measurement, Paired
+from fastres.report.documents import Bench
 from fastres.report.findings import findings
+from fastres.report.records import Interval, Measurement, Paired
 
 PEERS = ("openvino", "eager")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from fastres.report.documents import Interval
 from fastres.report.html import (
     Column,
     Html,
@@ -19,6 +18,7 @@ from fastres.report.html import (
     text,
 )
 from fastres.report.numbers import number, percent, short, times
+from fastres.report.records import Interval
 
 EVIL = '<script>alert("x")</script>&'
 

@@ -17,10 +17,10 @@ from fastres.backends.triton.form import SEVERAL
 from fastres.engine import Engine
 from fastres.graph.shapes import infer_shapes
 from fastres.profiling import Profile, make_profile
-from fastres.report.documents import Machine
 from fastres.report.network import draw, network_page
 from fastres.report.network_boxes import Box, boxes_of, captured_and_run
 from fastres.report.network_layout import GAP, HEIGHT, WIDTH, Block, blocks_of, place
+from fastres.report.records import Machine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastres.report.documents import Machine
 from fastres.report.provenance import commands, machine_table
 from fastres.report.reading import from_memory
+from fastres.report.records import Machine
 
 HERE = Machine("Imaginary 9000", 2, 2, versions={"torch": "2.15"}, state={"load": "0.1"})
 BUSY = Machine("Imaginary 9000", 2, 2, versions={"torch": "2.15"}, state={"load": "1.9"})

@@ -10,15 +10,9 @@ from typing import Any
 import pytest
 
 from fastres.errors import InputError
-from fastres.report.documents import (
-    Accuracy,
-    Bench,
-    Difference,
-    GuardTrials,
-    Parities,
-    Scaling,
-)
+from fastres.report.documents import Accuracy, Bench, GuardTrials, Parities, Scaling
 from fastres.report.reading import decode, from_memory, read
+from fastres.report.records import Difference
 
 Document = dict[str, Any]
 
