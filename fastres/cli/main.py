@@ -6,6 +6,7 @@ Exit status: 0 well, 1 a check failed, 2 usage or bad input, 3 this machine lack
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -123,7 +124,10 @@ def root(
 def main() -> None:
     """Runs the command line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is undone
-    app(prog_name="fastres")
+    try:
+        app(prog_name="fastres")
+    finally:
+        gc.freeze()  # else the interpreter looks through all it holds as it ends, for a second
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class Contest:
             process.kill()
 
     def close(self) -> None:
-        """Ends all processes; they take a second each to do so, all at once."""
+        """Ends all processes, which they do side by side."""
         for process in self.processes.values():
             process.dismiss()
         for process in self.processes.values():

@@ -6,6 +6,7 @@ makes its target, and then does what it is asked through a pipe. What it prints 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -238,6 +239,7 @@ def _serve(
             try:
                 question = pipe.recv()
             except (EOFError, OSError):
+                gc.freeze()  # else the interpreter looks through all it holds, for a second
                 return
             _tell(pipe, partial(served[0].answer, *question))
 

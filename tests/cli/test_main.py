@@ -18,6 +18,8 @@ Run = Callable[..., Result]
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = (
     "compile",
+    "calibrate",
+    "export",
     "verify",
     "bench",
     "inspect",
@@ -37,6 +39,15 @@ def test_version(run: Run) -> None:
 def test_help_lists_every_command(run: Run) -> None:
     text = run("--help").stdout
     assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+def test_ends_without_a_last_search_for_garbage() -> None:
+    code = (
+        "import atexit, gc; from fastres.cli.main import main; "
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000)); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fastres {fastres.__version__}\nTrue\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,8 +1,11 @@
 """Targets for processes of their own: some well, some not."""
 
+import atexit
+import gc
 import os
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,12 @@ def wrong() -> Made:
 def talker() -> Made:
     print("this is printed", flush=True)
     return Made(lambda x: x, more={"add": lambda x, y: float(x.sum()) + y})
+
+
+def leaver(path: Path) -> Made:
+    """As it leaves, it writes down how many objects are no longer looked at."""
+    atexit.register(lambda: path.write_text(str(gc.get_freeze_count())))
+    return Made(lambda x: x)
 
 
 def refused() -> Made:

@@ -58,14 +58,33 @@ def test_one_that_hangs_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_it_started_ends_with_it(start: Start) -> None:
     process = start("parent", seconds=60)
-    words = Path("/proc", str(process.wait()["child"]), "cmdline")
-    assert words.read_text().startswith("sleep")
+    child = process.wait()["child"]
+    assert _within(10, lambda: _words(child).startswith("sleep"))  # it has begun
     process.kill()
     process.close()
-    until = time.time() + 10
-    while words.exists() and words.read_text() and time.time() < until:
+    assert _within(10, lambda: not _words(child))
+
+
+def _words(process: int) -> str:
+    """With which it was started; of one that has ended, nothing."""
+    try:
+        return Path("/proc", str(process), "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def _within(seconds: float, true: Callable[[], bool]) -> bool:
+    until = time.time() + seconds
+    while not true() and time.time() < until:
         time.sleep(0.02)
-    assert not (words.exists() and words.read_text())  # one that has ended has no words
+    return true()
+
+
+def test_ends_tidily_without_a_last_search_for_garbage(start: Start, tmp_path: Path) -> None:
+    process = start("leaver", path=tmp_path / "frozen")
+    process.wait()
+    process.close()
+    assert int((tmp_path / "frozen").read_text()) > 1000
 
 
 def test_errors_come_back(start: Start) -> None:
