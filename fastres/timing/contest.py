@@ -88,6 +88,7 @@ class Contest:
         self._timed: dict[tuple[int, str], list[Rounds]] = {}  # launches, by batch size and name
         self._cores, self._folder = cores, folder
         self._launches, self._preparing_s = launches, 0.0
+        self._killed = False  # then nobody has failed whose process has died
         self._feeding_s: dict[str, float] = {}  # the latest, by name: compiles for that shape
         self._expecting_s: dict[int, float] = {}  # to know what is right, by batch size
 
@@ -135,15 +136,17 @@ class Contest:
         self._preparing_s = time.perf_counter() - started
 
     def kill(self) -> None:
-        """Ends all processes at once, whatever they do."""
+        """Ends all processes at once, whatever they do; what was timed is kept."""
+        self._killed = True
         for process in tuple(self.processes.values()):
             process.kill()
 
     def close(self) -> None:
         """Ends all processes, which they do side by side."""
-        for process in self.processes.values():
+        ending = tuple(self.processes.values())
+        for process in ending:
             process.dismiss()
-        for process in self.processes.values():
+        for process in ending:
             process.close()
         self.processes.clear()
 
@@ -156,6 +159,8 @@ class Contest:
             folder=self._folder,
         )
         self.processes[entrant.name] = process
+        if self._killed:  # by another thread, meanwhile
+            process.kill()
         with self._leaving_out(entrant):
             self._facts[entrant.name] = process.wait()
 
@@ -281,7 +286,7 @@ class Contest:
         try:
             yield
         except FastresError as error:
-            if entrant.ours:
+            if entrant.ours or self._killed:
                 raise
             where = "" if size is None else f" at batch {size}"
             self.left_out[entrant.name + where] = str(error)

@@ -210,17 +210,18 @@ def test_an_interrupt_while_processes_are_made(small: str, command: list[str]) -
         text=True,
         start_new_session=True,
     )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until = time.time() + 60
-    while len(children.read_text().split()) < 2 and time.time() < until:  # they are being made
+    while len(list(_running(process.pid))) < 4 and time.time() < until:  # they are being made
         time.sleep(0.1)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     started = time.time()
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and time.time() - started < 30
-    assert json.loads(stdout)["run"]["finished"] is False and "Traceback" not in stderr
-    assert not _left_after(2, process.pid)  # no compiler either, nor its helpers
+    assert process.returncode == 130 and time.time() - started < 10
+    document = json.loads(stdout)
+    assert document["run"]["finished"] is False and document["left_out"] == {}
+    assert "Traceback" not in stderr and "takes about" not in stderr
+    assert not _left_after(2, process.pid)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])

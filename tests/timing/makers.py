@@ -93,5 +93,13 @@ def hung() -> Made:
     return Made(lambda x: x)
 
 
+def hung_later(path: Path) -> Made:
+    """Is made only once."""
+    if path.exists():
+        time.sleep(60)
+    path.touch()
+    return sleeper(0.001)
+
+
 def torch_threads() -> Made:
     return Made(lambda x: torch.full((1,), float(torch.get_num_threads())))

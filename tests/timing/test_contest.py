@@ -146,6 +146,26 @@ def test_an_interrupt_keeps_whole_rounds(contest: Make) -> None:
     assert [len(m.round_ms) for m in running.measurements((50,))] == [3, 3]
 
 
+def test_an_interrupt_while_some_are_made_anew_keeps_what_was_timed(
+    contest: Make, tmp_path: Path
+) -> None:
+    def interrupting(done: float) -> None:
+        raise KeyboardInterrupt
+
+    entrants = (
+        entrant("ours", "sleeper", ours=True, seconds=0.001),
+        entrant("peer", "hung_later", path=tmp_path / "made"),
+    )
+    with contest(*entrants, launches=2) as running:
+        running.prepare(at_ease)
+        running.check(X, twice)
+        running.time(2, 0.1, random.Random(0), at_ease)
+        with pytest.raises(KeyboardInterrupt):
+            running.prepare(interrupting)
+    assert [m.target for m in running.measurements((50,))] == ["ours", "peer"]
+    assert running.left_out == {}
+
+
 def test_two_of_one_name(contest: Make) -> None:
     with pytest.raises(InputError, match="two targets have one name: a, a"):
         contest(entrant("a", "wrong"), entrant("a", "wrong"))
