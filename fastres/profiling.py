@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -116,7 +117,13 @@ def traced(path: PathLike | None) -> Iterator[None]:
         kinds.append(ProfilerActivity.CUDA)
     with profile(activities=kinds, acc_events=True) as recorded:
         yield
-    recorded.export_chrome_trace(str(file))
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / file.name  # PyTorch puts a new file in the place of whatever is there
+        recorded.export_chrome_trace(str(made))
+        try:
+            file.write_bytes(made.read_bytes())
+        except OSError as error:
+            raise InputError(f"trace={str(path)!r} cannot be written: {error}") from error
 
 
 def make_profile(

@@ -318,6 +318,9 @@ def test_profile_writes_a_trace(net: nn.Module, photo_batch: PhotoBatch, tmp_pat
         rows = engine.profile(x, trace=file).rows
         events = json.loads(file.read_text())["traceEvents"]
         assert any(event["name"] == "aten::conv2d" for event in events) and rows
+        before = file.stat().st_ino
+        engine.profile(x, trace=file)
+        assert file.stat().st_ino == before  # written to; nothing is put in its place
         for path in (tmp_path, tmp_path / "none" / "trace.json", 5):
             with pytest.raises(InputError, match="trace=.* cannot be written"):
                 engine.profile(x, trace=path)  # type: ignore[arg-type]

@@ -18,7 +18,14 @@ from fastres.cli.bench_entrants import Invited, lanes_of, pairs
 from fastres.cli.bench_networks import Network, open_networks
 from fastres.cli.bench_results import Lane, Results
 from fastres.cli.flags import Request
-from fastres.cli.output import command_line, interrupted, note, progress, working
+from fastres.cli.output import (
+    command_line,
+    interrupted,
+    no_more_interrupts,
+    note,
+    progress,
+    working,
+)
 from fastres.errors import FastresError, ParityError
 from fastres.options import Options, as_device
 from fastres.timing.checks import Reference
@@ -96,24 +103,26 @@ class Bench:
                 launches=self.launches,
             ) as contest:
                 finished, failure = self._time(contest, networks, lanes, batches)
-                here = self._machine(load)
+                here: Machine | None = None
                 profiles: dict[tuple[str, int], list[dict[str, Any]]] = {}
                 rates: dict[str, Rates] = {}
                 turns = self._profiles_wanted(lanes)
-                if finished and turns:
-                    try:
+                try:
+                    here = self._machine(load)
+                    if finished and turns:
                         profiles = self._profiles(contest, batches, turns)
                         rates = self._rates(lanes, folder)
-                    except FastresError as error:
-                        note(f"the layers were not all timed: {error}")
-                    except KeyboardInterrupt:
-                        interrupted()
-                        contest.kill()
-                        finished = False
+                except FastresError as error:
+                    note(f"the layers were not all timed: {error}")
+                except KeyboardInterrupt:
+                    interrupted()
+                    contest.kill()
+                    finished = False
+                no_more_interrupts()
         contest.left_out = refused | contest.left_out
         for target, why in contest.left_out.items():
             note(f"{target} is left out: {why}")
-        report = self._report(contest, lanes, here)
+        report = self._report(contest, lanes, here or self._machine(load))
         return Results(
             report,
             [network.name for network in networks],
@@ -221,6 +230,9 @@ class Bench:
             process = Process("rates", maker, given, cores=self.cores, folder=folder)
             try:
                 told = process.wait()
+            except BaseException:  # nobody waits for what it is still doing
+                process.kill()
+                raise
             finally:
                 process.close()
         return {precision: Rates(**found) for precision, found in told.items()}

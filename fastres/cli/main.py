@@ -127,6 +127,8 @@ def main() -> None:
     try:
         app(prog_name="fastres")
     finally:
+        for one in (signal.SIGINT, signal.SIGTERM):  # all is done: nothing is left to be undone
+            signal.signal(one, signal.SIG_IGN)
         gc.freeze()  # else the interpreter looks through all it holds as it ends, for a second
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,17 @@ def make(name: str, version: Version | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]), redirect_stdout(sys.stderr):
         torch.manual_seed(_SEED)
         model = makers.get(source, lambda: _factory(source, rest))()
+    _check_parameters(model, name)
     return model.eval()
+
+
+def _check_parameters(model: nn.Module, name: str) -> None:
+    from torch.nn.parameter import is_lazy
+
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            found = "has no shape yet: run it once" if is_lazy(tensor) else "is on the meta device"
+            raise InputError(f"{name} has no weights: {key} {found}; give a model that has values")
 
 
 def load_weights(model: nn.Module, name: str, file: Path) -> None:
@@ -198,9 +209,9 @@ def _factory(module: str, attribute: str) -> nn.Module:
         try:
             found = _attribute(_module(module), attribute)
             made = found if isinstance(found, nn.Module) else found()
-        except InputError:
+        except (InputError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # the user's code may raise anything
+        except BaseException as error:  # the user's code may raise anything
             raise InputError(f"{name} raised {described(error)}") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} gave {type(made).__name__}; expected an nn.Module")

@@ -78,7 +78,7 @@ def write_file(path: Path, text: str) -> None:
 
 @contextmanager
 def one_interrupt() -> Iterator[None]:
-    """Lets `interrupted` be called within."""
+    """Lets `interrupted` and `no_more_interrupts` be called within."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -88,8 +88,13 @@ def one_interrupt() -> Iterator[None]:
 
 def interrupted() -> None:
     """Says so at once, and makes further interrupts void: the second would lose what is kept."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    no_more_interrupts()
     note("interrupted: what was measured is kept")
+
+
+def no_more_interrupts() -> None:
+    """Before results are written, which is short: an interrupt would lose them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_output(output: Path, *read: Path | None) -> None:

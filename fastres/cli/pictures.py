@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastres.cli.flags import numbers
 from fastres.cli.targets import Shape, Target
-from fastres.errors import InputError
+from fastres.errors import InputError, described
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,11 @@ def settle(target: Target, data: torch.Tensor | None = None) -> None:
         models.settle(target.model, enough)
     except ValueError as error:
         raise InputError(f"{target.name} cannot be settled: {error}; give --weights") from error
+    except Exception as error:  # the user's code may raise anything
+        raise InputError(
+            f"{target.name} cannot be run with {enough.dtype} {list(enough.shape)}: it raised "
+            f"{described(error)}"
+        ) from error
 
 
 def physical_memory() -> int:

@@ -13,7 +13,6 @@ lies below 1 - limit: where it does not, noise could explain what is seen.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ Verdict = Literal["slower", "faster", "same", "unclear"]
 Key = tuple[str, str, str, int]  # model, precision, name without what tells targets apart, batch
 Run = Mapping[Key, "Timed | Measurement"]
 SCHEMA = 1  # of what `fastres bench -o` writes
+SHORTEST_MS, LONGEST_MS = 1e-6, 1e9  # what is no time of a round
 LAUNCHES = 2  # of one run: fewer say nothing of what differs between launches
 
 
@@ -146,7 +146,7 @@ def read_base(path: Path) -> Base:
         base = msgspec.json.decode(text, type=Base)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(
             f"{path} holds no results of fastres bench: {error}; make one with fastres bench ... "
             "-o FILE"
@@ -156,7 +156,7 @@ def read_base(path: Path) -> Base:
     rounds: dict[int, int] = {}  # by batch size: all that were timed together have as many
     launches: dict[int, tuple[int, ...]] = {}
     for timed in base.measurements:
-        sound = all(math.isfinite(ms) and ms > 0 for ms in timed.round_ms)
+        sound = all(SHORTEST_MS <= ms <= LONGEST_MS for ms in timed.round_ms)
         count = rounds.setdefault(timed.batch_size, len(timed.round_ms))
         counted = sum(timed.launches) if min(timed.launches, default=1) > 0 else -1
         alike = launches.setdefault(timed.batch_size, timed.launches) == timed.launches

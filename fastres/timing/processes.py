@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ class Process:
             args=(theirs, maker, dict(arguments), list(cores), self._log),
             daemon=True,
         )
-        # Ctrl-C on a terminal goes to the child as well, even before it can say that it ignores it
+        # Ctrl-C on a terminal goes to the child as well, even before it can say that it ignores it;
+        # the first tracker of a process would let it through again
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             self._child.start()

@@ -1,12 +1,8 @@
 """fastres bench, profile and summary: figures of small networks."""
 
 import json
-import os
-import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,90 +174,29 @@ def test_the_speed_of_wrong_results_is_not_shown(
     assert result.stdout == "" and "fastres in fp32 at batch size 1: largest error" in result.stderr
 
 
-def test_an_interrupt_keeps_what_was_measured(small: str, command: list[str]) -> None:
-    flags = ("--peers", "none", "--duration", "1.5", "--batch-size", "1,2,4,8,16,32,64,128,256")
-    process = subprocess.Popen(
-        [*command, "bench", small, *flags, "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "takes about" in line:  # the first turn follows
-            break
-    time.sleep(1.7)
-    process.send_signal(signal.SIGINT)
-    assert "interrupted: what was measured is kept" in process.stderr.readline()  # at once
-    process.send_signal(signal.SIGINT)  # impatience costs nothing
-    stdout, _ = process.communicate(timeout=60)
-    document = json.loads(stdout)
-    assert process.returncode == 130 and document["run"]["finished"] is False
-    assert 1 <= len(document["measurements"]) < 9
-
-
-def test_an_interrupt_while_processes_are_made(small: str, command: list[str]) -> None:
-    """At once, and no process is left."""
-    flags = ("--peers", "torch_compile,torch_compile_max_autotune", "--json")
-    process = subprocess.Popen(
-        [*command, "bench", small, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    until = time.time() + 60
-    while len(list(_running(process.pid))) < 4 and time.time() < until:  # they are being made
-        time.sleep(0.1)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    started = time.time()
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and time.time() - started < 10
-    document = json.loads(stdout)
-    assert document["run"]["finished"] is False and document["left_out"] == {}
-    assert "Traceback" not in stderr and "takes about" not in stderr
-    assert not _left_after(2, process.pid)
-
-
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_one_that_is_killed(
-    ending: signal.Signals, small: str, command: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("x, y):\n        return self.a(x + y)", "it raised TypeError"),
+        ("x):\n        return self.a(x.double())", "it raised RuntimeError"),
+    ],
+)
+def test_a_model_that_does_not_run_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, said: str
 ) -> None:
-    process = subprocess.Popen(
-        [*command, "bench", small, "--peers", "none", "--duration", "60", "--launches", "1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+    (tmp_path / "odd.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+        f"    def forward(self, {model}\n"
     )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "takes about" in line:
-            break
-    process.send_signal(ending)
-    process.communicate(timeout=60)
-    assert process.returncode == (143 if ending == signal.SIGTERM else -ending)
-    assert not _left_after(20, process.pid)
-    left = list(tmp_path.glob("fastres-bench-*"))
-    assert bool(left) == (ending == signal.SIGKILL)  # which nobody can answer
-
-
-def _left_after(seconds: float, session: int) -> list[str]:
-    """Processes of the session that still run after so long."""
-    until = time.time() + seconds
-    while (found := list(_running(session))) and time.time() < until:
-        time.sleep(0.1)
-    return found
-
-
-def _running(session: int) -> Iterator[str]:
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended meanwhile
-            name, _, facts = (process / "stat").read_text().rpartition(") ")
-            state, _, _, of, *_ = facts.split()
-            if int(of) == session and state != "Z":  # which nobody has taken note of yet
-                yield name
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    result = run("bench", "odd:Net", "--image-size", "32", *BRIEF, status=2)
+    assert "odd:Net cannot be run with torch.float32 [8, 3, 32, 32]" in result.stderr
+    assert said in result.stderr
 
 
 def test_layers_that_cannot_be_timed_cost_no_results(run: Run) -> None:

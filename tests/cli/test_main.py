@@ -50,6 +50,16 @@ def test_ends_without_a_last_search_for_garbage() -> None:
     assert (done.returncode, done.stdout) == (0, f"fastres {fastres.__version__}\nTrue\n")
 
 
+@pytest.mark.parametrize("late", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(late: str) -> None:
+    code = (
+        "import atexit, os, signal; from fastres.cli.main import main; "
+        f"atexit.register(lambda: os.kill(os.getpid(), signal.{late})); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_json(name: str, run: Run) -> None:
     text = run(name, "--help").stdout

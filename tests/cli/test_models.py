@@ -110,6 +110,20 @@ def test_a_factory_in_the_current_folder(
         models.make("own_broken:net")
     with pytest.raises(InputError, match="own_mute:net raised Mute: its message cannot be shown"):
         models.make("own_mute:net")
+    (tmp_path / "own_hollow.py").write_text(
+        "import torch\n"
+        "class Odd(BaseException):\n    pass\n"
+        "def odd():\n    raise Odd('at all')\n"
+        "def meta():\n    return torch.nn.Linear(2, 2, device='meta')\n"
+        "def lazy():\n    return torch.nn.Sequential(torch.nn.LazyConv2d(4, 3))\n"
+    )
+    for name, said in (
+        ("odd", "raised Odd: at all"),
+        ("meta", "has no weights: weight is on the meta device"),
+        ("lazy", "has no weights: 0.weight has no shape yet"),
+    ):
+        with pytest.raises(InputError, match=f"own_hollow:{name} {said}"):
+            models.make(f"own_hollow:{name}")
     assert sys.path == path
 
 

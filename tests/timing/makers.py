@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -99,6 +100,11 @@ def hung_later(path: Path) -> Made:
         time.sleep(60)
     path.touch()
     return sleeper(0.001)
+
+
+def masked() -> Made:
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    return Made(lambda x: x, facts={"blocked": blocked})
 
 
 def torch_threads() -> Made:

@@ -154,6 +154,8 @@ def test_other_conditions_are_refused(
     [
         (lambda d: d["run"].update(finished=False), "was interrupted"),
         (lambda d: d["measurements"][0]["round_ms"].__setitem__(0, 0.0), "is damaged"),
+        (lambda d: d["measurements"][0]["round_ms"].__setitem__(0, 1e308), "is damaged"),
+        (lambda d: d["measurements"][0]["round_ms"].__setitem__(0, 1e-320), "is damaged"),
         (lambda d: d["measurements"][0].update(round_ms=[]), "is damaged"),
         (lambda d: d["measurements"][1]["round_ms"].pop(), "is damaged"),
         (lambda d: d["measurements"][1].update(launches=[7, 7]), "is damaged"),
@@ -168,6 +170,13 @@ def test_damaged_bases(change: Callable[[dict[str, Any]], Any], said: str, tmp_p
     change(sound)
     path.write_text(json.dumps(sound))
     with pytest.raises(InputError, match=said):
+        read_base(path)
+
+
+def test_a_base_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "base.json"
+    path.write_text('{"command": "bench", "schema": 1, "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(InputError, match="holds no results of fastres bench"):
         read_base(path)
 
 

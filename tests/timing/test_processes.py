@@ -1,6 +1,8 @@
 """Targets in processes of their own: pinned, quiet, and told of when they fail."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +56,29 @@ def test_one_that_hangs_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(processes, "LONGEST", 0.3)
     with pytest.raises(Stopped, match="hung stopped: it gave no answer for 0.005 minutes"):
         start("hung").wait()
+
+
+def test_the_first_of_all_does_not_hear_interrupts_either(tmp_path: Path) -> None:
+    """Ctrl-C on a terminal goes to it, too, and it cannot say at once that it ignores it."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fastres.timing.processes import Process\n"
+        "if __name__ == '__main__':\n"
+        "    one = Process('x', 'makers:masked', {}, cores=[int(sys.argv[1])], folder=Path())\n"
+        "    print(one.wait()['blocked'])\n"
+        "    one.close()\n"
+    )
+    (tmp_path / "first.py").write_text(code)
+    core = str(min(os.sched_getaffinity(0)))
+    done = subprocess.run(
+        [sys.executable, "first.py", core],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
 def test_what_it_started_ends_with_it(start: Start) -> None:
