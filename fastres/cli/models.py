@@ -89,17 +89,7 @@ def make(name: str, version: Version | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]), redirect_stdout(sys.stderr):
         torch.manual_seed(_SEED)
         model = makers.get(source, lambda: _factory(source, rest))()
-    _check_parameters(model, name)
     return model.eval()
-
-
-def _check_parameters(model: nn.Module, name: str) -> None:
-    from torch.nn.parameter import is_lazy
-
-    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor) or tensor.is_meta:
-            found = "has no shape yet: run it once" if is_lazy(tensor) else "is on the meta device"
-            raise InputError(f"{name} has no weights: {key} {found}; give a model that has values")
 
 
 def load_weights(model: nn.Module, name: str, file: Path) -> None:
@@ -215,7 +205,17 @@ def _factory(module: str, attribute: str) -> nn.Module:
             raise InputError(f"{name} raised {described(error)}") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} gave {type(made).__name__}; expected an nn.Module")
+    _check_parameters(made, name)
     return made
+
+
+def _check_parameters(model: nn.Module, name: str) -> None:
+    from torch.nn.parameter import is_lazy
+
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            found = "has no shape yet: run it once" if is_lazy(tensor) else "is on the meta device"
+            raise InputError(f"{name} has no weights: {key} {found}; give a model that has values")
 
 
 def _module(name: str) -> ModuleType:
