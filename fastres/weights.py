@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -15,9 +15,6 @@ import torch
 from fastres.errors import BuildError
 from fastres.graph.specs import GIVEN_DTYPES
 from fastres.options import PathLike
-
-if TYPE_CHECKING:
-    pass
 
 _PICKLED = (".pth", ".pt", ".bin")
 _PARALLEL = "module."  # what torch.nn.DataParallel puts before every name
