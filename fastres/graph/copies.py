@@ -1,0 +1,340 @@
+"""Copies of models, also of those that `copy.deepcopy` refuses or gives back changed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fastres.errors import InputError, described
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_SHARED = {  # they hold nothing that a model computes
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    type,
+    types.ModuleType,
+    types.CodeType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+}
+
+
+def copied(
+    model: _Model,
+    instead: Mapping[int, Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> _Model:
+    """A model that computes the same and shares nothing that running it could change.
+
+    Modules are made anew with the attributes that they have, whatever `__deepcopy__` they bring, so
+    training flags, names and aliases stay. Computed tensors become constants. Shared is what cannot
+    be copied and holds no tensor: locks, open files, streams. What refers to a part of the model
+    (methods, closures, weak references) refers to the same part of the copy.
+
+    Args:
+        model: any; nothing in it changes.
+        instead: tensors that take the place of the model's in the copy, by the `id` of those.
+        dtype: of all floating-point tensors of the copy, also of those that are plain attributes,
+            which `Module.to` would leave; None keeps each one's own.
+        device: of all tensors of the copy; None keeps each one's own.
+
+    Raises:
+        InputError: an attribute holds tensors and cannot be copied; it is named.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return cast(_Model, _Copier(model, instead or {}, dtype, device).of(model))
+
+
+def reachable(roots: Iterable[object]) -> Iterator[object]:
+    """Every object that these hold, themselves included, as far as running a model can use them.
+
+    What code names by itself (modules, classes, globals) is not held by it.
+    """
+    waiting, seen = list(roots), set[int]()
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _SHARED or isinstance(value, type) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        waiting += _parts(value)
+
+
+def _parts(value: object) -> list[Any]:
+    if isinstance(value, Tensor):
+        return []
+    if isinstance(value, types.FunctionType):  # not its globals
+        held = [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
+        return [part for part in held if part]
+    return gc.get_referents(value)
+
+
+class _Copier:
+    """Copies a graph of objects, each object once.
+
+    As `copy.deepcopy` does it, but for modules, tensors, closures, weak references, and what
+    refuses to be copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        instead: Mapping[int, Tensor],
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        self._memo: dict[int, Any] = dict(instead)
+        self._originals: list[object] = []  # an id is an object's own only while it lives
+        self._dtype, self._device = dtype, device
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._own = self._names.keys() | {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._place: list[str] = []  # the attributes on the way to what is being copied
+        self._ways: dict[type, Callable[[Any], Any]] = {
+            dict: self._dict,
+            OrderedDict: self._dict,
+            list: self._list,
+            tuple: lambda value: tuple(map(self.of, value)),
+            types.FunctionType: self._function,
+            types.CellType: self._cell,
+            types.MethodType: self._method,
+            types.BuiltinFunctionType: self._builtin,
+            weakref.ref: self._reference,
+            weakref.ProxyType: self._proxy,
+            weakref.CallableProxyType: self._proxy,
+        }
+
+    def of(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _SHARED:
+            return value
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        if kind not in self._ways:
+            self._ways[kind] = self._way(kind)
+        return self._ways[kind](value)
+
+    def _way(self, kind: type) -> Callable[[Any], Any]:
+        if issubclass(kind, torch.jit.ScriptModule):
+            return self._script
+        if issubclass(kind, nn.Module):
+            return self._module
+        if issubclass(kind, Tensor):
+            return self._tensor
+        if issubclass(kind, type | types.ModuleType):
+            return lambda value: value
+        return self._object
+
+    def _keep(self, value: object, new: Any) -> Any:
+        self._originals.append(value)
+        self._memo[id(value)] = new
+        return new
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        kind = type(module)
+        if isinstance(module, GraphModule):  # each has a class of its own, for its `forward`
+            new: Any = kind.__new__(kind)
+            type(new).forward = kind.forward
+        else:
+            new = object.__new__(kind)
+        self._keep(module, new)
+        own, slots = _state_of(module)
+        for name, value in own.items():
+            # what `Module.compile` made of the original's forward; the class has None
+            if name != "_compiled_call_impl":
+                new.__dict__[name] = self._attribute(module, name, value)
+        for name, value in slots.items():
+            object.__setattr__(new, name, self._attribute(module, name, value))
+        return cast(nn.Module, new)
+
+    def _attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        self._place.append(f"{self._names.get(id(module)) or type(module).__name__}.{name}")
+        new = self.of(value)
+        self._place.pop()
+        return new
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        plain = tensor.detach()  # a tensor that was computed cannot be deep-copied, this can
+        if type(tensor) not in (Tensor, nn.Parameter):
+            try:
+                new = self._moved(self._deepcopied(tensor if tensor.is_leaf else plain))
+            except Exception as error:  # a subclass's own code, which may raise anything
+                raise self._error(tensor, error) from error
+            return self._keep(tensor, new)
+        if self._dtype is None and self._device is None:
+            new = copy.deepcopy(plain, self._memo)  # those that share memory do so in the copy
+        else:
+            new = self._moved(plain, copy=True)
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, tensor.requires_grad)
+        self._keep(tensor, new)
+        if tensor.__dict__:
+            new.__dict__.update(self.of(tensor.__dict__))
+        return new
+
+    def _moved(self, new: Any, **how: bool) -> Any:
+        """A tensor, or module, in the dtype and on the device that were asked for."""
+        is_cast = not isinstance(new, Tensor) or new.is_floating_point()
+        return new.to(self._device, self._dtype if is_cast else None, **how)
+
+    def _script(self, module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+        return cast(torch.jit.ScriptModule, self._keep(module, self._moved(copy.deepcopy(module))))
+
+    def _dict(self, value: dict[Any, Any]) -> Any:
+        new = self._keep(value, type(value)())
+        for key, held in value.items():
+            new[self.of(key)] = self.of(held)
+        return new
+
+    def _list(self, value: list[Any]) -> Any:
+        new = self._keep(value, [])
+        new += map(self.of, value)
+        return new
+
+    def _method(self, method: types.MethodType) -> types.MethodType:
+        return types.MethodType(self.of(method.__func__), self.of(method.__self__))
+
+    def _builtin(self, function: types.BuiltinFunctionType) -> Any:
+        if isinstance(function.__self__, type | types.ModuleType | None):
+            return function
+        return getattr(self.of(function.__self__), function.__name__)
+
+    def _reference(self, reference: weakref.ref[Any]) -> weakref.ref[Any]:
+        referent = reference()
+        return weakref.ref(self.of(referent)) if id(referent) in self._own else reference
+
+    def _proxy(self, proxy: Any) -> Any:
+        referent = proxy.__init__.__self__  # no proxy says directly whose it is
+        return weakref.proxy(self.of(referent)) if id(referent) in self._own else proxy
+
+    def _function(self, function: types.FunctionType) -> Any:
+        known = function.__globals__
+        used = {
+            name: known[name]
+            for name in function.__code__.co_names
+            if name in known and self._is_own(known[name])
+        }
+        held = (part for part in reachable([function]) if isinstance(part, Tensor | nn.Module))
+        if not used and next(held, None) is None:
+            return self._keep(function, function)  # PyTorch knows some by identity
+        new = types.FunctionType(
+            function.__code__,
+            known | {name: self.of(value) for name, value in used.items()} if used else known,
+            function.__name__,
+            closure=tuple(map(self.of, function.__closure__ or ())),
+        )
+        self._keep(function, new)
+        new.__defaults__ = self.of(function.__defaults__)
+        new.__kwdefaults__ = self.of(function.__kwdefaults__)
+        new.__qualname__, new.__module__ = function.__qualname__, function.__module__
+        new.__dict__.update(self.of(function.__dict__))
+        return new
+
+    def _is_own(self, value: object) -> bool:
+        """Whether it is a part of the model, or a method of one."""
+        return id(getattr(value, "__self__", value)) in self._own
+
+    def _cell(self, cell: types.CellType) -> Any:
+        new = self._keep(cell, types.CellType())
+        try:
+            held = cell.cell_contents
+        except ValueError:  # nothing was put into it
+            return new
+        new.cell_contents = self.of(held)
+        return new
+
+    def _object(self, value: Any) -> Any:
+        try:
+            if hasattr(type(value), "__deepcopy__"):
+                new = self._deepcopied(value)
+                if new is not value:
+                    return self._keep(value, new)
+                return self._without_copy(value, TypeError("its __deepcopy__ returns itself"))
+            reduced = value.__reduce_ex__(4)
+        except Exception as error:  # an object's own code, which may raise anything
+            return self._without_copy(value, error)
+        if isinstance(reduced, str):  # the name of a global
+            return value
+        return self._rebuilt(value, *reduced)
+
+    def _deepcopied(self, value: Any) -> Any:
+        """By the object's own method; where that fails half-way, nothing is remembered of it."""
+        memo = dict(self._memo)
+        new = copy.deepcopy(value, memo)
+        self._memo.update(memo)
+        return new
+
+    def _without_copy(self, value: Any, error: Exception) -> Any:
+        """An object that gives no copy is shared, unless it holds what a copy needs for itself.
+
+        Then it is made anew from its attributes.
+        """
+        if not any(isinstance(held, Tensor | nn.Module) for held in reachable([value])):
+            return self._keep(value, value)
+        try:
+            object.__new__(type(value))
+        except TypeError:  # it keeps what it holds in C
+            raise self._error(value, error) from error
+        return self._rebuilt(value, object.__new__, (type(value),), _state_of(value))
+
+    def _error(self, value: object, error: Exception) -> InputError:
+        return InputError(
+            f"{self._place[-1]} is {type(value).__name__}, which holds tensors and cannot be "
+            f"copied ({described(error)}); a copy is run, so that nothing in the model changes. "
+            "Set the attribute to None first, or keep the tensors in a list or a dict"
+        )
+
+    def _rebuilt(
+        self,
+        value: Any,
+        make: Any,
+        args: tuple[Any, ...],
+        state: Any = None,
+        items: Iterator[Any] | None = None,
+        pairs: Iterator[tuple[Any, Any]] | None = None,
+        set_state: Any = None,
+    ) -> Any:
+        """What `__reduce_ex__` says, of copies."""
+        new = self._keep(value, self.of(make)(*map(self.of, args)))
+        if state is not None:
+            state = self._keep(state, self.of(state))
+            if set_state is not None:
+                set_state(new, state)
+            elif hasattr(new, "__setstate__") and make is not object.__new__:
+                new.__setstate__(state)
+            else:
+                own, slots = state if isinstance(state, tuple) else (state, {})
+                if own:
+                    new.__dict__.update(own)
+                for name, held in slots.items():
+                    object.__setattr__(new, name, held)
+        for item in items or ():
+            new.append(self.of(item))
+        for key, held in pairs or ():
+            new[self.of(key)] = self.of(held)
+        return new
+
+
+def _state_of(value: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes and slots, whatever the object says of itself."""
+    state = object.__getstate__(value)
+    own, slots = state if isinstance(state, tuple) else (state, None)
+    return own or {}, slots or {}
