@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import multiprocessing
 import os
@@ -47,6 +46,7 @@ from fastres.backends.triton.table import (
 from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.tune import precompile, tune
 from fastres.graph.capture import capture
+from fastres.graph.copies import copied
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, compile_launch, key_of
 from fastres.kernels.boxes import box_candidates, box_seconds
@@ -324,7 +324,7 @@ def speed(run: Run) -> Iterator[Row]:
             targets = [Target(name, engine) for name, engine in ours.items()]
             targets.append(Target("eager channels_last", theirs))
             for mode in _modes(version, batch):
-                own = torch.compile(copy.deepcopy(theirs), mode=mode, dynamic=False)
+                own = torch.compile(copied(theirs), mode=mode, dynamic=False)
                 targets.append(Target(f"torch.compile {mode}", own))
             report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
             yield {"name": name, "table": str(report), **report.to_dict()}

@@ -5,7 +5,6 @@ It says why where there is no TensorRT for this GPU.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from pictures import photographs
 
 import fastres
 from fastres.backends.select import BACKENDS
+from fastres.graph.copies import copied
 from fastres.options import Precision
 from fastres.timing.benchmark import Target, benchmark
 
@@ -77,7 +77,7 @@ def _speed(run: Run) -> Iterator[dict[str, Any]]:
         theirs = model.to(run.device).to(memory_format=torch.channels_last)
         targets = [Target(name, engine) for name, engine in engines.items()]
         targets.append(Target("eager channels_last", theirs))
-        compiled = torch.compile(copy.deepcopy(theirs), mode="reduce-overhead", dynamic=False)
+        compiled = torch.compile(copied(theirs), mode="reduce-overhead", dynamic=False)
         targets.append(Target("torch.compile reduce-overhead", compiled))
         report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
         yield {"name": name, "table": str(report), **report.to_dict()}

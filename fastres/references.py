@@ -6,7 +6,6 @@ error sets the bound.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -20,7 +19,9 @@ from fastres import oracle
 from fastres.backends.reference import ReferenceExecutable
 from fastres.errors import InputError
 from fastres.graph.capture import Captured, capture
+from fastres.graph.copies import copied
 from fastres.graph.export import TORCH_STATE, no_autocast
+from fastres.graph.hooks import check_hooks
 from fastres.graph.ir import Graph, Node, Normalize
 from fastres.options import Input
 
@@ -64,9 +65,11 @@ class ModelReference:
 
     Raises:
         InputError: the model is in training mode.
+        CaptureError: it has a forward hook that is no part of it.
     """
 
     def __init__(self, model: torch.nn.Module, inputs: Sequence[Input]) -> None:
+        check_hooks(model)
         if any(module.training for module in model.modules()):
             raise InputError("the reference is in training mode: call model.eval() first")
         self.name = type(model).__name__
@@ -80,7 +83,8 @@ class ModelReference:
     @torch.no_grad()
     def run(self, inputs: Tensors, dtype: torch.dtype) -> Any:
         if dtype not in self._copies:
-            self._copies[dtype] = copy.deepcopy(self._model).to(dtype).eval()
+            other = None if dtype == self.dtype else dtype
+            self._copies[dtype] = copied(self._model, dtype=other)
         cast = [  # copied: the model may change its inputs in place
             x.to(self._device, dtype if x.is_floating_point() else None, copy=True) for x in inputs
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dis
 import gc
 import types
 import weakref
@@ -17,7 +18,7 @@ from torch.fx import GraphModule
 from fastres.errors import InputError, described
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_SHARED = {  # they hold nothing that a model computes
+SHARED = {  # kinds that hold nothing: a copy has the same
     type(None),
     bool,
     int,
@@ -64,15 +65,18 @@ def copied(
         return cast(_Model, _Copier(model, instead or {}, dtype, device).of(model))
 
 
-def reachable(roots: Iterable[object]) -> Iterator[object]:
+def reachable(roots: Iterable[object], without: Iterable[int] = ()) -> Iterator[object]:
     """Every object that these hold, themselves included, as far as running a model can use them.
 
     What code names by itself (modules, classes, globals) is not held by it.
+
+    Args:
+        without: ids of objects to leave out, with what only they hold.
     """
-    waiting, seen = list(roots), set[int]()
+    waiting, seen = list(roots), set(without)
     while waiting:
         value = waiting.pop()
-        if type(value) in _SHARED or isinstance(value, type) or id(value) in seen:
+        if type(value) in SHARED or isinstance(value, type) or id(value) in seen:
             continue
         seen.add(id(value))
         yield value
@@ -86,6 +90,13 @@ def _parts(value: object) -> list[Any]:
         held = [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
         return [part for part in held if part]
     return gc.get_referents(value)
+
+
+def loaded_globals(function: types.FunctionType) -> dict[str, Any]:
+    """The globals that a function's code reads, by name, as far as there are such."""
+    names = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
+    known = function.__globals__
+    return {name: known[name] for name in names if name in known}
 
 
 class _Copier:
@@ -124,7 +135,7 @@ class _Copier:
 
     def of(self, value: Any) -> Any:
         kind = type(value)
-        if kind in _SHARED:
+        if kind in SHARED:
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
@@ -226,18 +237,14 @@ class _Copier:
         return weakref.proxy(self.of(referent)) if id(referent) in self._own else proxy
 
     def _function(self, function: types.FunctionType) -> Any:
-        known = function.__globals__
-        used = {
-            name: known[name]
-            for name in function.__code__.co_names
-            if name in known and self._is_own(known[name])
-        }
+        read = loaded_globals(function)
+        used = {name: self.of(value) for name, value in read.items() if self._is_own(value)}
         held = (part for part in reachable([function]) if isinstance(part, Tensor | nn.Module))
         if not used and next(held, None) is None:
             return self._keep(function, function)  # PyTorch knows some by identity
         new = types.FunctionType(
             function.__code__,
-            known | {name: self.of(value) for name, value in used.items()} if used else known,
+            function.__globals__ | used if used else function.__globals__,
             function.__name__,
             closure=tuple(map(self.of, function.__closure__ or ())),
         )
@@ -254,11 +261,8 @@ class _Copier:
 
     def _cell(self, cell: types.CellType) -> Any:
         new = self._keep(cell, types.CellType())
-        try:
-            held = cell.cell_contents
-        except ValueError:  # nothing was put into it
-            return new
-        new.cell_contents = self.of(held)
+        for held in gc.get_referents(cell):  # none, where nothing was put into it
+            new.cell_contents = self.of(held)
         return new
 
     def _object(self, value: Any) -> Any:

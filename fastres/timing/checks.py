@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from fastres.backends.reference import ReferenceExecutable
 from fastres.errors import ParityError
+from fastres.graph.copies import copied
+from fastres.graph.hooks import check_hooks
 from fastres.graph.ir import Graph
 from fastres.options import DTYPE_OF, Precision
 from fastres.timing.benchmark import Target
@@ -71,16 +72,22 @@ def reference(
 
 
 def exact(model: nn.Module, example: Tensor) -> Tensor:
-    """The network's result in float64, on the CPU."""
+    """The network's result in float64, on the CPU.
+
+    Raises:
+        CaptureError: it has a forward hook that is no part of it.
+    """
+    check_hooks(model)
     with torch.no_grad():
-        result: Tensor = copy.deepcopy(model).cpu().double()(example.cpu().double())
+        network = copied(model, dtype=torch.float64, device="cpu")
+        result: Tensor = network(example.cpu().double())
     return result
 
 
 def own_error(model: nn.Module, example: Tensor, dtype: torch.dtype, oracle: Tensor) -> Errors:
     """PyTorch's own distance from the oracle when it runs the network in that dtype."""
     with torch.no_grad():
-        result = copy.deepcopy(model).cpu().to(dtype)(example.cpu().to(dtype))
+        result = copied(model, dtype=dtype, device="cpu")(example.cpu().to(dtype))
     return errors(result, oracle)
 
 

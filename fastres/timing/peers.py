@@ -6,7 +6,6 @@ prepares itself for each input shape when it first meets it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastres.errors import InputError, UnsupportedError
+from fastres.graph.copies import copied
+from fastres.graph.hooks import check_hooks
 from fastres.options import Options, Precision
 from fastres.timing import peers_exported, peers_torch
 from fastres.timing.benchmark import Target
@@ -38,7 +39,7 @@ def make_peer(
     ONNX of the unoptimised network; `tensorrt` is given what our own backend of that name gives it.
 
     Args:
-        model: in eval(); it is copied where the peer would change it.
+        model: in eval(); it is copied, never changed.
         example: [N, C, H, W] float32; the peer is prepared for its shape.
         precision: in which the network runs. Input and output stay float32: the peer converts.
         threads: for every peer alike; None takes every core this process may use.
@@ -49,13 +50,14 @@ def make_peer(
 
     Raises:
         InputError: no such peer, training mode, or another kind of input or output.
+        CaptureError: the model has a forward hook that is no part of it.
         BackendUnavailable: a package or a compiler is missing; says how to get it.
         UnsupportedError: the peer has no such precision here, or does not run on that device.
     """
     if name not in PEERS:
         raise InputError(f"there is no peer {name!r}; there are {', '.join(PEERS)}")
-    if example.is_cuda:
-        model = copy.deepcopy(model).to(example.device)
+    check_hooks(model)
+    model = copied(model, device=example.device)
     _check_network(model, example)
     if (why := refusal(name, precision, example.device)) is not None:
         raise UnsupportedError(why)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import shutil
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.errors import BackendUnavailable, UnsupportedError, missing
+from fastres.graph.copies import copied
 from fastres.options import DTYPE_OF
 from fastres.timing.setting import Run, Setting
 
@@ -34,13 +34,13 @@ def torch_threads(threads: int) -> Iterator[None]:
 def eager(setting: Setting) -> Run:
     """PyTorch as it is."""
     dtype = DTYPE_OF[setting.precision]
-    return _in_torch(copy.deepcopy(setting.model).to(dtype), dtype, setting.threads)
+    return _in_torch(copied(setting.model, dtype=dtype), dtype, setting.threads)
 
 
 def eager_channels_last(setting: Setting) -> Run:
     """PyTorch as it is, in the memory layout that its convolutions like best."""
     dtype = DTYPE_OF[setting.precision]
-    network: nn.Module = copy.deepcopy(setting.model).to(dtype)
+    network: nn.Module = copied(setting.model, dtype=dtype)
     network = network.to(memory_format=torch.channels_last)
     return _in_torch(
         lambda x: network(x.contiguous(memory_format=torch.channels_last)), dtype, setting.threads
@@ -65,7 +65,7 @@ def torch_compile(setting: Setting, mode: str = "default") -> Run:
             "reduce-overhead means CUDA graphs; on the CPU it is what torch_compile is"
         )
     dtype = DTYPE_OF[setting.precision]
-    network = copy.deepcopy(setting.model).to(dtype)
+    network = copied(setting.model, dtype=dtype)
     chosen = torch._inductor.list_mode_options(mode)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # fullgraph: an error rather than a silent fall-back to eager; static: a program per shape
@@ -86,7 +86,7 @@ def torch_tensorrt(setting: Setting) -> Run:
     except ImportError as error:
         raise BackendUnavailable(missing("torch-tensorrt", error)) from error
     dtype = DTYPE_OF[setting.precision]
-    network = copy.deepcopy(setting.model).to(dtype)
+    network = copied(setting.model, dtype=dtype)
     made: dict[torch.Size, Any] = {}
 
     def call(x: Tensor) -> Any:
