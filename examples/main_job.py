@@ -27,11 +27,11 @@ from torch import nn
 
 import fastres
 from fastres.calib.images import find_images
+from fastres.checkpoints import read_weights
 from fastres.errors import BuildError, FastresError, UnsupportedError
 from fastres.parity_report import ParityReport
 from fastres.timing.benchmark import Target
 from fastres.timing.report import BenchReport
-from fastres.weights import read_weights
 
 PHOTOS = Path(__file__).parent / "photos"
 RELOAD = """

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastres import models
 from fastres.calib.images import Preprocess
+from fastres.checkpoints import read_weights
 from fastres.cli.models import reference
 from fastres.errors import BuildError, InputError
-from fastres.weights import read_weights
 
 Part = Literal["all", "last", "head"]
 _KEY = "fastres.training"  # one entry: safetensors writes several in an order of chance
@@ -57,7 +57,7 @@ def take_over(model: nn.Module, path: str | os.PathLike[str], *, new_head: bool 
 
     Args:
         model: changed in place; its head is `fc`.
-        path: .safetensors, .pth or .pt.
+        path: a file of torch.save or safetensors.
         new_head: keep the model's own head in any case.
 
     Returns:
@@ -66,7 +66,8 @@ def take_over(model: nn.Module, path: str | os.PathLike[str], *, new_head: bool 
     Raises:
         BuildError: the file cannot be read, or anything but the head does not fit; says where.
     """
-    table, own = read_weights(path), model.state_dict()
+    own = model.state_dict()
+    table = read_weights(path, names=own)
     head = {key for key in own if key.startswith("fc.")}
     theirs = {key: value.shape for key, value in table.items() if key.startswith("fc.")}
     fresh = new_head or theirs != {key: own[key].shape for key in head}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from fastres.backends.select import Choice, check_names, choose, order
 from fastres.blocks import Version
 from fastres.calib.images import Preprocess
 from fastres.calib.table import CalibrationTable
+from fastres.checkpoints import read_weights
 from fastres.engine import Engine, Lowered, Origin
 from fastres.errors import (
     BackendUnavailable,
@@ -28,7 +29,7 @@ from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.ir import BatchNorm, Graph, identity
 from fastres.graph.passes.pipeline import optimise
-from fastres.graph.specs import spec_of
+from fastres.graph.renewing import renewed
 from fastres.options import (
     EIGHT_BITS,
     PRECISION_OF,
@@ -50,7 +51,7 @@ from fastres.source import (
     source_of,
     taking_pictures,
 )
-from fastres.weights import is_finite, oddity, read_weights
+from fastres.weights import is_finite
 
 
 def compile(
@@ -175,19 +176,23 @@ def compile(
 
 
 def build(
-    weights: Mapping[str, torch.Tensor] | PathLike,
+    weights: Mapping[str, Any] | PathLike,
     *,
     version: Version | None = None,
     spec: ResNetSpec | None = None,
     inputs: Input | None = None,
+    entry: str | None = None,
 ) -> Graph:
     """Assembles a residual network from weights alone, without the model's code.
 
     Args:
-        weights: a state_dict with torchvision's names, or a .safetensors, .pt or .pth file.
+        weights: a state_dict with torchvision's names, a checkpoint that has one, or the path of
+            either, written by torch.save or safetensors.
         version: "v1" or "v1.5"; needed for bottleneck nets, whose weights do not show it.
         spec: what else the weights do not show; see `ResNetSpec`.
         inputs: the image's shape; None takes (N, C, 224, 224), or 32 for a CIFAR stem.
+        entry: where in a checkpoint the network lies, if that must be said: of raw and averaged
+            weights, "state_dict" or "state_dict_ema"; of a larger model, "state_dict.backbone".
 
     Raises:
         BuildError: the weights do not describe a residual network, or something must be said.
@@ -199,13 +204,12 @@ def build(
     spec = spec or ResNetSpec()
     if version is not None:
         spec = replace(spec, version=version)
-    table = read_weights(weights) if isinstance(weights, str | os.PathLike) else weights
-    if not isinstance(table, Mapping):
+    if not isinstance(weights, Mapping | str | os.PathLike):
         raise BuildError(
-            f"weights is {type(table).__name__}; give a state_dict, or the path of a .safetensors, "
-            ".pt or .pth file"
+            f"weights is {type(weights).__name__}; give a state_dict, or the path of a file of "
+            "torch.save or safetensors"
         )
-    return build_graph(table, spec, inputs)
+    return build_graph(read_weights(weights, entry=entry), spec, inputs)
 
 
 def optimised(source: Graph, error: type[FastresError]) -> Graph:
@@ -343,39 +347,16 @@ def _assembled(
     )
 
 
-def with_weights(engine: Engine, state_dict: Mapping[str, torch.Tensor]) -> Lowered:
+def with_weights(
+    engine: Engine, state_dict: Mapping[str, Any] | PathLike, entry: str | None = None
+) -> Lowered:
     """The engine's graph anew from other weights, lowered to the same backend."""
     if engine.options.precision in EIGHT_BITS:
         raise InputError(
             f"an {engine.options.precision} engine keeps its weights: its calibration was made "
             "with them. Calibrate the model with the new ones and compile it again"
         )
-    if not isinstance(state_dict, Mapping):
-        raise InputError(f"state_dict is {type(state_dict).__name__}; expected names and tensors")
-    constants = {}
-    for name, old in engine.source.constants.items():
-        if name not in state_dict:
-            if not old.is_meta:  # a constant of the model's code, or a buffer that is not saved
-                constants[name] = old
-                continue
-            raise InputError(f"the weight {name} is missing; nothing was changed")
-        new = state_dict[name]
-        odd = oddity(new) or ("a tensor on the meta device" if new.is_meta else "")
-        if odd or spec_of(new.detach()) != spec_of(old):
-            found = odd or spec_of(new)
-            raise InputError(f"{name} is {found}, expected {spec_of(old)}; nothing was changed")
-        if new.is_floating_point() and not is_finite(new):
-            raise InputError(f"{name} holds NaN or infinite values; nothing was changed")
-        constants[name] = new.detach().cpu()
-    unknown = [
-        str(name)
-        for name in set(state_dict) - set(constants) - set(engine.ignored_weights)
-        if not str(name).endswith("num_batches_tracked")  # BatchNorm's counter of training steps
-    ]
-    if unknown:
-        some = ", ".join(sorted(unknown)[:5])
-        raise InputError(f"{len(unknown)} weights are not the model's: {some}; nothing was changed")
-    source = engine.source.replace(constants=constants)
+    source = renewed(engine.source, engine.ignored_weights, state_dict, entry)
     graph = optimised(source, InputError)
     origin = Origin(engine.source, engine.ignored_weights)
     options = replace(engine.options, backend=(engine.backend.name,))

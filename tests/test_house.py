@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.blocks",
     ),
     ("fastres.options", "fastres.models"),
-    ("fastres.weights", "fastres.graph"),
+    ("fastres.weights", "fastres.checkpoint_files", "fastres.checkpoints", "fastres.graph"),
     ("fastres.backends",),
     ("fastres.engine", "fastres.engine_info", "fastres.engine_inputs"),
     (

@@ -59,8 +59,16 @@ Weights = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A state_dict, .safetensors or .pth: loaded strictly into MODEL, or built into a "
-        "network by itself where MODEL is left out.",
+        help="A state_dict or checkpoint of torch.save or safetensors: loaded strictly into MODEL, "
+        "or built into a network by itself where MODEL is left out.",
+    ),
+]
+Entry = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where in the file of --weights they lie, if it holds several, such as raw and "
+        "averaged ones: state_dict_ema.",
     ),
 ]
 Version = Annotated[
@@ -145,6 +153,7 @@ class Request:
     batch_size: BatchSize = None
     image_size: ImageSize = None
     weights: Weights = None
+    entry: Entry = None
     version: Version = None
     device: Device = None
     threads: Threads = None
@@ -169,7 +178,7 @@ class Request:
     def only_for_models(self) -> list[str]:
         """The flags given that change how a model is compiled, so that no saved engine takes."""
         settings = ("backend", "precision", "calibration", "threads", "on_unsupported")
-        names = ("weights", "version", *settings, "tune", "cache_dir")
+        names = ("weights", "entry", "version", *settings, "tune", "cache_dir")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
 
 

@@ -92,16 +92,19 @@ def make(name: str, version: Version | None = None) -> nn.Module:
     return model.eval()
 
 
-def load_weights(model: nn.Module, name: str, file: Path) -> None:
+def load_weights(model: nn.Module, name: str, file: Path, entry: str | None = None) -> None:
     """Loads a state_dict strictly: nothing missing, left over or misshapen.
+
+    Args:
+        entry: where in a checkpoint it lies, if that must be said.
 
     Raises:
         BuildError: the file is unreadable or does not fit; says where.
     """
-    from fastres.weights import read_weights
+    from fastres.checkpoints import read_weights
 
-    table = read_weights(file)
     own = model.state_dict()
+    table = read_weights(file, names=own, entry=entry)
     wrong = [
         f"{key} is {list(table[key].shape)} in the file and {list(value.shape)} in the model"
         for key, value in own.items()

@@ -12,6 +12,7 @@ def summary(
     model: flags.TargetName = None,
     image_size: flags.ImageSize = None,
     weights: flags.Weights = None,
+    entry: flags.Entry = None,
     version: flags.Version = None,
     as_json: flags.Json = False,
     output: flags.Output = None,
@@ -19,7 +20,9 @@ def summary(
     """Show layers: shapes, parameters, multiply-adds."""
     import fastres
 
-    request = Request(model=model, image_size=image_size, weights=weights, version=version)
+    request = Request(
+        model=model, image_size=image_size, weights=weights, entry=entry, version=version
+    )
     target = open_target(request)
     with working(f"counting {target.name}"):
         found = fastres.summary(target.model, image_input(target.shape, (1,)))

@@ -98,6 +98,8 @@ def open_model(request: Request) -> Target:
             f"--trust-engine is for saved engines; {request.model or request.weights} is compiled "
             "here: leave it out"
         )
+    if request.entry is not None and request.weights is None:
+        raise InputError("--entry says where in the file of --weights they lie: give both")
     with working(f"reading {request.model or request.weights}"):
         version = models.as_version(request.version)
         if request.model is not None:
@@ -150,8 +152,9 @@ def warn_if_untrained(target: Target) -> None:
 
 def _saved(request: Request, path: Path) -> Target:
     import fastres
+    from fastres.checkpoint_files import SUFFIXES
 
-    if path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+    if path.suffix in SUFFIXES:
         raise InputError(f"{path} holds weights, not an engine; give it as --weights {path}")
     wrong = request.only_for_models()
     if wrong:
@@ -181,7 +184,7 @@ def _named(request: Request, name: str, version: Version | None) -> Target:
 
     model = models.make(name, version)
     if request.weights is not None:
-        models.load_weights(model, name, request.weights)
+        models.load_weights(model, name, request.weights, request.entry)
     size = request.image_size or (32 if models.is_cifar(name) else 224)
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(dtypes, torch.float32)
@@ -195,7 +198,7 @@ def _built(request: Request, weights: Path, version: Version | None) -> Target:
 
     size = request.image_size
     image = None if size is None else Input((1, 3, size, size))
-    graph = fastres.build(weights, version=version, inputs=image)
+    graph = fastres.build(weights, version=version, inputs=image, entry=request.entry)
     channels, height, width = (int(str(d)) for d in graph.inputs[0].spec.shape[1:])
     spec = graph.inputs[0].spec
     return Target(str(weights), graph, (channels, height, width), spec.torch_dtype)

@@ -101,7 +101,7 @@ def verify(
 def _check_flags(request: Request, engine: str | None) -> None:
     if engine is None:
         return
-    wrong = [f for f in request.only_for_models() if f not in ("--weights", "--version")]
+    wrong = [f for f in request.only_for_models() if f not in ("--weights", "--entry", "--version")]
     if wrong:
         raise InputError(
             f"{engine} is compiled already: {', '.join(wrong)} cannot be given with it"

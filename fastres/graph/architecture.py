@@ -147,7 +147,8 @@ def _check_names(weights: Mapping[str, torch.Tensor]) -> None:
             some = ", ".join([*sorted(weights)[:4], "..."]) if weights else "none"
             raise BuildError(
                 f"no {name} among {len(weights)} weights ({some}): only torchvision's names are "
-                "known (conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc)"
+                "known (conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc). Load others into "
+                "the model they are of, and give that to fastres.compile"
             )
 
 

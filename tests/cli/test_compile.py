@@ -80,7 +80,7 @@ def test_a_pipe_gets_the_report_and_nothing_else(
         (("SMALL", "--on-unsupported", "pray"), "supported are"),
         (("SMALL", "--version", "v3"), "there are v1 and v1.5"),
         (("SMALL", "--weights", "nowhere.pth"), "there is no file nowhere.pth"),
-        (("--weights", "ENGINE"), "neither .safetensors nor"),
+        (("--weights", "ENGINE"), "is a saved engine"),
         (("ENGINE",), "is a file or folder"),
         (("SMALL", "-o", "PHOTOS"), "photos"),
         (("SMALL", "--tune", "--target", "sm_90"), "tuning needs a sm_90 GPU"),

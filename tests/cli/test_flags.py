@@ -36,6 +36,7 @@ def test_a_request_names_the_flags_that_no_saved_engine_takes() -> None:
     request = Request(precision="bf16", on_unsupported="fallback", threads=2)
     assert request.only_for_models() == ["--precision", "--threads", "--on-unsupported"]
     assert Request(model="e.fastres", trust_engine=True).only_for_models() == []
+    assert Request(weights=Path("w"), entry="e").only_for_models() == ["--weights", "--entry"]
     assert Request(tune=True, cache_dir=Path("t")).only_for_models() == ["--tune", "--cache-dir"]
 
 

@@ -153,3 +153,30 @@ def test_weights_that_do_not_fit_are_told_where(trained: Path, tmp_path: Path) -
     assert "3 places" in text and "fc.bias is [7] in the file and [10]" in text
     assert "conv1.weight is missing" in text and "extra is unknown" in text
     assert torch.equal(before, model.state_dict()["fc.weight"])
+
+
+def test_weights_as_training_leaves_them(trained: Path, tmp_path: Path) -> None:
+    table = safetensors.torch.load_file(trained)
+    wrapped = {f"module._orig_mod.{key}": value for key, value in table.items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "best.pth.tar")
+    model = models.make("fastres:cifar_resnet8")
+    models.load_weights(model, "small", tmp_path / "best.pth.tar")
+    assert all(torch.equal(value, table[key]) for key, value in model.state_dict().items())
+
+    holder = nn.ModuleDict({"backbone": model})
+    own = {f"backbone.{key}": value + 1 for key, value in table.items()}
+    torch.save(own, tmp_path / "own.pth")
+    models.load_weights(holder, "holder", tmp_path / "own.pth")
+    assert torch.equal(model.state_dict()["fc.bias"], table["fc.bias"] + 1)
+
+
+def test_raw_and_averaged_weights_are_a_question(trained: Path, tmp_path: Path) -> None:
+    table = safetensors.torch.load_file(trained)
+    raw = {key: value * 2 for key, value in table.items()}
+    torch.save({"model": raw, "model_ema": table}, tmp_path / "both.pth")
+    model = models.make("fastres:cifar_resnet8")
+    with pytest.raises(BuildError, match="pass entry='model' or entry='model_ema'"):
+        models.load_weights(model, "small", tmp_path / "both.pth")
+    assert models.is_fresh(model)
+    models.load_weights(model, "small", tmp_path / "both.pth", "model_ema")
+    assert torch.equal(model.state_dict()["fc.bias"], table["fc.bias"])

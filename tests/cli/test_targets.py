@@ -1,13 +1,20 @@
-"""What the flags for tuning and for trust come to: what compile and load are asked for."""
+"""What the flags for weights, tuning and trust come to: what is read, compiled and loaded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from typer.testing import Result
 
 import fastres
+from fastres.cli.flags import Request
+from fastres.cli.targets import open_target
+from fastres.errors import BuildError
+from fastres.graph.ir import Graph
 
 Run = Callable[..., Result]
 QUICK = ("--duration=0.02", "--launches=1", "--device=cpu", "--peers=none")
@@ -102,3 +109,38 @@ def test_tuning_is_asked_for(
         (True, tmp_path),
         (False, tmp_path),
     ]
+
+
+@pytest.fixture
+def both(trained: Path, tmp_path: Path) -> Path:
+    """A checkpoint with raw weights, the averages of which are those that were trained."""
+    averaged = safetensors.torch.load_file(trained)
+    raw = {key: value * 2 for key, value in averaged.items()}
+    path = tmp_path / "both.pth.tar"
+    torch.save({"epoch": 3, "state_dict": raw, "state_dict_ema": averaged}, path)
+    return path
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["MODEL", "built"])
+def test_the_entry_says_which_weights(named: bool, small: str, both: Path, trained: Path) -> None:
+    request = Request(model=small if named else None, weights=both)
+    with pytest.raises(BuildError, match="entry='state_dict' or entry='state_dict_ema'"):
+        open_target(request)
+    opened = open_target(replace(request, entry="state_dict_ema")).model
+    weights = opened.constants if isinstance(opened, Graph) else opened.state_dict()
+    assert torch.equal(weights["fc.bias"], safetensors.torch.load_file(trained)["fc.bias"])
+
+
+def test_the_entry_on_the_command_line(run: Run, small: str, both: Path, engine: Path) -> None:
+    assert "pass entry=" in run("summary", small, "--weights", both, status=2).stderr
+    run("summary", small, "--weights", both, "--entry", "state_dict_ema")
+    flags = ("--weights", both, "--entry", "state_dict_ema", "--backend", "reference")
+    run("verify", small, engine, *flags[:4])
+    run("verify", small, engine, *flags[:2], "--entry", "state_dict", status=1)
+    run("compile", *flags)
+    for arguments, said in (
+        (("compile", small, "--entry", "ema"), "--entry says where in the file of --weights"),
+        (("inspect", engine, "--entry", "ema"), "--entry cannot be given with it"),
+        (("inspect", both), "holds weights, not an engine; give it as --weights"),
+    ):
+        assert said in run(*arguments, status=2).stderr.replace("\n", " ")

@@ -60,7 +60,8 @@ def test_tolerances_of_ones_own(run: Run, small: str, engine: Path, trained: Pat
         (("SMALL", "ENGINE", "--precision", "bf16"), "--precision cannot be given"),
         (("SMALL", "--images", "nowhere"), "there is no file or folder nowhere"),
         (("SMALL", "--images", "ENGINE"), "cannot be read as an image"),
-        (("SMALL", "--weights", "ENGINE"), "neither .safetensors nor"),
+        (("SMALL", "--weights", "ENGINE"), "is a saved engine"),
+        (("SMALL", "--entry", "ema"), "--entry says where in the file of --weights"),
     ],
 )
 def test_verify_refuses(
