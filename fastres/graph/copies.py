@@ -65,6 +65,15 @@ def copied(
         return cast(_Model, _Copier(model, instead or {}, dtype, device).of(model))
 
 
+def to_trace(model: _Model) -> _Model:
+    """A copy that has the model's own parameters and buffers, and keeps what tracing leaves behind.
+
+    Raises:
+        InputError: as `copied`.
+    """
+    return copied(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
 def reachable(roots: Iterable[object], without: Iterable[int] = ()) -> Iterator[object]:
     """Every object that these hold, themselves included, as far as running a model can use them.
 

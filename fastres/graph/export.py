@@ -15,6 +15,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from fastres.errors import CaptureError, is_interrupt
+from fastres.graph.copies import to_trace
+from fastres.graph.hooks import check_hooks
 from fastres.graph.specs import GIVEN_DTYPES
 from fastres.graph.symbols import expression, is_fixed
 from fastres.options import ANY_BATCH, Input, usual_sizes
@@ -35,11 +37,12 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
     """Exports a model with its batch size free, and H and W where the inputs range over them.
 
     Raises:
-        CaptureError: training mode, no export, a size that the model fixes but should be free, or
-            a branch that not every size takes.
+        CaptureError: training mode, no export, a size that the model fixes but should be free, a
+            branch that not every size takes, or a forward hook that is no part of the network.
     """
     from fastres.graph.guards import check_guards, noting_every_branch  # 0.3 s: sympy
 
+    check_hooks(model)
     training = next((name for name, m in model.named_modules() if m.training), None)
     if training is not None:
         raise CaptureError(
@@ -57,7 +60,8 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
         with TORCH_STATE, warnings.catch_warnings(), torch.no_grad(), no_autocast():
             warnings.simplefilter("ignore")  # the exporter's notes on its own internals
             with noting_every_branch():
-                program = torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
+                shapes = _nested(model, free)
+                program = torch.export.export(to_trace(model), examples, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises whatever the traced code and torch raise
         if is_interrupt(error):
             raise KeyboardInterrupt from error
