@@ -118,6 +118,7 @@ class Contents:
     preprocess: Preprocess | None = None
     ignored_weights: tuple[str, ...] = ()
     compiled: Mapping[str, bytes] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # on what a file names and this process does not know
 
 
 def save(engine: Engine, path: PathLike) -> None:
@@ -173,7 +174,7 @@ def load(
     contents = read(path)
     try:
         with naming(place(path)):
-            return assemble(
+            engine = assemble(
                 contents.graph,
                 Origin(contents.source, contents.ignored_weights),
                 replace(contents.options, device=wanted, target=target),
@@ -181,6 +182,8 @@ def load(
                 contents.preprocess,
                 CompiledParts(contents.compiled, trust_engine),
             )
+        engine.notes = contents.notes
+        return engine
     except BackendUnavailable as error:
         built_for = contents.options.target
         if built_for is None or target is not None:
@@ -226,7 +229,7 @@ def read(path: PathLike) -> Contents:
         raise defect(container.path, f"{WEIGHTS} cannot be read: {error}") from error
     try:
         inputs = tuple(_input(entry) for entry in manifest.inputs)
-        graph, source = serial.decode(files[GRAPH], tensors, _sizes(inputs))
+        graph, source, notes = serial.decode(files[GRAPH], tensors, _sizes(inputs))
         options = _options(manifest.options)
     except (GraphError, InputError) as error:
         raise defect(container.path, f"its content contradicts itself: {error}") from error
@@ -234,7 +237,14 @@ def read(path: PathLike) -> Contents:
         raise defect(container.path, "the graph and its source have different inputs")
     compiled = {name: data for name, data in files.items() if name not in (GRAPH, WEIGHTS)}
     return Contents(
-        graph, source, options, inputs, manifest.preprocess, manifest.ignored_weights, compiled
+        graph,
+        source,
+        options,
+        inputs,
+        manifest.preprocess,
+        manifest.ignored_weights,
+        compiled,
+        notes,
     )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+import msgspec
 import torch
 import torch.utils._pytree as pytree
 
@@ -19,6 +20,7 @@ from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import ImageLike, Preprocess, batches
 from fastres.engine_info import EngineInfo, describe
 from fastres.engine_inputs import EngineInputs
+from fastres.engine_tracing import beside_compiler, refuse
 from fastres.errors import FastresError, InputError
 from fastres.graph.ir import Graph, Normalize
 from fastres.graph.shapes import infer_shapes
@@ -28,7 +30,7 @@ from fastres.streams import OnStreams
 if TYPE_CHECKING:
     from fastres.profiling import Profile
 
-Batch = torch.Tensor | Sequence[torch.Tensor]
+Batch = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,12 @@ class Engine:
     inputs: tuple[Input, ...]
     preprocess: Preprocess | None = None
     passed_over: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     _closed: bool = field(default=False, init=False)
     _process: int = field(default_factory=os.getpid, init=False)
 
     def __post_init__(self) -> None:
-        self._tree = pytree.treespec_loads(self.graph.output_tree)
+        self._tree = self.graph.output_tree
         self._gives_one = self._tree.is_leaf()
         self._given = EngineInputs(self.graph, self.inputs, self.options)
 
@@ -116,7 +119,7 @@ class Engine:
         """torch.uint8 if the engine is called with decoded pictures; None: as the model is."""
         return torch.uint8 if self._given.pictures else None
 
-    def __call__(self, *inputs: torch.Tensor) -> Any:
+    def __call__(self, /, *inputs: torch.Tensor, **named: torch.Tensor) -> Any:
         """Runs the network.
 
         Args:
@@ -124,20 +127,22 @@ class Engine:
                 model's dtype, on the engine's device; with `io_dtype=torch.uint8` decoded pictures,
                 uint8 [N, H, W, 3] in RGB. N may be 0; above `max_batch_size` the batch is run in
                 parts.
+            named: inputs by the names that the model's forward has for them, as in
+                `engine(pixel_values=x)`.
 
         Returns:
             What the model returns (a tensor, or the same nesting of tensors), on the same device,
             without gradient.
 
         Raises:
-            InputError: an input does not fit; says what was expected and what came.
+            InputError: an input does not fit; says what was expected and what came. Or something
+                is recording the call that an engine cannot be recorded by, such as torch.export.
             BackendUnavailable: the engine was built for a GPU that is not here.
         """
+        if torch.compiler.is_compiling():
+            return beside_compiler(self.__call__, inputs, named)
         lowered = self._runnable()
-        size = self._given.check(inputs)
-        inputs = self.planar(inputs)
-        if any(x.is_neg() for x in inputs):  # a minus sign is pending on a view
-            inputs = tuple(x.resolve_neg() for x in inputs)
+        inputs, size = self._given.take(inputs, named)
         if size == 0:
             outputs = self._empty(lowered.graph, inputs)
         else:
@@ -171,6 +176,8 @@ class Engine:
     def map(self, batches: Iterable[Batch], *, depth: int = 2) -> Iterator[Any]:
         """Runs many batches with up to `depth` in flight; yields results in order.
 
+        A batch is a tensor, several of them in order, or a mapping of them by their names.
+
         With `hint="throughput"` the batches in flight run on streams of their own. On a GPU they do
         in any case, and batches may lie in the CPU's memory: copying one overlaps with computing
         another.
@@ -192,6 +199,8 @@ class Engine:
             try:
                 for batch in batches:
                     inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+                    if isinstance(batch, Mapping):
+                        inputs = self._given.in_order((), batch)
                     work = partial(self, *inputs) if streams is None else streams.submission(inputs)
                     pending.append(pool.submit(work))
                     if len(pending) > depth:
@@ -244,6 +253,7 @@ class Engine:
     def info(self) -> EngineInfo:
         """Per node: operation, what was fused into it, backend, precision, fallbacks and why."""
         lowered = self._open()
+        account = lowered.executable.account()
         return describe(
             lowered.graph,
             backend=self.backend.name,
@@ -251,13 +261,16 @@ class Engine:
             ran=lowered.executable.precisions(),
             refused=lowered.refused,
             passed_over=self.passed_over,
-            account=lowered.executable.account(),
+            account=msgspec.structs.replace(account, notes=(*self.notes, *account.notes)),
         )
 
-    def profile(self, *inputs: torch.Tensor, trace: PathLike | None = None) -> Profile:
+    def profile(
+        self, /, *inputs: torch.Tensor, trace: PathLike | None = None, **named: torch.Tensor
+    ) -> Profile:
         """Time, GFLOP/s, GB/s and, on a GPU, share of the roofline of every node in one run.
 
         Args:
+            inputs, named: as the engine is called.
             trace: a file for what torch.profiler sees of the measuring and of one whole run after
                 it, in Chrome's format (chrome://tracing, Perfetto).
 
@@ -267,9 +280,9 @@ class Engine:
         from fastres.profiling import make_profile, traced
 
         lowered = self._runnable()
-        if self._given.check(inputs) == 0:
+        inputs, size = self._given.take(inputs, named)
+        if size == 0:
             raise InputError("the batch is empty: there is nothing to profile")
-        inputs = tuple(x.resolve_neg() for x in self.planar(inputs))
         shapes = infer_shapes(lowered.graph, [tuple(x.shape) for x in inputs])
         executable = lowered.executable
         with traced(trace):
@@ -278,23 +291,16 @@ class Engine:
                 executable.run(inputs)
         return make_profile(lowered.graph, shapes, times, executable.precisions())
 
-    def update_weights(
-        self, state_dict: Mapping[str, Any] | PathLike, *, entry: str | None = None
-    ) -> None:
+    def update_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Takes new weights for the same architecture; calls under way finish with the old ones.
 
-        Args:
-            state_dict: the model's, a checkpoint that has one, or the path of either.
-            entry: where in a checkpoint it lies, if that must be said; see `fastres.build`.
-
         Raises:
-            InputError: a weight is missing, unknown, misshapen, or not finite, or the file cannot
-                be read; nothing is changed.
+            InputError: a weight is missing, unknown, misshapen, or not finite; nothing is changed.
         """
         from fastres.compiler import with_weights
 
         self._open()
-        self._lowered = with_weights(self, state_dict, entry)
+        self._lowered = with_weights(self, state_dict)
 
     def save(self, path: PathLike) -> None:
         """Saves graph, weights and settings; see `fastres.load`. Ends in .fastres: one zip file.
@@ -332,6 +338,15 @@ class Engine:
             "an engine cannot be pickled or copied: write it with engine.save(path), and read it "
             "with fastres.load(path) as often as needed"
         )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks of an object before it reads its code."""
+        refuse("torch.jit.script")
+
+    @property
+    def _jit_override_qualname(self) -> NoReturn:
+        """What torch.jit.trace asks of an object before it calls it."""
+        refuse("torch.jit.trace")
 
     def __repr__(self) -> str:
         inputs = ", ".join(map(str, self._given.taken))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 
+from fastres.engine_tracing import refuse, refuse_tracers
 from fastres.errors import InputError
 from fastres.graph.ir import Graph, Value
 from fastres.graph.specs import Sym, TensorSpec
@@ -39,12 +41,12 @@ class Taken(NamedTuple):
 
 
 class EngineInputs:
-    """Checks what an engine is called with.
+    """Takes in what an engine is called with.
 
     Args:
         graph: whose inputs they are. Pictures that it normalises come as they are decoded,
             [N, H, W, 3].
-        inputs: the sizes promised.
+        inputs: the sizes promised, and the names that the model has for them.
         options: settled.
     """
 
@@ -58,29 +60,58 @@ class EngineInputs:
         """The same tensors as the graph takes them: pictures seen as [N, 3, H, W]."""
         return (inputs[0].permute(0, 3, 1, 2),) if self.pictures else inputs
 
-    def check(self, inputs: Sequence[torch.Tensor]) -> int:
-        """Checks every input and returns the batch size.
+    def in_order(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The inputs as the model's forward lists them, of which some were given by name.
+
+        Raises:
+            InputError: a name is unknown, missing, or that of one given by its place.
+        """
+        names = [taken.name for taken in self.taken]
+        rest = names[len(inputs) :]
+        wrong = [
+            f"{name!r} is {'given twice' if name in names else 'none of its inputs'}"
+            for name in named
+            if name not in rest
+        ]
+        wrong += [f"{name!r} is missing" for name in rest if name not in named]
+        if wrong:
+            takes = ", ".join(map(str, self.taken))
+            raise InputError(f"{', '.join(wrong)}; this engine takes {takes}")
+        return (*inputs, *(named[name] for name in rest))
+
+    def take(
+        self, inputs: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> tuple[tuple[torch.Tensor, ...], int]:
+        """Checks what an engine is called with.
+
+        Returns:
+            The inputs as the graph takes them, and the batch size.
 
         Raises:
             InputError: one does not fit; says what was expected and what came.
         """
+        refuse_tracers(inputs)
+        if named:
+            inputs = self.in_order(inputs, named)
         kind = _kind(inputs)
         if kind is not None and kind == self._accepted:
-            return kind[0][0]
+            return self.planar(inputs), kind[0][0]
+        inputs = tuple(map(_plain, inputs))
         size = self._checked(inputs)
         self._accepted = kind
-        return size
+        return self.planar(inputs), size
 
-    def _checked(self, inputs: Sequence[torch.Tensor]) -> int:
+    def _checked(self, inputs: Sequence[Any]) -> int:
         if len(inputs) != len(self.taken):
             names = ", ".join(taken.name for taken in self.taken)
             raise InputError(f"expected {len(self.taken)} inputs ({names}), got {len(inputs)}")
         sizes: dict[str, int] = {}  # of each symbol
         for given, taken in zip(inputs, self.taken, strict=True):
             if not isinstance(given, torch.Tensor):
+                help = "; give what it holds by name: engine(**batch)" * isinstance(given, Mapping)
                 raise InputError(
                     f"{taken.name}: expected a torch.Tensor {taken.spec}, got "
-                    f"{type(given).__module__}.{type(given).__qualname__}"
+                    f"{type(given).__module__}.{type(given).__qualname__}{help}"
                 )
             self._check_tensor(given, taken)
             for dim, size in zip(taken.spec.shape, given.shape, strict=True):
@@ -127,12 +158,33 @@ class EngineInputs:
         order = _NHWC if self.pictures else range(len(value.spec.shape))
         spec = TensorSpec(tuple(value.spec.shape[i] for i in order), value.spec.dtype)
         ends = (tuple(sizes[i] for i in order) for sizes in (allowed.smallest, allowed.largest))
-        return Taken(value.name, spec, *ends)
+        return Taken(allowed.name or value.name, spec, *ends)
 
 
 def _kind(inputs: Sequence[torch.Tensor]) -> Kind | None:
     """All that is asked of the one input; None where there are more, or it is out of the usual."""
-    if len(inputs) != 1 or type(inputs[0]) is not torch.Tensor or inputs[0].is_nested:
+    if len(inputs) != 1 or type(inputs[0]) is not torch.Tensor:
         return None
     (x,) = inputs
+    if x.is_nested or x.is_neg():
+        return None
     return x.shape, x.dtype, x.layout, x.device
+
+
+def _plain(given: Any) -> Any:
+    """A tensor without its subclass, or a minus sign that is pending on a view."""
+    if isinstance(given, torch.fx.Proxy):
+        refuse("torch.fx.symbolic_trace")
+    if not isinstance(given, torch.Tensor):
+        return given  # for `_checked` to refuse
+    kind = type(given)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        if kind.__module__.startswith("torch._subclasses"):
+            refuse(f"a tracer of PyTorch's (its tensor is a {kind.__name__})")
+        raise InputError(
+            f"an input is a {kind.__module__}.{kind.__qualname__}, a tensor that computes by rules "
+            "of its own; give a plain torch.Tensor"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = given if kind is torch.Tensor else given.as_subclass(torch.Tensor)
+        return plain.resolve_neg()

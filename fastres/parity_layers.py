@@ -190,7 +190,7 @@ def comparable(node: Node) -> bool:
 
 def with_outputs(graph: Graph, names: Sequence[str]) -> Graph:
     """The graph with other outputs, returned as a list."""
-    tree = pytree.treespec_dumps(pytree.tree_structure([0] * len(names)))
+    tree = pytree.tree_structure([0] * len(names))
     return graph.replace(outputs=tuple(names), output_tree=tree)
 
 

@@ -150,12 +150,11 @@ class GraphReference:
         self.name = f"graph of {len(graph.nodes)} nodes"
         self.dtype = graph.floating_dtype
         self._graph = graph
-        self._tree = pytree.treespec_loads(graph.output_tree)
         self._executables: dict[torch.dtype, ReferenceExecutable] = {}
 
     def run(self, inputs: Tensors, dtype: torch.dtype) -> Any:
-        values = self._all(inputs, dtype)
-        return pytree.tree_unflatten([values[name] for name in self._graph.outputs], self._tree)
+        values, tree = self._all(inputs, dtype), self._graph.output_tree
+        return pytree.tree_unflatten([values[name] for name in self._graph.outputs], tree)
 
     def walk(self, inputs: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         values = self._all(inputs, dtype)

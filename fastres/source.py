@@ -69,8 +69,14 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
         limits = [i.largest[0] for i in given if i.smallest[0] < i.largest[0]]
         largest = min(limits, default=ANY_BATCH)
         return Source(graph, given, weights, ignored, None if largest == ANY_BATCH else largest)
-    named = zip(given, graph.inputs, strict=True)
-    typed = tuple(replace(i, dtype=v.spec.torch_dtype, name=v.name) for i, v in named)
+    own = map(str, captured.program.graph_signature.user_inputs)  # as the forward calls them
+    named = zip(given, graph.inputs, own, strict=True)
+    typed = tuple(
+        replace(i, dtype=value.spec.torch_dtype, name=i.name or name) for i, value, name in named
+    )
+    names = [entry.name for entry in typed]
+    if len(set(names)) < len(names):
+        raise InputError(f"two inputs have one name among {names}; give each Input its own")
     return Source(graph, typed, weights, ignored, chosen=True)
 
 

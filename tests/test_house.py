@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fastres.options", "fastres.models"),
     ("fastres.weights", "fastres.checkpoint_files", "fastres.checkpoints", "fastres.graph"),
     ("fastres.backends",),
-    ("fastres.engine", "fastres.engine_info", "fastres.engine_inputs"),
+    ("fastres.engine", "fastres.engine_info", "fastres.engine_inputs", "fastres.engine_tracing"),
     (
         "fastres.artifact",
         "fastres.container",

@@ -109,7 +109,7 @@ def _subgraph(graph: Graph, nodes: Sequence[Node], wanted: Collection[str]) -> G
         nodes=tuple(nodes),
         outputs=tuple(outputs),
         constants={name: t for name, t in graph.constants.items() if name in used},
-        output_tree=pytree.treespec_dumps(pytree.tree_structure([0] * len(outputs))),
+        output_tree=pytree.tree_structure([0] * len(outputs)),
     )
 
 

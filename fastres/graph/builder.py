@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import get_args
 
 import torch
-import torch.utils._pytree as pytree
 
 from fastres.errors import BuildError, GraphError
 from fastres.graph import laws
@@ -34,6 +33,7 @@ from fastres.graph.ir import (
 from fastres.graph.names import Namer
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import DTYPE_NAMES, GIVEN_DTYPES, Dim, Shape, Sym, TensorSpec
+from fastres.graph.trees import LEAF
 from fastres.kernels.epilogue import ActivationKind
 from fastres.options import Input
 
@@ -107,8 +107,7 @@ class _Assembler:
                 f"{len(self.unused)} weights have no place in this network: "
                 f"{', '.join(sorted(self.unused)[:5])}. Was something added to the blocks?"
             )
-        tree = pytree.treespec_dumps(pytree.tree_structure(0))
-        return Graph((self.input,), tuple(self.nodes), (x,), self.constants, tree)
+        return Graph((self.input,), tuple(self.nodes), (x,), self.constants, LEAF)
 
     def stem(self, x: str) -> str:
         imagenet = self.net.stem == "imagenet"
@@ -217,7 +216,7 @@ class _Assembler:
         draft = Node(
             self.namer.name(name), op, inputs, TensorSpec((), self.input.spec.dtype), params
         )
-        view = Graph((), (), (), self.constants, "")
+        view = Graph((), (), (), self.constants, LEAF)
         shape = node_shape(view, draft, self.shapes)
         node = draft.with_(spec=TensorSpec(shape, self.input.spec.dtype))
         self.nodes.append(node)

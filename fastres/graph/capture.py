@@ -14,9 +14,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from fastres.errors import CaptureError, GraphError
-from fastres.graph import aten, laws
+from fastres.graph import aten, laws, trees
 from fastres.graph.calls import Alias, Call, Emit
-from fastres.graph.export import check_finite, export, functional, output_tree
+from fastres.graph.export import check_finite, export, functional
 from fastres.graph.ir import Aten, Conv2d, Graph, Linear, Node, Value
 from fastres.graph.names import Namer, place_of, wanted_name
 from fastres.graph.readers import PARTS, read, read_part
@@ -108,7 +108,7 @@ class _Reader:
             nodes=tuple(self.nodes),
             outputs=outputs,
             constants={name: t for name, t in self.constants.items() if name in used},
-            output_tree=output_tree(self.program),
+            output_tree=trees.of_program(self.program.call_spec.out_spec),
         )
         return Captured(laws.check(graph, "capture"), self.program, values)
 
@@ -281,7 +281,7 @@ class _Reader:
     def _infer(self, draft: Node) -> Shape:
         if isinstance(draft.op, Aten):
             return draft.op.result.shape
-        view = Graph((), (), (), self.constants, "")
+        view = Graph((), (), (), self.constants, trees.LEAF)
         try:
             return node_shape(view, draft, self.shapes)
         except GraphError as error:

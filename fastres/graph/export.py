@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
@@ -126,10 +125,11 @@ def inputs_of_program(program: ExportedProgram) -> tuple[Input, ...]:
     """
     from fastres.graph.guards import within_guards  # 0.3 s: sympy
 
-    if program.call_spec.in_spec is not None and program.call_spec.in_spec.children()[1].num_leaves:
+    tree = program.call_spec.in_spec
+    if tree is not None and tree.children()[1].num_leaves > 1:  # one is the last, and has a name
         raise CaptureError(
-            "the program was exported with keyword arguments, which have no order; export it with "
-            "positional ones"
+            "the program was exported with several keyword arguments, which have no order; export "
+            "it with positional ones"
         )
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     found = []
@@ -176,26 +176,3 @@ def check_finite(program: ExportedProgram) -> None:
                 f"{name} {list(tensor.shape)} holds {bad} values that are NaN or infinite; the "
                 "engine's numbers would be wrong. Load sound weights first"
             )
-
-
-def output_tree(program: ExportedProgram) -> str:
-    """JSON of the pytree that the model returns; torch.fx's dicts and lists were plain ones.
-
-    Raises:
-        CaptureError: it holds a container that cannot be written down and made again.
-    """
-    spec = program.call_spec.out_spec
-    try:
-        text = pytree.treespec_dumps(spec)
-        for kind in ("dict", "list"):
-            text = text.replace(
-                f"torch.fx.immutable_collections.immutable_{kind}", f"builtins.{kind}"
-            )
-        pytree.tree_unflatten([0] * spec.num_leaves, pytree.treespec_loads(text))
-    except Exception as error:  # torch raises many kinds
-        shown = " ".join(str(spec).split())
-        raise CaptureError(
-            f"the model returns {shown}, which cannot be written down: {error}. Return tensors in "
-            "tuples, lists, and dicts with names as keys"
-        ) from error
-    return text

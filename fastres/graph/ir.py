@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.utils._pytree import TreeSpec
 
 from fastres.calib.images import Preprocess
 from fastres.graph.specs import TensorSpec, spec_of
@@ -244,14 +245,14 @@ class Node(msgspec.Struct, frozen=True):
 class Graph:
     """A network: inputs, nodes in execution order, outputs, and the constants they name.
 
-    `output_tree` is the JSON of the pytree that the model returns, with one leaf per output.
+    `output_tree` is what the model returns: PyTorch's tree of it, with one leaf per output.
     """
 
     inputs: tuple[Value, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
     constants: Mapping[str, torch.Tensor]
-    output_tree: str
+    output_tree: TreeSpec
     _index: dict[str, Node] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import torch
+import torch.utils._pytree as pytree
 
 from fastres.errors import GraphError
-from fastres.graph import aten, laws
+from fastres.graph import aten, laws, trees
 from fastres.graph.ir import Aten, Conv2d, Graph, Node, Normalize, Op, Pad, Value, identity
 from fastres.graph.shapes import infer_shapes
 from fastres.graph.specs import DTYPE_NAMES, DTYPES, Dim, Sym, TensorSpec, spec_of
@@ -60,12 +61,12 @@ class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kept: tuple[str, ...] = ()
 
 
-class _Tree(msgspec.Struct, forbid_unknown_fields=True):
-    """PyTorch's JSON form of a pytree: `type` is None for a leaf."""
+class Decoded(NamedTuple):
+    """Both graphs, and what there is to say of what they return, see `fastres.graph.trees`."""
 
-    type: str | None
-    context: Any
-    children_spec: list[_Tree]
+    graph: Graph
+    source: Graph
+    notes: tuple[str, ...]
 
 
 def encode(graph: Graph, source: Graph) -> tuple[bytes, dict[str, torch.Tensor]]:
@@ -107,9 +108,7 @@ def encode(graph: Graph, source: Graph) -> tuple[bytes, dict[str, torch.Tensor]]
         raise GraphError(f"the graph cannot be written as JSON: {error}") from error
 
 
-def decode(
-    data: bytes, tensors: Mapping[str, torch.Tensor], sizes: Sequence[Sizes]
-) -> tuple[Graph, Graph]:
+def decode(data: bytes, tensors: Mapping[str, torch.Tensor], sizes: Sequence[Sizes]) -> Decoded:
     """Reads both graphs back; the source's weights come to lie on the meta device.
 
     Args:
@@ -135,8 +134,13 @@ def decode(
         for name, entry in own.items()
         if name not in kept
     }
-    graph = _lawful(_graph(document.graph, weights), sizes, "graph")
-    return graph, _lawful(_graph(document.source, metas | kept), sizes, "source")
+    returned = trees.read(document.graph.output_tree, _outputs(document.graph))
+    if document.graph.output_tree != document.source.output_tree:
+        raise GraphError("the graph and its source return different things")
+    graph = _graph(document.graph, weights, returned.tree)
+    source = _graph(document.source, metas | kept, returned.tree)
+    graph, source = _lawful(graph, sizes, "graph"), _lawful(source, sizes, "source")
+    return Decoded(graph, source, returned.notes)
 
 
 def same_tensors(constants: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -186,10 +190,24 @@ def _entry(graph: Graph) -> GraphEntry:
         )
         for name, stored in same_tensors(graph.constants).items()
     }
-    return GraphEntry(graph.inputs, tuple(nodes), graph.outputs, constants, graph.output_tree, pads)
+    tree = trees.write(graph.output_tree)
+    return GraphEntry(graph.inputs, tuple(nodes), graph.outputs, constants, tree, pads)
 
 
-def _graph(entry: GraphEntry, tensors: Mapping[str, torch.Tensor]) -> Graph:
+def _outputs(entry: GraphEntry) -> list[torch.Tensor]:
+    """Tensors like those that the graph returns; what has no size yet has a size of 1."""
+    specs = {value.name: value.spec for value in entry.inputs}
+    specs |= {node.name: node.spec for node in entry.nodes}
+    found = (specs.get(name, TensorSpec((0,))) for name in entry.outputs)
+    return [
+        torch.empty(
+            [d if isinstance(d, int) else 1 for d in s.shape], dtype=s.torch_dtype, device="meta"
+        )
+        for s in found
+    ]
+
+
+def _graph(entry: GraphEntry, tensors: Mapping[str, torch.Tensor], tree: pytree.TreeSpec) -> Graph:
     wanted = {c.stored for c in entry.constants.values()}
     if wanted != set(tensors):
         some = ", ".join(sorted(wanted ^ set(tensors))[:5])
@@ -205,7 +223,7 @@ def _graph(entry: GraphEntry, tensors: Mapping[str, torch.Tensor]) -> Graph:
             raise GraphError(f"the graph says {name} is {want}, the weights hold {got}")
         constants[name] = tensor
     nodes = tuple(_with_infinity(node, entry.infinite_pads) for node in entry.nodes)
-    return Graph(entry.inputs, nodes, entry.outputs, constants, entry.output_tree)
+    return Graph(entry.inputs, nodes, entry.outputs, constants, tree)
 
 
 def _lawful(graph: Graph, sizes: Sequence[Sizes], which: str) -> Graph:
@@ -239,7 +257,6 @@ def _check_entry(entry: GraphEntry) -> None:
             raise GraphError(f"{name} is {spec}: more elements than any memory holds")
     for node in entry.nodes:
         _check_settings(node.name, node.op)
-    _check_tree(entry.output_tree)
 
 
 def _specs(entry: GraphEntry) -> Iterator[tuple[str, TensorSpec]]:
@@ -275,20 +292,3 @@ def _check_settings(name: str, op: Op) -> None:
         aten.resolve(op.overload)  # the laws need not look at it where sizes are open
         if op.overload.startswith("aten.from_file"):
             raise GraphError(f"{name} would open a file ({op.overload}); a network has no need to")
-
-
-def _check_tree(text: str) -> None:
-    """Refuses what would make PyTorch import a module that the file names."""
-    try:
-        _, tree = msgspec.json.decode(text, type=tuple[int, _Tree])
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise GraphError(f"the output tree cannot be read: {error}") from error
-    pending = [tree]
-    while pending:
-        node = pending.pop()
-        if node.type == "collections.defaultdict" or "__enum__" in str(node.context):
-            raise GraphError(
-                f"the output tree holds a {node.type} that names code to import; let the model "
-                "return a dict with plain keys"
-            )
-        pending += node.children_spec

@@ -10,9 +10,8 @@ import torch
 from fastres.artifact import Contents
 from fastres.graph.ir import Conv2d, Graph, Node, Pad, Value
 from fastres.graph.specs import Sym, TensorSpec
+from fastres.graph.trees import LEAF
 from fastres.options import Input, Options
-
-TREE = '[1, {"type": null, "context": null, "children_spec": []}]'
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +37,7 @@ def _tiny(value: float = 0.5) -> Contents:
         ),
         ("conv",),
         {"weight": weight},
-        TREE,
+        LEAF,
     )
     source = graph.replace(constants={"weight": weight.to("meta")})
     options = Options(backend=("reference",), precision="fp32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -91,11 +91,6 @@ def counting(m: Any, x: Tensor) -> Any:
 def counting_through_a_view(m: Any, x: Tensor) -> Any:
     m.count.view(1, 1).add_(1)
     return x * m.count
-
-
-class Pair(NamedTuple):
-    a: Tensor
-    b: Tensor
 
 
 Case = tuple[Callable[[ModelOf], nn.Module], tuple[Input, ...]]
@@ -206,14 +201,6 @@ REFUSED: dict[str, tuple[Case, str]] = {
         r"takes float16, and its weights are float32.*Give one of float32, or call model.to\(",
     ),
     "no inputs": ((lambda model_of: Constant().eval(), ()), "the model takes no tensor"),
-    "a tuple with names returned": (
-        forwards(lambda m, x: Pair(x * 2, x * 3)),
-        "the model returns .*, which cannot be written down",
-    ),
-    "keys that are no names": (
-        forwards(lambda m, x: {(1, 2): x * 2}),
-        "the model returns .*, which cannot be written down",
-    ),
     "a size divided by less than nothing": (
         forwards(lambda m, x: x * ((x.shape[0] // 3) // -2)),
         "cannot be written down",

@@ -159,7 +159,7 @@ def test_a_program_whose_operators_want_more_than_a_pixel(model_of: ModelOf) -> 
 PROGRAMS: dict[str, tuple[Callable[[ModelOf], torch.export.ExportedProgram], str]] = {
     "keywords": (
         lambda model_of: torch.export.export(Keywords(), (), {"b": ONES, "a": ONES}),
-        "keyword arguments, which have no order",
+        "several keyword arguments, which have no order",
     ),
     "a number": (
         lambda model_of: torch.export.export(model_of(lambda m, x, k: x * k), (ONES, 3.0)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 
 from fastres.graph.ir import (
     Activation,
@@ -20,6 +21,7 @@ from fastres.graph.ir import (
     op_name,
 )
 from fastres.graph.specs import DTYPE_NAMES, DTYPES, Sym, TensorSpec, spec_of
+from fastres.graph.trees import LEAF
 from fastres.kernels.epilogue import Epilogue
 
 N = Sym("N")
@@ -38,7 +40,7 @@ def graph() -> Graph:
         ),
         outputs=("twice", "relu"),
         constants={"w": torch.ones(2, 2, 1, 1)},
-        output_tree="",
+        output_tree=LEAF,
     )
 
 
@@ -95,7 +97,7 @@ class TestEquals:
             {"constants": {"w": torch.ones(4)}},
             {"constants": {}},
             {"outputs": ("twice",)},
-            {"output_tree": "tree"},
+            {"output_tree": pytree.tree_structure([0])},
             {"nodes": graph().nodes[:3]},
             {"nodes": (graph()["conv"].with_(name="c"), *graph().nodes[1:])},
             {"inputs": (Value("y", SPEC),)},

@@ -1,0 +1,401 @@
+"""How an engine may be called: by name, by anything that is a tensor, and inside no tracer."""
+
+from __future__ import annotations
+
+import collections
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
+
+import fastres
+from fastres.errors import ArtifactError, FastresError, InputError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_thread(one_thread: None) -> None:
+    """For every test of this file."""
+
+
+class Two(nn.Module):
+    """Its second input has the name of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.shift = nn.Parameter(torch.ones(1))
+
+    def forward(self, input: Tensor, shift: Tensor) -> Tensor:
+        return self.conv(input) * 2 + shift + self.shift
+
+
+class Several(nn.Module):
+    def forward(self, first: Tensor, /, *rest: Tensor) -> Tensor:
+        return first - rest[0] * 2 + rest[1]
+
+
+class Pictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.conv(pixel_values).relu()
+
+
+A, B, C = torch.randn(3, 2, 3, 4, 4)
+X = torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return Pictures().eval()
+
+
+@pytest.fixture(scope="module", params=["cpu", "reference"])
+def engine(request: pytest.FixtureRequest, model: nn.Module) -> Iterator[fastres.Engine]:
+    with fastres.compile(model, X, backend=request.param) as engine:
+        yield engine
+
+
+class TestNames:
+    def test_by_name_in_any_order(self) -> None:
+        model, shift = Two().eval(), torch.randn(2, 4, 4, 4)
+        with fastres.compile(model, [A, shift], backend="reference") as engine:
+            want = engine(A, shift)
+            torch.testing.assert_close(want, model(A, shift).detach())
+            assert torch.equal(engine(A, shift=shift), want)
+            assert torch.equal(engine(shift=shift, input=A), want)
+            assert engine.profile(input=A, shift=shift).rows
+            for batches in (
+                [{"shift": shift, "input": A}],
+                [collections.UserDict(input=A, shift=shift)],
+            ):
+                assert torch.equal(next(iter(engine.map(batches))), want)
+
+    def test_names_of_many_arguments(self) -> None:
+        with fastres.compile(Several().eval(), [A, B, C], backend="reference") as engine:
+            want = engine(A, B, C)
+            assert torch.equal(want, A - B * 2 + C)
+            assert torch.equal(engine(rest_1=C, rest_0=B, first=A), want)
+
+    @pytest.mark.parametrize(
+        ("inputs", "named", "says"),
+        [
+            ((), {"x": A, "shift": B}, "'x' is none of its inputs, 'input' is missing"),
+            ((A,), {}, "expected 2 inputs (input, shift), got 1"),
+            ((A,), {"input": A, "shift": B}, "'input' is given twice"),
+            ((A, B), {"shift": B}, "'shift' is given twice"),
+            ((), {"input": A}, "'shift' is missing; this engine takes input: f32[N, 3, 4, 4], shi"),
+            (
+                (A,),
+                {"shift": 3},
+                "shift: expected a torch.Tensor f32[N, 4, 4, 4], got builtins.int",
+            ),
+            (
+                ({"input": A}, B),
+                {},
+                "got builtins.dict; give what it holds by name: engine(**batch)",
+            ),
+        ],
+    )
+    def test_names_that_do_not_fit(self, inputs: Any, named: Any, says: str) -> None:
+        with fastres.compile(Two().eval(), [A, torch.randn(2, 4, 4, 4)], backend="reference") as e:
+            with pytest.raises(InputError) as caught:
+                e(*inputs, **named)
+            assert says in str(caught.value)
+
+    def test_a_saved_engine_keeps_them(self, tmp_path: Path) -> None:
+        model, shift = Two().eval(), torch.randn(2, 4, 4, 4)
+        with fastres.compile(model, [A, shift], backend="reference") as engine:
+            want = engine(A, shift)
+            engine.save(tmp_path / "engine")
+        with fastres.load(tmp_path / "engine") as loaded:
+            assert torch.equal(loaded(shift=shift, input=A), want)
+            assert [entry.name for entry in loaded.inputs] == ["input", "shift"]
+
+    def test_names_of_ones_own(self) -> None:
+        given = [fastres.Input((2, 3, 4, 4), name=name) for name in ("left", "self", "right")]
+        with fastres.compile(Several().eval(), given, backend="reference") as engine:
+            assert torch.equal(engine(A, right=C, self=B), A - B * 2 + C)
+        with pytest.raises(InputError, match="two inputs have one name"):
+            fastres.compile(Several().eval(), [given[0]] * 3, backend="reference")
+
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_an_exported_program(self, by_name: bool) -> None:
+        """Also one exported by name, as Hugging Face models are called."""
+        model, free = Pictures().eval(), {0: torch.export.Dim.AUTO}
+        args, named = ((), {"pixel_values": X}) if by_name else ((X,), None)
+        shapes = {"pixel_values": free}
+        program = torch.export.export(model, args, named, dynamic_shapes=shapes)
+        with fastres.compile(program, backend="reference") as engine:
+            torch.testing.assert_close(engine(pixel_values=X), model(X).detach())
+            assert torch.equal(engine(X), engine(pixel_values=X))
+
+    def test_decoded_pictures(self) -> None:
+        pictures = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+        with fastres.compile(
+            Pictures().eval(),
+            X,
+            preprocess=fastres.Preprocess(),
+            io_dtype=torch.uint8,
+            backend="reference",
+        ) as engine:
+            assert torch.equal(engine(pixel_values=pictures), engine(pictures))
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    features: tuple[Tensor, ...]
+
+
+class TestOutputs:
+    def test_a_namedtuple_that_pytorch_has_no_name_for(self, tmp_path: Path) -> None:
+        class Net(nn.Module):
+            def forward(self, x: Tensor) -> Pair:
+                return Pair(x * 2, (x + 1,))
+
+        model = Net().eval()
+        with fastres.compile(model, X, backend="reference") as engine:
+            found = engine(X)
+            assert type(found) is Pair and torch.equal(found.logits, X * 2)
+            assert fastres.verify(model, engine, [X]).passed
+            engine.save(tmp_path / "engine")
+        with fastres.load(tmp_path / "engine") as loaded:
+            found = loaded(X)
+            assert type(found) is dict and torch.equal(found["features"][0], X + 1)
+            assert "test_engine_calls.Pair, this engine a dict" in str(loaded.info)
+
+    def test_what_cannot_be_saved_runs_here(self, tmp_path: Path) -> None:
+        class Net(nn.Module):
+            def forward(self, x: Tensor) -> dict[Any, Tensor]:
+                return {(1, 2): x * 2}
+
+        with fastres.compile(Net().eval(), X, backend="reference") as engine:
+            assert torch.equal(engine(X)[1, 2], X * 2)
+            with pytest.raises(ArtifactError, match=r"cannot be saved: .* keys \[\(1, 2\)\]; only"):
+                engine.save(tmp_path / "engine")
+
+    def test_a_package_that_is_not_there(self, tmp_path: Path) -> None:
+        """As transformers' outputs are: a dict of what is set, registered by the class."""
+        package = tmp_path / "package"
+        package.mkdir()
+        (package / "modelling.py").write_text("""
+import collections, torch
+import torch.utils._pytree as pytree
+
+class Output(collections.OrderedDict):
+    def __init__(self, logits=None, hidden_states=None):
+        fields = {"logits": logits, "hidden_states": hidden_states}
+        super().__init__({key: value for key, value in fields.items() if value is not None})
+        self.__dict__.update(fields)
+
+pytree.register_pytree_node(
+    Output,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, keys: Output(**dict(zip(keys, values))),
+    serialized_type_name="modelling.Output",
+    flatten_with_keys_fn=lambda o: ([(pytree.MappingKey(k), v) for k, v in o.items()], list(o)),
+)
+
+class Net(torch.nn.Module):
+    def forward(self, pixel_values):
+        return Output(pixel_values * 2, (pixel_values, Output(pixel_values + 1)))
+""")
+        make = """
+import fastres, modelling, torch
+engine = fastres.compile(modelling.Net().eval(), torch.ones(2, 3), backend="reference")
+engine.save("engine")
+for made in (engine, fastres.load("engine")):
+    y = made(torch.ones(2, 3))
+    assert type(y) is type(y.hidden_states[1]) is modelling.Output, y
+    assert not made.info.account.notes
+"""
+        use = """
+import sys, fastres, torch
+engine = fastres.load("engine")
+y = engine(pixel_values=torch.ones(1, 3))
+print(type(y).__name__, type(y["hidden_states"][1]).__name__, list(y), float(y["logits"].sum()))
+print(*engine.info.account.notes)
+assert "modelling" not in sys.modules
+"""
+        # each imports from the folder that it stands in, and saves where it runs
+        (package / "make.py").write_text(make)
+        (tmp_path / "use.py").write_text(use)
+        for script in (package / "make.py", tmp_path / "use.py"):
+            done = subprocess.run(
+                [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+        types, notes = done.stdout.splitlines()
+        assert types == "dict dict ['logits', 'hidden_states'] 6.0"
+        assert "the model returns modelling.Output, this engine a dict" in notes
+        assert "import what does that (modelling) first" in notes
+
+
+class Inside(nn.Module):
+    def __init__(self, engine: fastres.Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.engine(x) * 2
+
+
+def faked(engine: fastres.Engine) -> object:
+    with FakeTensorMode() as mode:
+        return engine(mode.from_tensor(X))
+
+
+def faked_outside(engine: fastres.Engine) -> object:
+    return engine(FakeTensorMode().from_tensor(X))
+
+
+def real_among_fakes(engine: fastres.Engine) -> object:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return engine(X)
+
+
+TRACERS: dict[str, tuple[Callable[[fastres.Engine], object], str]] = {
+    "jit.trace": (lambda e: torch.jit.trace(e, X), "torch.jit.trace"),
+    "jit.trace of a model": (lambda e: torch.jit.trace(Inside(e), X), "torch.jit.trace"),
+    "jit.trace of a function": (lambda e: torch.jit.trace(lambda x: e(x), X), "torch.jit.trace"),
+    "jit.script": (torch.jit.script, "torch.jit.script"),
+    "export": (lambda e: torch.export.export(Inside(e), (X,)), "torch.export"),
+    "export by name": (
+        lambda e: torch.export.export(Inside(e), (), {"x": X}),
+        "torch.export",
+    ),
+    "vmap": (lambda e: torch.vmap(e)(X[:, None]), "such as vmap or grad"),
+    "vmap of another batch": (lambda e: torch.vmap(e, in_dims=1)(X[:, None]), "such as vmap"),
+    "grad": (lambda e: torch.func.grad(lambda x: e(x).sum())(X), "such as vmap or grad"),
+    "jvp": (lambda e: torch.func.jvp(e, (X,), (X,)), "such as vmap or grad"),
+    "vjp": (lambda e: torch.func.vjp(e, X), "such as vmap or grad"),
+    "jacrev": (lambda e: torch.func.jacrev(e)(X[:1]), "such as vmap or grad"),
+    "functionalize": (lambda e: torch.func.functionalize(e)(X), "such as vmap or grad"),
+    "make_fx": (lambda e: make_fx(e)(X), "ProxyTorchDispatchMode"),
+    "make_fx with fakes": (lambda e: make_fx(e, tracing_mode="symbolic")(X), "FakeTensorMode"),
+    "FakeTensorMode": (faked, "FakeTensorMode"),
+    "a FakeTensor": (faked_outside, "its tensor is a FakeTensor"),
+    "FakeTensorMode, a real tensor": (real_among_fakes, "FakeTensorMode"),
+    "fx": (lambda e: torch.fx.symbolic_trace(Inside(e)), "torch.fx.symbolic_trace"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", TRACERS)
+def test_refuses_to_be_recorded(engine: fastres.Engine, name: str) -> None:
+    record, tracer = TRACERS[name]
+    want = engine(X)
+    with pytest.raises(InputError) as caught:
+        record(engine)
+    said = str(caught.value)
+    assert said.startswith("this engine was called inside ") and tracer in said
+    assert "\n" not in said and "give the model itself" in said
+    assert torch.equal(engine(X), want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+class TestCompiler:
+    def test_runs_between_two_graphs(self, engine: fastres.Engine) -> None:
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+            graphs.append([n.name for n in graph.graph.nodes if n.op == "call_function"])
+            return graph
+
+        model = torch.compile(lambda x: engine(x + 1) * 2, backend=backend)
+        for batch in (X, X[:1], X):
+            assert torch.equal(model(batch), engine(batch + 1) * 2)
+        assert ["add"] in graphs and ["mul"] in graphs
+        assert all(names in (["add"], ["mul"]) for names in graphs), graphs  # nothing of the engine
+
+    def test_by_name_and_compiled_itself(self, engine: fastres.Engine) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(engine, backend="eager")
+        assert torch.equal(compiled(pixel_values=X), engine(X))
+
+    def test_where_there_may_be_one_graph_only(self, engine: fastres.Engine) -> None:
+        torch._dynamo.reset()
+        whole = torch.compile(Inside(engine), backend="eager", fullgraph=True)
+        message = "a fastres engine runs outside of PyTorch's graphs"
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+            whole(X)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+            torch.export.export(Inside(engine), (X,), strict=True)
+
+
+class Plain(Tensor):
+    """A subclass that is there for its name only."""
+
+
+class Doubling(Tensor):
+    """A subclass that changes what operations mean."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class TestTensors:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda x: x.clone().requires_grad_(),
+            nn.Parameter,
+            nn.Buffer,
+            lambda x: x.as_subclass(Plain),
+            tv_tensors.Image,
+            lambda x: tv_tensors.Image(-x)._neg_view(),
+        ],
+        ids=["requires_grad", "Parameter", "Buffer", "subclass", "tv_tensors", "negative"],
+    )
+    def test_tensors_that_are_taken(self, engine: fastres.Engine, make: Callable[..., Any]) -> None:
+        found = engine(make(X))
+        assert type(found) is Tensor and torch.equal(found, engine(X))
+        assert not found.requires_grad
+
+    def test_a_subclass_with_rules_of_its_own(self, engine: fastres.Engine) -> None:
+        with pytest.raises(InputError, match=r"Doubling, a tensor .* give a plain torch.Tensor"):
+            engine(X.as_subclass(Doubling))
+
+    @pytest.mark.parametrize(
+        "around",
+        [
+            torch.inference_mode,
+            torch.no_grad,
+            torch.enable_grad,
+            lambda: torch.autocast("cpu", torch.bfloat16),
+            lambda: torch.device("meta"),
+            lambda: FlopCounterMode(display=False),
+            forward_ad.dual_level,
+        ],
+        ids=["inference", "no_grad", "enable_grad", "autocast", "device", "flops", "dual"],
+    )
+    def test_modes_that_change_nothing(
+        self, engine: fastres.Engine, around: Callable[[], Any]
+    ) -> None:
+        want = engine(X)
+        with around():
+            assert torch.equal(engine(X), want)
+            made = torch.empty(2, 3, 8, 8, device="cpu").copy_(X)
+            assert torch.equal(engine(made), want)
+        assert torch.equal(engine(made), want)  # made in inference mode, for one
+
+    def test_a_closed_engine_says_so_first(self, model: nn.Module) -> None:
+        engine = fastres.compile(model, X, backend="reference")
+        engine.close()
+        with pytest.raises(FastresError, match="closed"):
+            engine(pixel_values=X)
