@@ -291,16 +291,23 @@ class Engine:
                 executable.run(inputs)
         return make_profile(lowered.graph, shapes, times, executable.precisions())
 
-    def update_weights(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+    def update_weights(
+        self, state_dict: Mapping[str, Any] | PathLike, *, entry: str | None = None
+    ) -> None:
         """Takes new weights for the same architecture; calls under way finish with the old ones.
 
+        Args:
+            state_dict: the model's, a checkpoint that has one, or the path of either.
+            entry: where in a checkpoint it lies, if that must be said; see `fastres.build`.
+
         Raises:
-            InputError: a weight is missing, unknown, misshapen, or not finite; nothing is changed.
+            InputError: a weight is missing, unknown, misshapen, or not finite, or the file cannot
+                be read; nothing is changed.
         """
         from fastres.compiler import with_weights
 
         self._open()
-        self._lowered = with_weights(self, state_dict)
+        self._lowered = with_weights(self, state_dict, entry)
 
     def save(self, path: PathLike) -> None:
         """Saves graph, weights and settings; see `fastres.load`. Ends in .fastres: one zip file.
