@@ -173,8 +173,7 @@ def _objects_in_zip(file: Path) -> set[str]:
             raise _Unreadable("is a saved engine: fastres.load(path) opens it")
         if "data.pkl" not in paths:
             raise _Unreadable(f"is a zip file, but none of torch.save: {_ADVICE}")
-        with archive.open(paths["data.pkl"]) as pickled:
-            return _objects(pickletools.genops(pickled))
+        return _objects(pickletools.genops(archive.read(paths["data.pkl"])))
 
 
 def _objects_in_pickles(file: Path) -> set[str]:

@@ -116,9 +116,6 @@ def read_weights(
     ]
     if wrong:
         raise BuildError(f"{called} holds entries that are no named tensors: {_some(wrong)}")
-    if not table:
-        what = "nothing" if isinstance(found, Mapping) else type(found).__name__
-        raise BuildError(f"{called} holds {what}, not a table of tensors")
     return table
 
 
@@ -136,7 +133,11 @@ def _network(
         if isinstance(inner, Mapping) and _count(inner.values())
     ]
     if not tables:
-        return found if isinstance(found, Mapping) else {}
+        what = (_some(found) or "nothing") if isinstance(found, Mapping) else type(found).__name__
+        raise BuildError(
+            f"{called} holds {what}, where a table of tensors was expected: give "
+            "model.state_dict(), or what has it as an entry"
+        )
     known = _Names.of(names)
     places = [replace(t, prefix=prefix) for t in tables for prefix in known.prefixes(t.table)]
     chosen = _among(places or tables, called, entry)
@@ -146,7 +147,7 @@ def _network(
         raise BuildError(_question(called, chosen))
     place = chosen[0]
     beside = [
-        ".".join(keys)
+        repr(".".join(keys))
         for keys, inner in containers
         if keys[: len(place.keys)] != place.keys and _has_layers(inner)
     ]

@@ -291,16 +291,17 @@ def test_weights_beside_the_network_are_not_dropped_unasked(table: Table) -> Non
     ("other", "named"),
     [
         ({"fc": {"weight": torch.ones(10, 64), "bias": torch.ones(10)}}, "fc"),
+        ({"fc.weight": torch.ones(10, 64), "fc.bias": torch.ones(10)}, ""),
         ({"netD": {"0.weight": torch.ones(4, 4)}}, "netD"),
         ({"ema": {"decay": 0.9, "shadow_params": [torch.ones(4, 4)]}}, "ema.shadow_params"),
         ({"ema": {"layer10conv1weight": torch.ones(4, 4)}}, "ema"),
     ],
-    ids=["head apart", "discriminator", "averages without names", "other names"],
+    ids=["head apart", "head loose", "discriminator", "averages without names", "other names"],
 )
 def test_weights_in_other_tables_are_not_dropped_unasked(
     table: Table, other: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(BuildError, match=f"weights under {named} too, .*pass entry='backbone'"):
+    with pytest.raises(BuildError, match=f"weights under '{named}' too, .*pass entry='backbone'"):
         read_weights({"backbone": table, **other})
     assert same(read_weights({"backbone": table, **other}, entry="backbone"), table)
 
@@ -333,23 +334,45 @@ def test_tables_that_contain_themselves(table: Table) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "found"),
     [
-        (torch.zeros(3), "holds Tensor, not a table of tensors"),
-        ([torch.zeros(3)], "holds list, not a table"),
-        ({}, "holds nothing, not a table"),
-        ({"state_dict": {}}, "entries that are no named tensors: state_dict"),
-        ({"epoch": 3}, "entries that are no named tensors: epoch"),
-        ({"a": torch.zeros(3), "epoch": 3}, "entries that are no named tensors: epoch"),
-        ({0: torch.zeros(3)}, "entries that are no named tensors: 0"),
-        ({"net": {"a": torch.zeros(3), "b": [1]}}, "entries that are no named tensors: b"),
-        ({"net": {("a",): torch.zeros(3)}}, "entries that are no named tensors: "),
+        (torch.zeros(3), "Tensor"),
+        ([torch.zeros(3)], "list"),
+        (3, "int"),
+        ({}, "nothing"),
+        ({"state_dict": {}}, "state_dict"),
+        ({"epoch": 3, "loss": 0.1}, "epoch, loss"),
     ],
-    ids=["tensor", "list", "empty", "nested", "no tensor", "number", "0", "list in it", "tuple"],
 )
-def test_files_without_a_table(tmp_path: Path, content: Any, message: str) -> None:
+def test_content_without_a_table(tmp_path: Path, content: Any, found: str) -> None:
     torch.save(content, tmp_path / "net.pth")
-    with pytest.raises(BuildError, match=message):
+    said = f"holds {found}, where a table of tensors was expected: give model.state_dict"
+    with pytest.raises(BuildError, match=f"net.pth {said}"):
+        read_weights(tmp_path / "net.pth")
+    if isinstance(content, dict):
+        with pytest.raises(BuildError, match=f"the checkpoint {said}"):
+            read_weights(content)
+
+
+def test_a_whole_model_in_memory() -> None:
+    with pytest.raises(BuildError, match=r"holds model, epoch, where .* give model.state_dict\(\)"):
+        fastres.build({"model": network(), "epoch": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"a": torch.zeros(3), "epoch": 3}, "epoch"),
+        ({0: torch.zeros(3)}, "0"),
+        ({"net": {"a": torch.zeros(3), "b": [1]}}, "b"),
+        ({"net": {("a",): torch.zeros(3)}}, ""),
+    ],
+)
+def test_files_with_entries_that_are_no_named_tensors(
+    tmp_path: Path, content: Any, named: str
+) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(BuildError, match=f"entries that are no named tensors: {named}"):
         read_weights(tmp_path / "net.pth")
 
 
