@@ -71,7 +71,8 @@ def to_trace(model: _Model) -> _Model:
     Raises:
         InputError: as `copied`.
     """
-    return copied(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    own = (*model.parameters(), *model.buffers())
+    return copied(model, {id(t): t for t in own if not t.is_inference()})
 
 
 def reachable(roots: Iterable[object], without: Iterable[int] = ()) -> Iterator[object]:
@@ -192,21 +193,20 @@ class _Copier:
         return new
 
     def _tensor(self, tensor: Tensor) -> Any:
-        plain = tensor.detach()  # a tensor that was computed cannot be deep-copied, this can
-        if type(tensor) not in (Tensor, nn.Parameter):
-            try:
-                new = self._moved(self._deepcopied(tensor if tensor.is_leaf else plain))
-            except Exception as error:  # a subclass's own code, which may raise anything
-                raise self._error(tensor, error) from error
-            return self._keep(tensor, new)
-        if self._dtype is None and self._device is None:
-            new = copy.deepcopy(plain, self._memo)  # those that share memory do so in the copy
-        else:
-            new = self._moved(plain, copy=True)
-        if isinstance(tensor, nn.Parameter):
+        try:
+            plain = tensor.detach()  # what was computed cannot be deep-copied, this can
+            if self._dtype is not None or self._device is not None:
+                new = self._moved(plain, copy=True)
+            elif type(plain) is Tensor and not plain.is_nested:
+                new = copy.deepcopy(plain, self._memo)  # tensors that share memory do so again
+            else:
+                new = plain.clone()
+        except Exception as error:  # a subclass's own code, which may raise anything
+            raise self._error(tensor, error) from error
+        if type(tensor) is nn.Parameter:
             new = nn.Parameter(new, tensor.requires_grad)
         self._keep(tensor, new)
-        if tensor.__dict__:
+        if tensor.__dict__ and type(tensor) in (Tensor, nn.Parameter):
             new.__dict__.update(self.of(tensor.__dict__))
         return new
 
@@ -293,6 +293,7 @@ class _Copier:
         memo = dict(self._memo)
         new = copy.deepcopy(value, memo)
         self._memo.update(memo)
+        self._originals.append(memo)  # has its own id in it, as deepcopy does it
         return new
 
     def _without_copy(self, value: Any, error: Exception) -> Any:
@@ -309,9 +310,10 @@ class _Copier:
         return self._rebuilt(value, object.__new__, (type(value),), _state_of(value))
 
     def _error(self, value: object, error: Exception) -> InputError:
+        why, *_ = described(error).splitlines()
         return InputError(
             f"{self._place[-1]} is {type(value).__name__}, which holds tensors and cannot be "
-            f"copied ({described(error)}); a copy is run, so that nothing in the model changes. "
+            f"copied ({why}); a copy is run, so that nothing in the model changes. "
             "Set the attribute to None first, or keep the tensors in a list or a dict"
         )
 
@@ -331,7 +333,7 @@ class _Copier:
             state = self._keep(state, self.of(state))
             if set_state is not None:
                 set_state(new, state)
-            elif hasattr(new, "__setstate__") and make is not object.__new__:
+            elif hasattr(type(new), "__setstate__") and make is not object.__new__:
                 new.__setstate__(state)
             else:
                 own, slots = state if isinstance(state, tuple) else (state, {})
