@@ -1,6 +1,6 @@
 """What calibration keeps of a tensor: largest magnitude, histogram of magnitudes, channel means.
 
-All of it streams: an observer's memory does not grow with the data, and as its histogram's range is
+All of it streams: an observer's memory grows by one number an image, and as its histogram's range is
 a power of two that doubles when it must, the order and size of batches change nothing in it. The
 largest magnitude and the means are of all values; the histogram is of all channels at some pixels,
 which lie evenly over each map: neighbours say much the same, and counting is what takes long.
@@ -9,6 +9,7 @@ which lie evenly over each map: neighbours say much the same, and counting is wh
 from __future__ import annotations
 
 import math
+from array import array
 
 import numpy as np
 import torch
@@ -30,28 +31,32 @@ class Observer:
         self._limit = 0.0  # the histogram's range; 0 before anything but zeros was seen
         self._counts = np.zeros(BINS, np.int64)
         self._sums: torch.Tensor | None = None
+        self._each = array("f")
 
     def add(self, x: torch.Tensor) -> None:
         """Takes in one batch.
 
         Args:
-            x: floating point, [N, C] or [N, C, H, W], not empty.
+            x: floating point, [N, C], [N, C, H, W] or [N, ..., C], not empty.
 
         Raises:
             ValueError: it holds NaN or infinities, or values beyond 1e30.
         """
-        rest = [d for d in range(x.ndim) if d != 1]
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2) if x.ndim == 4 else x[:, None]
-        low, high = (float(v) for v in pixels.reshape(-1).aminmax())  # as they lie in memory
+        maps = x.permute(0, 2, 3, 1).flatten(1, 2) if x.ndim == 4 else x
+        pixels = maps.reshape(len(x), -1, maps.shape[-1])
+        images = pixels.flatten(1)  # as they lie in memory
+        lows, highs = images.amin(1), images.amax(1)
+        low, high = float(lows.min()), float(highs.max())
         if not math.isfinite(low) or not math.isfinite(high):
             raise ValueError("it holds NaN or infinite values")
         largest = max(-low, high)
         if largest > _LARGEST:
             raise ValueError(f"it holds values of {largest:.1e}, far out of any sensible range")
-        sums = x.sum(rest, dtype=torch.float32).double()
+        self._each.extend(torch.maximum(-lows, highs).tolist())
+        sums = pixels.sum((0, 1), dtype=torch.float32).double()
         self._sums = sums if self._sums is None else self._sums + sums
         self.values += x.numel()
-        counted = pixels[:, :: _step(*x.shape[1:])]
+        counted = pixels[:, :: _step(*x.shape[1:]) if x.ndim == 4 else 1]
         if largest == 0:
             self.zeros += counted.numel()
             return
@@ -77,6 +82,11 @@ class Observer:
         counts = self._counts.copy()
         counts[0] += self.zeros
         return Histogram(counts, self._limit / BINS, self.largest)
+
+    @property
+    def largest_of_each(self) -> torch.Tensor:
+        """Each image's largest magnitude: fp32 [images]."""
+        return torch.tensor(self._each)
 
     @property
     def means(self) -> torch.Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 from fastres.calib.files import write_whole
 from fastres.calib.thresholds import ALGORITHMS, Algorithm
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no notes
 STEPS = 127  # on each side of zero
 _TINY = 1e-30  # below, a threshold may come to nothing in float32
 
@@ -77,6 +77,7 @@ class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             with that node alone in int8.
         curve: accuracy before quantisation, and for what was tried after it.
         backend: that ran the network for `curve`; empty without it.
+        notes: on images that are unlike the rest of the data.
     """
 
     algorithm: Algorithm
@@ -88,6 +89,7 @@ class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sensitivity: dict[str, float] = {}
     curve: tuple[AccuracyPoint, ...] = ()
     backend: str = ""
+    notes: tuple[str, ...] = ()
     format: Literal["fastres-calibration"] = "fastres-calibration"
     schema: int = SCHEMA
 
@@ -145,7 +147,7 @@ class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(
                     f"it has schema {header.schema}, this fastres reads up to {SCHEMA}: upgrade it"
                 )
-            return msgspec.json.decode(data, type=cls)
+            return msgspec.structs.replace(msgspec.json.decode(data, type=cls), schema=SCHEMA)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
             raise ValueError(
                 f"{where} is no calibration table: {error}. Make one with fastres.quantize"

@@ -42,7 +42,7 @@ from fastres.options import (
     Precision,
     as_device,
 )
-from fastres.quantizing import Calibration, settled_precision, table_of
+from fastres.quantizing import Calibration, opened, settled_precision, table_of
 from fastres.source import (
     Inputs,
     Model,
@@ -147,8 +147,9 @@ def compile(
     check_pictures(preprocess, io_dtype)
     if not isinstance(verify, bool | None):
         raise InputError(f"verify is {verify!r}; give True, False or None")
+    ranges = opened(calibration, model, inputs)
     source = source_of(model, inputs)
-    table, shown = (None, ()) if calibration is None else table_of(calibration, source)
+    table, shown = table_of(ranges, source)
     if io_dtype is not None:
         source = taking_pictures(source, preprocess)
     if source.largest_batch is not None:
@@ -162,6 +163,7 @@ def compile(
         preprocess,
         table=table,
     )
+    engine.notes += () if table is None else table.notes
     if verify or (verify is None and target is None and engine.backend.checked):
         from fastres.parity import verify as check
 

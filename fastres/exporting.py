@@ -17,7 +17,7 @@ from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import quantise
 from fastres.graph.passes.thin_out import thin_out
 from fastres.options import PathLike
-from fastres.quantizing import Calibration, settled_precision, table_of
+from fastres.quantizing import Calibration, opened, settled_precision, table_of
 from fastres.source import Inputs, Model, check_pictures, source_of, taking_pictures
 
 Placement = Literal["tensorrt", "openvino"]
@@ -73,16 +73,17 @@ def export(
             "file takes what is normalised already: give both, or neither"
         )
     file = _file(path)
+    ranges = opened(calibration, model, inputs)
     source = source_of(model, inputs)
-    table = None if calibration is None else table_of(calibration, source)[0]
+    table, _ = table_of(ranges, source)
     if io_dtype is not None:
         source = taking_pictures(source, preprocess)
     graph = optimised(source.graph, CaptureError)
+    ours = table is not None and placement == "openvino"
     if table is not None:
-        ours = placement == "openvino"
         graph = quantise(graph, table, "both" if ours else "skip", unsigned=ours)
         graph = thin_out(graph) if ours else graph
-    data = as_onnx(graph, half=precision == "fp16" or table is not None)
+    data = as_onnx(graph, half=precision == "fp16" or table is not None, for_openvino=ours)
     try:
         write_whole(file, data)
     except (OSError, ValueError) as error:  # a name that no file can have
@@ -101,8 +102,8 @@ def _file(path: PathLike) -> Path:
     return Path(path)
 
 
-def as_onnx(graph: Graph, *, half: bool) -> bytes:
-    """The file's bytes.
+def as_onnx(graph: Graph, *, half: bool, for_openvino: bool = False) -> bytes:
+    """The file's bytes; see `fastres.graph.onnx.to_onnx`.
 
     Raises:
         UnsupportedError: see `export`.
@@ -112,4 +113,4 @@ def as_onnx(graph: Graph, *, half: bool) -> bytes:
         raise UnsupportedError(
             f"{len(refused)} of {len(graph.nodes)} nodes cannot be written:\n{listed}"
         )
-    return onnx_form.to_bytes(graph, half=half)
+    return onnx_form.to_bytes(graph, half=half, for_openvino=for_openvino)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
 import torch
+from torch.export import ExportedProgram
 
-from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import Preprocess
-from fastres.calib.table import AccuracyPoint, CalibrationTable
+from fastres.calib.table import CalibrationTable
 from fastres.calib.thresholds import ALGORITHMS, Algorithm
-from fastres.calibrating import Batch, Batches, Data, collect, first_of, shapes_of
-from fastres.engine import Engine
+from fastres.calibrating import check_batch, collect, shapes_of
+from fastres.calibration_data import Batch, Batches, Data
+from fastres.data_kinds import listed, runs_in, wrong_kind
 from fastres.errors import CaptureError, InputError
 from fastres.graph.ir import Graph
-from fastres.graph.passes.quantise import quantise
-from fastres.graph.quantisable import quantisable
-from fastres.options import EIGHT_BITS, PathLike, Precision, integer, is_number
-from fastres.source import Inputs, Model, Source, source_of
+from fastres.options import EIGHT_BITS, Input, PathLike, Precision, integer, is_number
+from fastres.source import Inputs, Model, Source, given_inputs, inputs_of, source_of
+from fastres.table_search import Network, Search, Validate, remembering
 from fastres.text import progress_bar
-from fastres.tolerances import Distance
 
 Calibration = CalibrationTable | PathLike | Iterable[Any]
-Validate = Callable[[Engine], float]
 DEFAULT: Algorithm = "mse"
-PROBES = 32  # images by which algorithms and layers are compared without a validation
+SAMPLES = 512
 
 
 def quantize(
@@ -38,7 +34,7 @@ def quantize(
     data: Data,
     *,
     algorithm: Algorithm | Literal["auto"] = "auto",
-    num_samples: int = 512,
+    num_samples: int = SAMPLES,
     ignored: Collection[str] = (),
     validate: Validate | None = None,
     max_drop: float | None = None,
@@ -55,10 +51,12 @@ def quantize(
     Args:
         model: as `fastres.compile` takes it.
         data: images like those in use: a tensor or an array [N, C, H, W], a folder of images (with
-            `preprocess`), or an iterable of batches, such as a DataLoader.
+            `preprocess`), or an iterable of batches, such as a DataLoader: each a tensor, a
+            sequence that begins with one, or a dict that has one under the name of the model's
+            input. Any floating-point dtype is taken.
         algorithm: "minmax", "percentile" (99.99), "percentile-99.9", "entropy" or "mse". "auto"
-            takes the one with which `validate` gives most; without that, the one whose outputs have
-            the highest SQNR on the first 32 images.
+            takes the one with which `validate` gives most; without that, the one with the highest
+            SQNR of an image's outputs: the median of the first 32 images.
         num_samples: images to look at; a few hundred are enough.
         ignored: layers that stay in floating point, by name or pattern, such as "layer4.*".
         validate: takes an engine and returns its accuracy, the more the better.
@@ -71,12 +69,12 @@ def quantize(
 
     Returns:
         A table for `fastres.compile(model, calibration=table)`; `table.keep` names the layers left
-        in floating point, `table.curve` the accuracies. The same data and seed give the same bytes
-        on the same machine and versions.
+        in floating point, `table.curve` the accuracies, `table.notes` the images that are far from
+        the rest. The same data and seed give the same bytes on the same machine and versions.
 
     Raises:
-        InputError: an argument is out of range; the data is empty, does not fit the model, or makes
-            a tensor hold NaN or infinities (named).
+        InputError: an argument is out of range; the data is empty, of the wrong kind (said before
+            the model is exported), or makes a tensor hold NaN or infinities (named).
         CaptureError: as `fastres.compile`.
     """
     if algorithm not in ("auto", *ALGORITHMS):
@@ -91,7 +89,10 @@ def quantize(
     if validate is not None and not callable(validate):
         raise InputError(f"validate is {type(validate).__name__}; give a function of an engine")
     num_samples, seed = integer("num_samples", num_samples), integer("seed", seed, least=0)
-    network = _Network.read(model, data, inputs, num_samples, preprocess, seed, backend)
+    batches = _opened(data, model, inputs, num_samples, preprocess, seed)
+    if inputs is None and isinstance(model, torch.nn.Module):
+        inputs = shapes_of(model, batches.first())
+    network = Network.of(source_of(model, inputs), batches, backend)
     keep = network.matching(ignored)
     with progress_bar("calibrating") as moved:
         table = collect(
@@ -100,10 +101,11 @@ def quantize(
             network.batches,
             DEFAULT if algorithm == "auto" else algorithm,
             moved=lambda done: moved(done, num_samples),
+            called=batches.called,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
     table = msgspec.structs.replace(table, keep=keep)
-    search = _Search(network, validate, table)
+    search = Search(network, validate, table)
     if algorithm == "auto":
         search.choose_algorithm()
     elif validate is not None:
@@ -131,224 +133,95 @@ def settled_precision(precision: Precision | None, calibration: object) -> Preci
     return precision if calibration is None else precision or "int8"
 
 
-def table_of(calibration: Calibration, source: Source) -> tuple[CalibrationTable, Sequence[Batch]]:
-    """The table that `fastres.compile` was given, the path of, or the data for.
+def opened(
+    calibration: Calibration | None, model: Model, inputs: Inputs | None
+) -> CalibrationTable | Batches | None:
+    """The table that `fastres.compile` was given, or the path of; or the data for one.
 
     Args:
+        model, inputs: as `fastres.compile` has them. Data that the model cannot take are refused
+            here, before it is exported.
+
+    Raises:
+        InputError: it is none of these, cannot be read, or is of the wrong kind.
+    """
+    if calibration is None or isinstance(calibration, CalibrationTable):
+        return calibration
+    if isinstance(calibration, str | os.PathLike):
+        try:
+            return CalibrationTable.load(calibration)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    usual = inputs
+    if inputs is None and isinstance(model, torch.nn.Module):
+        usual = given_inputs(None)
+    return _opened(calibration, model, usual, SAMPLES, None, 0)
+
+
+def table_of(
+    calibration: CalibrationTable | Batches | None, source: Source
+) -> tuple[CalibrationTable | None, Sequence[Batch]]:
+    """The table, made of the data where there is none yet.
+
+    Args:
+        calibration: as `opened` gave it.
         source: as the model is fed, whatever its engine will be.
 
     Returns:
         It, and the first of the data, where it was made of some.
-
-    Raises:
-        InputError: it is none of these, or cannot be read.
     """
-    if isinstance(calibration, CalibrationTable):
+    if not isinstance(calibration, Batches):
         return calibration, ()
-    if isinstance(calibration, str | os.PathLike):
-        try:
-            return CalibrationTable.load(calibration), ()
-        except ValueError as error:
-            raise InputError(str(error)) from error
     from fastres.compiler import optimised
 
-    batches = Batches(calibration, 512, inputs=len(source.inputs), preprocess=None, seed=0)
     graph = optimised(source.graph, CaptureError)
     shown: list[Batch] = []
     with progress_bar("calibrating") as moved:
         table = collect(
             graph,
             source.inputs,
-            remembering(batches, shown),
+            remembering(calibration, shown),
             DEFAULT,
-            moved=lambda done: moved(done, batches.samples),
+            moved=lambda done: moved(done, calibration.samples),
+            called=calibration.called,
         )
     return table, shown
 
 
-def remembering(batches: Iterable[Batch], shown: list[Batch]) -> Iterable[Batch]:
-    """The same, while copies of the first images go into `shown`."""
-    left = PROBES
-    for batch in batches:
-        if left > 0:
-            shown.append(tuple(x[:left].clone() for x in batch))
-            left -= len(batch[0])
-        yield batch
+def _opened(
+    data: Data,
+    model: Model,
+    inputs: Inputs | None,
+    samples: int,
+    preprocess: Preprocess | None,
+    seed: int,
+) -> Batches:
+    """Data as batches that the model takes, as far as that can be told before it is exported.
+
+    Args:
+        inputs: None for a module leaves sizes to the data.
+    """
+    entries, names = _inputs_of(model, inputs)
+    batches = Batches(
+        data,
+        samples,
+        inputs=max(1, len(entries)),
+        preprocess=preprocess,
+        seed=seed,
+        names=names,
+    )
+    first = batches.first()
+    if entries:
+        check_batch(first, entries, 0)
+    elif isinstance(model, torch.nn.Module) and (why := wrong_kind(first[0], runs_in(model))):
+        raise InputError(f"the calibration data has {listed(first)}: {why}")
+    return batches
 
 
-@dataclass
-class _Network:
-    """What is calibrated, and the first images that it was shown."""
-
-    source: Source
-    graph: Graph
-    batches: Iterable[Batch]
-    probes: list[Batch]
-    backend: str | Sequence[str]
-
-    @classmethod
-    def read(
-        cls,
-        model: Model,
-        data: Data,
-        inputs: Inputs | None,
-        samples: int,
-        preprocess: Preprocess | None,
-        seed: int,
-        backend: str | Sequence[str],
-    ) -> _Network:
-        from fastres.compiler import optimised
-
-        takes = len(inputs) if isinstance(inputs, tuple | list) else 1
-        batches = Batches(data, samples, inputs=takes, preprocess=preprocess, seed=seed)
-        first, every = first_of(batches)
-        free = inputs is None and isinstance(model, torch.nn.Module)
-        source = source_of(model, shapes_of(first) if free else inputs)
-        network = cls(source, optimised(source.graph, CaptureError), (), [], backend)
-        network.batches = remembering(every, network.probes)
-        return network
-
-    @property
-    def layers(self) -> list[str]:
-        return [node.name for node in self.graph.nodes if quantisable(node)]
-
-    def matching(self, patterns: Collection[str]) -> tuple[str, ...]:
-        """The layers that some pattern fits, in order.
-
-        Raises:
-            InputError: a pattern fits none.
-        """
-        patterns = (patterns,) if isinstance(patterns, str) else patterns
-        if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns):
-            raise InputError(f"ignored is {patterns!r}; give names or patterns of layers")
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in self.layers):
-                raise InputError(
-                    f"ignored has {pattern!r}, which fits no layer; there are "
-                    f"{', '.join(self.layers[:6])} ..."
-                )
-        return tuple(n for n in self.layers if any(fnmatchcase(n, p) for p in patterns))
-
-    def engine(self, table: CalibrationTable | None) -> Engine:
-        """Of the float network, or quantised."""
-        from fastres.compiler import assemble
-        from fastres.engine import Origin
-        from fastres.options import Options
-
-        options = Options(
-            backend=(self.backend,) if isinstance(self.backend, str) else self.backend,
-            precision=None if table is None else "int8",
-        )
-        return assemble(self.graph, Origin(self.graph), options, self.source.inputs, table=table)
-
-    def outputs(self, table: CalibrationTable | None) -> list[torch.Tensor]:
-        """Of the probes, by the graph's meaning in PyTorch."""
-        graph = self.graph if table is None else quantise(self.graph, table, "skip")
-        executable = ReferenceExecutable(graph, torch.float32)
-        return [y for batch in self.probes for y in executable.run(batch)]
-
-
-class _Search:
-    """Compares tables of the same data."""
-
-    def __init__(
-        self, network: _Network, validate: Validate | None, table: CalibrationTable
-    ) -> None:
-        self.table = table
-        self._network = network
-        self._validate = validate
-        self._exact: list[torch.Tensor] | None = None
-        if validate is not None:
-            base = self._accuracy(None)
-            self._note(AccuracyPoint("", (), base))
-
-    def choose_algorithm(self) -> None:
-        """Takes the best of the algorithms, the earlier one of equals."""
-        candidates = [self.table.using(name) for name in ALGORITHMS]
-        if self._validate is None:
-            self.table = max(candidates, key=self._sqnr)
-            return
-        measured = {table.algorithm: self.measure(table) for table in candidates}
-        self.table = self.table.using(max(measured, key=lambda name: measured[name]))
-
-    def measure(self, table: CalibrationTable) -> float:
-        """Accuracy of a table, which is noted."""
-        accuracy = self._accuracy(table)
-        self._note(AccuracyPoint(table.algorithm, table.keep, accuracy))
-        return accuracy
-
-    def keep_layers(self, max_drop: float) -> None:
-        """Leaves the most sensitive layers in floating point until the drop is small enough.
-
-        The number of layers is doubled until it is, then halved into; with all of them the network
-        is what it was.
-        """
-        wanted = self.table.curve[0].accuracy - max_drop
-        latest = next(p for p in self.table.curve if p.algorithm == self.table.algorithm)
-        if latest.accuracy >= wanted:
-            return
-        order = self._most_sensitive_first()
-        ignored = self.table.keep
-        position = {name: i for i, name in enumerate(self._network.layers)}
-        tried: dict[int, tuple[CalibrationTable, float]] = {}
-
-        def reaches(count: int) -> bool:
-            keep = tuple(sorted({*ignored, *order[:count]}, key=position.__getitem__))
-            table = msgspec.structs.replace(self.table, keep=keep)
-            tried[count] = table, self.measure(table)
-            return tried[count][1] >= wanted
-
-        failing, count = 0, 1
-        while count < len(order) and not reaches(count):
-            failing, count = count, 2 * count
-        good = min(count, len(order))
-        if good not in tried:
-            reaches(good)
-        while good - failing > 1:
-            middle = (good + failing) // 2
-            failing, good = (failing, middle) if reaches(middle) else (middle, good)
-        self.table = msgspec.structs.replace(self.table, keep=tried[good][0].keep)
-
-    def _most_sensitive_first(self) -> list[str]:
-        """Layers not yet kept, by the SQNR of the outputs with that layer alone in int8."""
-        layers = self._network.layers
-        candidates = [name for name in layers if name not in self.table.keep]
-        found: dict[str, float] = {}
-        with progress_bar("sensitivity of layers") as moved:
-            for i, name in enumerate(candidates):
-                others = tuple(other for other in layers if other != name)
-                alone = msgspec.structs.replace(self.table, keep=others)
-                found[name] = round(min(self._sqnr(alone), 999.0), 2)
-                moved(i + 1, len(candidates))
-        self.table = msgspec.structs.replace(self.table, sensitivity=found)
-        return sorted(candidates, key=lambda name: found[name])
-
-    def _sqnr(self, table: CalibrationTable) -> float:
-        """In dB, of the outputs for the probes; the worst of several."""
-        if self._exact is None:
-            self._exact = self._network.outputs(None)
-        distances = []
-        outputs = len(self._network.graph.outputs)
-        found = self._network.outputs(table)
-        for i in range(outputs):
-            distance = Distance()
-            for y, exact in zip(found[i::outputs], self._exact[i::outputs], strict=True):
-                distance.add(y, exact.double())
-            distances.append(distance.sqnr_db)
-        return min(distances)
-
-    def _accuracy(self, table: CalibrationTable | None) -> float:
-        assert self._validate is not None
-        with self._network.engine(table) as engine:
-            accuracy = self._validate(engine)
-            self._backend = engine.backend.name
-        if not is_number(accuracy) or not math.isfinite(accuracy):
-            raise InputError(
-                f"validate returned {accuracy!r}; it must return a number, the accuracy"
-            )
-        return float(accuracy)
-
-    def _note(self, point: AccuracyPoint) -> None:
-        self.table = msgspec.structs.replace(
-            self.table, curve=(*self.table.curve, point), backend=self._backend
-        )
+def _inputs_of(model: Model, inputs: Inputs | None) -> tuple[tuple[Input, ...], list[str]]:
+    """What a model is fed, as far as it is known, and the names of that."""
+    if isinstance(model, torch.nn.Module):
+        names = list(inspect.signature(model.forward).parameters)
+        return () if inputs is None else given_inputs(inputs), names
+    entries = inputs_of(model) if isinstance(model, Graph | ExportedProgram) else ()
+    return entries, [entry.name or "" for entry in entries]

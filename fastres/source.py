@@ -60,7 +60,7 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
             "Graph from fastres.build"
         )
     program = model if isinstance(model, ExportedProgram) else None
-    given = _given(inputs) if program is None else inputs_of_program(program)
+    given = given_inputs(inputs) if program is None else inputs_of_program(program)
     captured = capture(model, given)
     graph = captured.graph
     weights = captured.program.state_dict.keys()
@@ -161,7 +161,8 @@ def _random(shape: Sizes, dtype: torch.dtype, random: torch.Generator) -> torch.
     return torch.randint(0, 256 if dtype == torch.uint8 else 2, shape, generator=random).to(dtype)
 
 
-def _given(inputs: Inputs | None) -> tuple[Input, ...]:
+def given_inputs(inputs: Inputs | None) -> tuple[Input, ...]:
+    """What a caller gave, or None, as inputs of a module."""
     if inputs is None:
         return (Input((1, 3, 224, 224)),)
     several: Iterable[object] = [inputs]
@@ -181,8 +182,10 @@ def _as_input(item: object) -> Input:
     return Input((max(1, item.shape[0]), *item.shape[1:]), dtype=item.dtype)
 
 
-def inputs_of(graph: Graph) -> tuple[Input, ...]:
+def inputs_of(graph: Graph | ExportedProgram) -> tuple[Input, ...]:
     """Inputs of a graph that brings its own sizes; a symbolic one may be anything up to 4096."""
+    if isinstance(graph, ExportedProgram):
+        return inputs_of_program(graph)
     found = []
     for value in graph.inputs:
         shape = value.spec.shape

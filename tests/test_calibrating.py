@@ -1,100 +1,23 @@
-"""Calibration data of every kind, and the table that a network's values make of it."""
+"""The table that a network's values make of calibration data."""
 
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import fastres
-from fastres.calibrating import Batches, collect
+from fastres.calibrating import collect
+from fastres.calibration_data import Batches
 from fastres.errors import InputError
 from fastres.graph.capture import capture
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.options import Input
 from fastres.oracle import activations
-
-PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
-
-
-def batches(data: Any, samples: int = 100, **changes: Any) -> list[Tensor]:
-    settings: dict[str, Any] = {"inputs": 1, "preprocess": None, "seed": 0, **changes}
-    return [batch[0] for batch in Batches(data, samples, **settings)]
-
-
-@pytest.fixture
-def rows() -> Tensor:
-    return torch.arange(20.0).view(20, 1, 1, 1).expand(20, 3, 4, 4).contiguous()
-
-
-def test_tensors_and_arrays_are_drawn_from(rows: Tensor) -> None:
-    assert torch.equal(torch.cat(batches(rows)), rows)
-    some = torch.cat(batches(rows, 6))
-    assert len(some) == 6
-    assert torch.equal(some, torch.cat(batches(rows.numpy(), 6)))
-    assert torch.equal(some, torch.cat(batches(rows, 6)))
-    assert not torch.equal(some, torch.cat(batches(rows, 6, seed=1)))
-
-
-def test_iterables_give_their_first_images(rows: Tensor) -> None:
-    labelled = TensorDataset(rows, torch.arange(20))
-    for data in (
-        DataLoader(labelled, batch_size=7),
-        (part for part in rows.split(7)),
-        [part.numpy() for part in rows.split(7)],
-        [(part, "label") for part in rows.split(7)],
-    ):
-        assert torch.equal(torch.cat(batches(data, 9)), rows[:9])
-
-
-def test_an_iterable_is_read_no_further_than_needed(rows: Tensor) -> None:
-    taken = 0
-
-    def endless() -> Iterator[Tensor]:
-        nonlocal taken
-        while True:
-            taken += 1
-            yield rows[:4]
-
-    assert len(torch.cat(batches(endless(), 8))) == 8
-    assert taken <= 3
-
-
-def test_folders_need_a_preprocess() -> None:
-    preprocess = fastres.Preprocess(resize=40, crop=32)
-    assert torch.cat(batches(str(PHOTOS), preprocess=preprocess)).shape == (3, 3, 32, 32)
-    assert len(torch.cat(batches(PHOTOS, 2, preprocess=preprocess))) == 2
-    with pytest.raises(InputError, match="say how its images become inputs"):
-        batches(PHOTOS)
-    with pytest.raises(InputError, match="there is no file or folder"):
-        batches("/nowhere", preprocess=preprocess)
-
-
-@pytest.mark.parametrize("data", [5, None, object(), 3.5])
-def test_other_things_are_no_data(data: Any) -> None:
-    with pytest.raises(InputError, match="data is"):
-        batches(data)
-
-
-def test_arrays_of_no_numbers_are_refused() -> None:
-    objects = np.array([None, 1])
-    for data in (objects, [objects]):
-        with pytest.raises(InputError, match="an array of object is no data"):
-            list(Batches(data, 4, inputs=1, preprocess=None, seed=0))
-
-
-@pytest.mark.parametrize("item", ["text", None, [], torch.tensor(1.0), torch.zeros(0, 3, 4, 4), {}])
-def test_batches_that_are_none_are_named(rows: Tensor, item: Any) -> None:
-    with pytest.raises(InputError, match="batch 1 of the calibration data"):
-        batches([rows[:2], item])
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def _read(graph: Graph) -> Any:
 
     The ONNX form carries no weights: as part of it they would be copied three times over.
     """
-    proto = onnx_form.to_onnx(graph, weights_as_inputs=True)
+    proto = onnx_form.to_onnx(graph, for_openvino=True, weights_as_inputs=True)
     with refusing("read the network"):
         model = core().read_model(proto.SerializeToString())
     for parameter in model.get_parameters():

@@ -66,26 +66,31 @@ def refusals(graph: Graph) -> tuple[tuple[str, str], ...]:
 
 
 def to_onnx(
-    graph: Graph, *, half: bool = False, weights_as_inputs: bool = False
+    graph: Graph,
+    *,
+    half: bool = False,
+    for_openvino: bool = False,
+    weights_as_inputs: bool = False,
 ) -> onnx.ModelProto:
     """Writes a graph as an ONNX model with the same inputs, outputs and symbolic sizes, in float32.
 
     Its outputs have the names of `output_names`.
 
     Pictures that a Normalize reads are an input in uint8 [N, H, W, 3]. What is quantised becomes
-    QuantizeLinear and DequantizeLinear, int8 with zero point 0; weights stay int8.
+    QuantizeLinear and DequantizeLinear, int8 or uint8 with zero point 0; weights stay int8.
 
     Args:
         graph: lawful; every node one that `refusal` has nothing against.
         half: compute in float16 between the inputs and the outputs, which stay float32; in a
             quantised graph only the layers that are not, as scales would lose digits.
+        for_openvino: where the graph has a Concat, write int8 values as uint8 with zero point 128.
         weights_as_inputs: leave the constants' values out and declare them as further inputs of
             the same names, for a runtime that can take them without a copy.
 
     Raises:
         UnsupportedError: a constant that is to be float16 is beyond what that can hold.
     """
-    writer = Writer(graph, half)
+    writer = Writer(graph, half, for_openvino)
     for node in graph.nodes:
         WRITERS[type(node.op)](writer, node)
     writer.end_outputs()
@@ -109,13 +114,13 @@ def to_onnx(
     )
 
 
-def to_bytes(graph: Graph, *, half: bool = False) -> bytes:
-    """The written model with its weights, the same bytes for the same graph.
+def to_bytes(graph: Graph, *, half: bool = False, for_openvino: bool = False) -> bytes:
+    """The written model with its weights, the same bytes for the same graph; see `to_onnx`.
 
     Raises:
         UnsupportedError: as `to_onnx`, or the network is larger than an ONNX file can be.
     """
-    proto = to_onnx(graph, half=half)
+    proto = to_onnx(graph, half=half, for_openvino=for_openvino)
     weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
     if weights >= LIMIT or proto.ByteSize() >= LIMIT:
         raise UnsupportedError(

@@ -193,8 +193,11 @@ def _quantize(w: Writer, node: Node) -> None:
     scale = w.number(node, "scale", np.asarray(node.op.scale))
     quantised = node.spec if isinstance(node.op, Quantize) else w.graph.spec(node.inputs[0])
     signed = quantised.dtype == "int8"
-    whole, zero = (INT8, np.int8) if signed else (onnx.TensorProto.UINT8, np.uint8)
-    point = w.initializer(f"{node.name}/zero", whole, np.asarray(0, zero))
+    if signed and not w.centred:
+        point = w.initializer(f"{node.name}/zero", INT8, np.asarray(0, np.int8))
+    else:  # behind a Concat OpenVINO loses the scale of int8; uint8 around 128 is the same numbers
+        zero = np.asarray(128 if signed else 0, np.uint8)
+        point = w.initializer(f"{node.name}/zero", onnx.TensorProto.UINT8, zero)
     kind = "QuantizeLinear" if isinstance(node.op, Quantize) else "DequantizeLinear"
     w.emit(kind, node.name, [*w.inputs(node), scale, point], node.name)
 

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import helper
 
-from fastres.graph.ir import Conv2d, Graph, Linear, Node, Normalize, Quantize
+from fastres.graph.ir import Concat, Conv2d, Graph, Linear, Node, Normalize, Quantize
 from fastres.kernels.epilogue import ActivationKind
 
 FLOAT = int(onnx.TensorProto.FLOAT)
@@ -22,8 +22,9 @@ ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "gelu": "Gelu", "hardswish"
 class Writer:
     """Collects nodes, small initializers, and the names of the constants that are read."""
 
-    def __init__(self, graph: Graph, half: bool) -> None:
+    def __init__(self, graph: Graph, half: bool, for_openvino: bool = False) -> None:
         self.graph = graph
+        self.centred = for_openvino and any(isinstance(node.op, Concat) for node in graph.nodes)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.read: dict[tuple[str, int], None] = {}  # a set that keeps its order

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import torch
 
 from fastres.graph.ir import (
+    Activation,
     Add,
+    Aten,
+    AvgPool,
+    Concat,
     Conv2d,
     Flatten,
     Graph,
@@ -20,6 +26,9 @@ from fastres.graph.ir import (
     Slice,
 )
 from fastres.graph.passes.split_residual import MAIN
+
+LOWEST = -1e30  # what calibration takes for no number any more; a padding with it never wins
+_MASK = -1e4  # what half precision can still hold where minus infinity is meant
 
 
 def quantisable(node: Node) -> bool:
@@ -52,11 +61,69 @@ def operands(graph: Graph, node: Node) -> tuple[str, ...]:
 
 
 def path(graph: Graph, name: str) -> tuple[str, ...]:
-    """From the value whose scale holds to `name`, through nodes that keep its steps."""
+    """From the value whose scale holds to `name`, through nodes that keep its steps.
+
+    A padding or a mask of minus infinity, or of numbers that stand for it, is there to lose in a
+    max pool, and what holds it has no range. Then the path begins with the pool.
+    """
     found = [name]
     while found[0] in graph and keeps_steps(graph[found[0]]):
         found.insert(0, graph[found[0]].inputs[0])
-    return tuple(found)
+    pools = [i for i, n in enumerate(found) if n in graph and isinstance(graph[n].op, MaxPool)]
+    return tuple(found[pools[0] :] if pools and _is_filled(graph, found[0]) else found)
+
+
+def _is_filled(graph: Graph, name: str) -> bool:
+    """Whether a value was padded or masked with what loses in a max pool."""
+    if name not in graph:
+        return False
+    node = graph[name]
+    joined = node.inputs if isinstance(node.op, Add | Concat | Aten) else ()
+    return _fills(node) or any(
+        _fills(graph[read]) if read in graph else _is_low(graph.constants.get(read))
+        for read in joined
+    )
+
+
+def _fills(node: Node) -> bool:
+    if isinstance(node.op, Aten):
+        return any(number <= _MASK for number in _numbers(msgspec.json.decode(node.op.args)))
+    return isinstance(node.op, Pad) and node.op.value < 0
+
+
+def _is_low(constant: torch.Tensor | None) -> bool:
+    if constant is None or not constant.is_floating_point() or not constant.numel():
+        return False
+    return bool(constant.min() <= _MASK)
+
+
+def _numbers(args: Any) -> Iterator[float]:
+    """Of a call's arguments, as `fastres.graph.aten` writes them down."""
+    if isinstance(args, list):
+        for arg in args:
+            yield from _numbers(arg)
+    elif isinstance(args, dict) and "float" in args:
+        yield float(args["float"])
+    elif isinstance(args, int | float):
+        yield float(args)
+
+
+def never_negative(graph: Graph) -> set[str]:
+    """What a ReLU gave, and what pools, slices, paddings and concatenations made of that."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        op = node.op
+        if isinstance(op, Activation):
+            holds = op.kind == "relu"
+        elif isinstance(op, MaxPool | AvgPool | Slice | Flatten | Concat):
+            holds = found.issuperset(node.inputs)
+        elif isinstance(op, Pad):
+            holds = node.inputs[0] in found and (op.value >= 0 or op.value <= LOWEST)
+        else:
+            holds = getattr(getattr(op, "epilogue", op), "activation", None) == "relu"
+        if holds:
+            found.add(node.name)
+    return found
 
 
 def observed(graph: Graph) -> dict[str, bool]:

@@ -59,7 +59,7 @@ def changed(table: CalibrationTable, **changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"schema": 2}, "reads up to 1"),
+        ({"schema": 3}, "reads up to 2"),
         ({"format": "other"}, "format"),
         ({"algorithm": "best"}, "algorithm"),
         ({"tensors": {"x": {"largest": -1.0, "thresholds": {}}}}, "not negative"),

@@ -33,8 +33,8 @@ from fastres.graph.passes.split_residual import split_residual
 from fastres.graph.quantisable import (
     calibration_names,
     fingerprints,
-    keeps_steps,
     layer_of,
+    never_negative,
     operands,
     path,
     quantisable,
@@ -66,7 +66,7 @@ def quantise(
         graph: optimised, as the table was made for.
         kind: to what.
         weight_steps: the largest magnitude of a weight: that of its type, or 63 (`REDUCED`).
-        unsigned: whether int8 values that a ReLU made may be uint8, twice as fine.
+        unsigned: whether int8 values that are never negative may be uint8, twice as fine.
 
     Raises:
         InputError: the table is for another graph or other weights, or lacks a tensor.
@@ -137,12 +137,9 @@ def _takes_part(graph: Graph, node: Node, table: CalibrationTable, placement: Pl
 
 def _kinds(graph: Graph, kind: EightBits, unsigned: bool) -> dict[str, str]:
     """By the name of a value: what it is quantised to."""
-    found = {value.name: str(kind) for value in graph.inputs}
-    for node in graph.nodes:
-        activation = getattr(getattr(node.op, "epilogue", node.op), "activation", None)
-        source = found.get(node.inputs[0]) if keeps_steps(node) else None
-        whole = "uint8" if unsigned and kind == "int8" and activation == "relu" else kind
-        found[node.name] = source or whole
+    found = {value.name: str(kind) for value in graph.inputs} | {n.name: str(kind) for n in graph}
+    if unsigned and kind == "int8":
+        found.update(dict.fromkeys(never_negative(graph), "uint8"))
     return found
 
 
