@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dis
 import gc
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,25 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fastres.errors import InputError, described
+from fastres.graph.objects import SHARED, attributes_of, loaded_globals, reachable
 
 _Model = TypeVar("_Model", bound=nn.Module)
-SHARED = {  # kinds that hold nothing: a copy has the same
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    type,
-    types.ModuleType,
-    types.CodeType,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-}
 
 
 def copied(
@@ -73,40 +56,6 @@ def to_trace(model: _Model) -> _Model:
     """
     own = (*model.parameters(), *model.buffers())
     return copied(model, {id(t): t for t in own if not t.is_inference()})
-
-
-def reachable(roots: Iterable[object], without: Iterable[int] = ()) -> Iterator[object]:
-    """Every object that these hold, themselves included, as far as running a model can use them.
-
-    What code names by itself (modules, classes, globals) is not held by it.
-
-    Args:
-        without: ids of objects to leave out, with what only they hold.
-    """
-    waiting, seen = list(roots), set(without)
-    while waiting:
-        value = waiting.pop()
-        if type(value) in SHARED or isinstance(value, type) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        yield value
-        waiting += _parts(value)
-
-
-def _parts(value: object) -> list[Any]:
-    if isinstance(value, Tensor):
-        return []
-    if isinstance(value, types.FunctionType):  # not its globals
-        held = [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
-        return [part for part in held if part]
-    return gc.get_referents(value)
-
-
-def loaded_globals(function: types.FunctionType) -> dict[str, Any]:
-    """The globals that a function's code reads, by name, as far as there are such."""
-    names = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
-    known = function.__globals__
-    return {name: known[name] for name in names if name in known}
 
 
 class _Copier:
@@ -177,7 +126,7 @@ class _Copier:
         else:
             new = object.__new__(kind)
         self._keep(module, new)
-        own, slots = _state_of(module)
+        own, slots = attributes_of(module)
         for name, value in own.items():
             # what `Module.compile` made of the original's forward; the class has None
             if name != "_compiled_call_impl":
@@ -307,7 +256,7 @@ class _Copier:
             object.__new__(type(value))
         except TypeError:  # it keeps what it holds in C
             raise self._error(value, error) from error
-        return self._rebuilt(value, object.__new__, (type(value),), _state_of(value))
+        return self._rebuilt(value, object.__new__, (type(value),), attributes_of(value))
 
     def _error(self, value: object, error: Exception) -> InputError:
         why, *_ = described(error).splitlines()
@@ -346,10 +295,3 @@ class _Copier:
         for key, held in pairs or ():
             new[self.of(key)] = self.of(held)
         return new
-
-
-def _state_of(value: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attributes and slots, whatever the object says of itself."""
-    state = object.__getstate__(value)
-    own, slots = state if isinstance(state, tuple) else (state, None)
-    return own or {}, slots or {}

@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.prune import BasePruningMethod
 
 from fastres.errors import CaptureError
-from fastres.graph.copies import SHARED, loaded_globals, reachable
+from fastres.graph.objects import SHARED, loaded_globals, reachable
 
 _Hook = Callable[..., Any]
 
