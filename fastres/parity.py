@@ -67,8 +67,9 @@ def verify(
     Raises:
         InputError: no data, an empty batch, something that is no tensor, a negative tolerance, a
             model in training mode, layers asked of a candidate that is no engine or that was
-            compiled from another model.
-        CaptureError: layers were asked for and the model does not export.
+            compiled from another model, or an attribute of the model that cannot be copied.
+        CaptureError: layers were asked for and the model does not export, or it has a forward hook
+            that is no part of it.
     """
     engine = candidate if isinstance(candidate, Engine) else None
     if engine is None and not callable(candidate):
