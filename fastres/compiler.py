@@ -28,6 +28,7 @@ from fastres.errors import (
 from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.ir import BatchNorm, Graph, identity
+from fastres.graph.kinds import accepted
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.renewing import renewed
 from fastres.options import (
@@ -79,7 +80,8 @@ def compile(
     """Compiles a trained residual network for inference.
 
     Args:
-        model: an nn.Module in eval(), an ExportedProgram, or a Graph from `fastres.build`.
+        model: an nn.Module in eval(), an ExportedProgram, or a Graph from `fastres.build`. What
+            torch.compile and DataParallel put around a module is taken off.
         inputs: what the model is fed. A tensor is an example: its batch size is free, H and W are
             fixed. An `Input` can give ranges. None takes (N, 3, 224, 224). Not for an
             ExportedProgram, which brings the sizes that it was exported for.
@@ -147,6 +149,7 @@ def compile(
     check_pictures(preprocess, io_dtype)
     if not isinstance(verify, bool | None):
         raise InputError(f"verify is {verify!r}; give True, False or None")
+    model = accepted(model)
     ranges = opened(calibration, model, inputs)
     source = source_of(model, inputs)
     table, shown = table_of(ranges, source)
@@ -235,9 +238,15 @@ def optimised(source: Graph, error: type[FastresError]) -> Graph:
 
 
 def _detached(graph: Graph, source: Graph) -> Graph:
-    """Copies the constants still in the model's memory, which may go on training."""
+    """Copies the constants still in the model's memory, which may go on training; contiguous."""
     shared = {_memory(tensor) for tensor in source.constants.values()}
-    return _each_constant(graph, lambda t: t.clone() if _memory(t) in shared else t)
+    plain = torch.contiguous_format
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        shares = _memory(tensor) in shared
+        return tensor.clone(memory_format=plain) if shares else tensor.contiguous()
+
+    return _each_constant(graph, own)
 
 
 def without_values(graph: Graph, names: Collection[str] | None = None) -> Graph:

@@ -65,6 +65,11 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}"
 
 
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, of which PyTorch writes pages."""
+    return described(error).strip().partition("\n")[0]
+
+
 def missing(package: str, error: Exception) -> str:
     """What there is to say of a package that cannot be imported."""
     return f"{package} cannot be imported ({error}); pip install {package}"

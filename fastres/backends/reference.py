@@ -175,7 +175,7 @@ def _last_uses(graph: Graph) -> dict[str, list[str]]:
     uses: dict[str, list[str]] = {node.name: [] for node in graph.nodes}
     seen: set[str] = set()
     for node in reversed(graph.nodes):
-        for name in (*node.inputs, node.name):
+        for name in (*node.inputs, *node.params.values(), node.name):
             if name not in seen and name not in graph.constants:
                 seen.add(name)
                 uses[node.name].append(name)
@@ -189,8 +189,12 @@ def evaluate(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """One node's value from the values it reads; `dtype` is for `fastres.graph.aten.call`."""
-    inputs = [values[n] if n in values else constants[n] for n in node.inputs]
-    params = {slot: constants[name] for slot, name in node.params.items()}
+
+    def operand(name: str) -> torch.Tensor:
+        return values[name] if name in values else constants[name]
+
+    inputs = [operand(name) for name in node.inputs]
+    params = {slot: operand(name) for slot, name in node.params.items()}
     if "scale" in params:
         scale = params["scale"]
         params["weight"] = meaning.dequantise(params["weight"], scale, scale.dtype)

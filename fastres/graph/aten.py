@@ -11,7 +11,7 @@ import torch
 
 from fastres.errors import CaptureError, GraphError
 from fastres.graph.ir import Aten
-from fastres.graph.specs import DTYPE_NAMES, DTYPES, TensorSpec
+from fastres.graph.specs import DTYPE_NAMES, DTYPES, Shape, TensorSpec
 
 _MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -19,6 +19,15 @@ _MEMORY_FORMATS = {
     "channels_last": torch.channels_last,
 }
 _FORMAT_NAMES = {value: name for name, value in _MEMORY_FORMATS.items()}
+
+
+READ_MEMORY = ("as_strided", "as_strided_copy", "as_strided_scatter")
+# Operators whose first operand is laid out contiguous before them, as the IR has no strides: those
+# that read its memory, and those that refuse it where dimensions cannot be joined without a copy.
+_CONTIGUOUS = (
+    *READ_MEMORY,
+    *("view", "_unsafe_view", "view_as", "view_copy", "_reshape_alias", "_reshape_copy"),
+)
 
 
 class InputOf(msgspec.Struct, frozen=True):
@@ -70,16 +79,47 @@ def call(
 
     args = [written(a) for a in msgspec.json.decode(op.args)]
     kwargs = {k: written(a) for k, a in msgspec.json.decode(op.kwargs).items()}
+    if op.overload.split(".")[1] in _CONTIGUOUS and args and isinstance(args[0], torch.Tensor):
+        args[0] = args[0].contiguous()
     result = resolve(op.overload)(*args, **kwargs)
-    if not isinstance(result, torch.Tensor):
+    several = isinstance(result, tuple | list)
+    if several and op.index is not None and op.index < len(result):
+        result = result[op.index]
+    if not isinstance(result, torch.Tensor) or several != (op.index is not None):
         raise GraphError(f"{op.overload} returns {type(result).__name__}, not one tensor")
     return result
+
+
+def with_known_sizes(op: Aten, shapes: Sequence[Shape], result: TensorSpec) -> Aten:
+    """The call with numbers for the sizes that it takes from its inputs, where those are known.
+
+    Args:
+        shapes: of the inputs.
+    """
+
+    def written(arg: Any) -> Any:
+        if isinstance(arg, list):
+            return [written(a) for a in arg]
+        if isinstance(arg, dict) and "size" in arg:
+            index, dim, add, div = arg["size"]
+            size = shapes[index][dim]
+            return (size + add) // div if isinstance(size, int) else arg
+        return arg
+
+    def changed(text: str) -> str:
+        given = msgspec.json.decode(text)
+        named = isinstance(given, dict)
+        known = {k: written(a) for k, a in given.items()} if named else written(given)
+        return msgspec.json.encode(known).decode()
+
+    return Aten(op.overload, changed(op.args), changed(op.kwargs), result, op.index)
 
 
 def reads_batch(op: Aten) -> bool:
     """Whether the call computes with the size of a first dimension, or works along one.
 
-    A plain first dimension is left out where it begins a list, as in x.view(x.size(0), -1).
+    A plain first dimension is left out where it begins a list, as in x.view(x.size(0), -1), and so
+    is a permutation, which names all dimensions.
     """
     names = [argument.name for argument in resolve(op.overload)._schema.arguments]
     named = dict(zip(names, msgspec.json.decode(op.args), strict=False))
@@ -97,7 +137,8 @@ def reads_batch(op: Aten) -> bool:
         return any(isinstance(d, int) and d in (0, -rank) for d in dims)
 
     return any(
-        (name in ("dim", "dims") and along(arg)) or computes(arg) for name, arg in named.items()
+        (name in ("dim", "dims") and along(arg) and "permute" not in op.overload) or computes(arg)
+        for name, arg in named.items()
     )
 
 
@@ -106,9 +147,16 @@ def _is_plain_batch(arg: Any) -> bool:
 
 
 def encode(
-    overload: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: TensorSpec
+    overload: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    result: TensorSpec,
+    index: int | None = None,
 ) -> Aten:
     """Writes a call down; tensors and sizes among the arguments are `InputOf` and `SizeOf`.
+
+    Args:
+        index: which of its results is meant, where it returns several.
 
     Raises:
         CaptureError: an argument is neither of these nor a plain constant.
@@ -116,7 +164,7 @@ def encode(
     encoded = [_encode(overload, a) for a in args]
     named = {k: _encode(overload, a) for k, a in kwargs.items()}
     to_text = msgspec.json.encode
-    return Aten(overload, to_text(encoded).decode(), to_text(named).decode(), result)
+    return Aten(overload, to_text(encoded).decode(), to_text(named).decode(), result, index)
 
 
 def _encode(overload: str, arg: Any) -> Any:

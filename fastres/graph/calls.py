@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.fx
+import torch.utils._pytree as pytree
 
 from fastres.errors import CaptureError
 from fastres.graph.ir import Op
@@ -29,17 +31,22 @@ class Alias(NamedTuple):
 
 
 class Call:
-    """One ATen call with its arguments by name, defaults filled in from the operator's schema."""
+    """One ATen call with its arguments by name, defaults filled in from the operator's schema.
+
+    Args:
+        value_of: the name of what a node gives.
+        is_fixed: whether a node is a constant, or computed of constants alone.
+    """
 
     def __init__(
         self,
         node: torch.fx.Node,
         value_of: Callable[[torch.fx.Node], str],
-        constant: Callable[[torch.fx.Node], torch.Tensor | None],
+        is_fixed: Callable[[torch.fx.Node], bool],
     ) -> None:
         self.node = node
         self.value_of = value_of
-        self.constant = constant
+        self.is_fixed = is_fixed
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
             raise CaptureError(f"{target} ({node.name}) is no operator of PyTorch")
@@ -53,10 +60,11 @@ class Call:
 
     @property
     def functional(self) -> str:
-        """The overload's name without the underscore of its in-place form."""
-        space, name, overload = self.overload.split(".")
-        inplace = self.schema.is_mutable and name.endswith("_")
-        return f"{space}.{name[:-1] if inplace else name}.{overload}"
+        """The name of the overload that gives a new tensor instead of changing its first one.
+
+        Its own name, where there is none with the same arguments.
+        """
+        return _functional(self.overload) if self.schema.is_mutable else self.overload
 
     @property
     def short_name(self) -> str:
@@ -84,10 +92,16 @@ class Call:
         return all(self.args[name] for name in switches if name in self.args)
 
     @property
-    def converts_in_place(self) -> bool:
-        """Whether an in-place call rounds its result to the target's dtype."""
-        if self.mutates is None:
+    def changes_oddly(self) -> bool:
+        """Whether it changes something else than the one tensor that it returns, or rounds that.
+
+        So do calls with out=, on lists, and in place on a tensor of another dtype.
+        """
+        if not self.schema.is_mutable:
             return False
+        target, one = self.mutates, isinstance(self.node.meta.get("val"), torch.Tensor)
+        if not one or not isinstance(target, torch.fx.Node) or self.functional == self.overload:
+            return True
         dtypes = {n.meta["val"].dtype for n in self.node.all_input_nodes if _is_tensor(n)}
         return len(dtypes) > 1
 
@@ -109,16 +123,40 @@ class Call:
         return (items[0], items[-1])
 
     def params(self, **slots: str) -> dict[str, str] | None:
-        """Slot → constant; None if one of them is computed rather than a constant."""
+        """Slot → constant; None if one of them depends on what the model is fed."""
         found = {}
         for slot, name in slots.items():
             node = self.args[name]
             if node is None:
                 continue
-            if self.constant(node) is None:
+            if not self.is_fixed(node):
                 return None
             found[slot] = self.value_of(node)
         return found
+
+
+@functools.cache
+def _functional(overload: str) -> str:
+    space, name, variant = overload.split(".")
+    pure: Any = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    if space != "aten" or not name.endswith("_") or pure is None:
+        return overload
+    wanted = _arguments(getattr(getattr(torch.ops.aten, name), variant))
+    same = [v for v in pure.overloads() if _arguments(getattr(pure, v)) == wanted]
+    if not same:
+        return overload
+    return f"aten.{name.removesuffix('_')}.{variant if variant in same else same[0]}"
+
+
+def _arguments(operator: Any) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in operator._schema.arguments]
+
+
+def has_sizes(node: torch.fx.Node) -> bool:
+    """Whether a call is given sizes that are not known yet."""
+    given = pytree.tree_leaves((node.args, dict(node.kwargs)))
+    values = (arg.meta.get("val") if isinstance(arg, torch.fx.Node) else arg for arg in given)
+    return any(isinstance(value, torch.SymInt | torch.SymFloat) for value in values)
 
 
 def _is_tensor(arg: Any) -> bool:

@@ -15,15 +15,18 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten, laws, trees
-from fastres.graph.calls import Alias, Call, Emit
+from fastres.graph.aliases import Aliases, NeedsFunctional
+from fastres.graph.branches import check_branches
+from fastres.graph.calls import Alias, Call, Emit, has_sizes
 from fastres.graph.export import check_finite, export, functional
 from fastres.graph.ir import Aten, Conv2d, Graph, Linear, Node, Value
+from fastres.graph.memory import memory_order
 from fastres.graph.names import Namer, place_of, wanted_name
-from fastres.graph.readers import PARTS, read, read_part
+from fastres.graph.readers import read, read_part
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import DTYPE_NAMES, GIVEN_DTYPES, Dim, Shape, Sym, TensorSpec
-from fastres.graph.symbols import Symbols
-from fastres.options import Input
+from fastres.graph.symbols import Symbols, depends_on_values
+from fastres.options import Input, Sizes
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,34 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: Sequence[Input]) -
     Raises:
         CaptureError: training mode, non-finite weights, no export, or a call that cannot be kept.
     """
-    program = model if isinstance(model, ExportedProgram) else export(model, inputs)
+    if isinstance(model, ExportedProgram):
+        check_finite(model)
+        return _read(model)
+    program = export(model, inputs)
     check_finite(program)
+    captured = _read(program)
+
+    def again(shapes: Sequence[Sizes]) -> tuple[ExportedProgram, Graph]:
+        other = export(model, inputs, shapes)
+        return other, _read(other).graph
+
+    check_branches(program, captured.graph, inputs, again)
+    return captured
+
+
+def _read(program: ExportedProgram) -> Captured:
     try:
         return _Reader(program).read()
-    except _NeedsFunctional:
+    except NeedsFunctional:
+        pass
+    try:
         return _Reader(functional(program)).read()
-
-
-class _NeedsFunctional(Exception):
-    """An in-place operation changes a tensor in a way that the reader does not follow.
-
-    PyTorch's own functionalisation sorts that out; it costs seconds, so it is not done for every
-    model.
-    """
+    except NeedsFunctional as error:
+        raise CaptureError(
+            f"{error} changes tensors in place, or decides by values, in a way that PyTorch's "
+            "functionalisation leaves as it is. Rewrite that line with operations that return a "
+            "new tensor"
+        ) from error
 
 
 class _Reader:
@@ -75,9 +92,8 @@ class _Reader:
         self.program = program
         self.symbols = Symbols()
         self.env: dict[torch.fx.Node, str] = {}  # program node → value or constant
-        self.groups: dict[torch.fx.Node, list[torch.fx.Node]] = {}  # nodes that share memory
-        self.viewed: set[int] = set()  # ids of groups in which one node may be a view of another
-        self.owned: set[torch.fx.Node] = set()  # the model's parameters and buffers
+        self.aliases = Aliases()
+        self.fixed: set[torch.fx.Node] = set()  # the constants, and what is computed of them alone
         self.constants: dict[str, torch.Tensor] = {}
         self.inputs: list[Value] = []
         self.nodes: list[Node] = []
@@ -118,8 +134,9 @@ class _Reader:
             if not isinstance(spec.arg, TensorArgument):
                 raise CaptureError(f"the argument {spec.arg} is no tensor; only tensors are fed")
             node = nodes[spec.arg.name]
-            self.groups[node] = [node]
-            if spec.kind == InputKind.USER_INPUT:
+            fed = spec.kind == InputKind.USER_INPUT
+            self.aliases.alone(node, owned=not fed)
+            if fed:
                 self._user_input(node)
                 continue
             name = str(spec.target)
@@ -128,7 +145,7 @@ class _Reader:
             assert isinstance(tensor, torch.Tensor)
             self.constants[name] = tensor.detach().cpu()
             self.env[node] = name
-            self.owned.add(node)
+            self.fixed.add(node)
 
     def _user_input(self, node: torch.fx.Node) -> None:
         self.symbols.name_sizes(node.meta["val"], node.name)
@@ -145,57 +162,49 @@ class _Reader:
         self.dtypes[name] = spec.dtype
 
     def _call(self, node: torch.fx.Node) -> None:
-        val = node.meta.get("val")
-        if node.target is operator.getitem and isinstance(val, torch.Tensor):
+        if node.target is operator.getitem:
             self._part(node)
             return
+        val = node.meta.get("val")
+        if isinstance(val, _SIZES):
+            return  # the shape rules know better
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise NeedsFunctional(f"{node.target} in {place_of(node)}")
+        call = Call(node, self._value_of, self.fixed.__contains__)
+        if call.changes_oddly:
+            raise NeedsFunctional(f"{call.overload} in {place_of(node)}")
         if not isinstance(val, torch.Tensor):
-            self._check_silent(node, val)
-            return
-        call = Call(node, self._value_of, self._constant)
-        if call.converts_in_place:
-            raise _NeedsFunctional(node.name)
+            return  # an assertion, or several results, each of which is read by itself
+        self._of_constants(node, node)
         step = read(call)
         if isinstance(step, Alias):
             self._alias(node, step, call)
-            return
-        emit = step if isinstance(step, Emit) else self._aten(call, node)
-        self._storage(node, call, self._emit(node, call, emit))
-
-    def _check_silent(self, node: torch.fx.Node, val: Any) -> None:
-        """A call that gives no tensor is a size, an assertion, several tensors, or refused."""
-        mutates = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        if isinstance(val, _SIZES) or (val is None and not mutates):
-            return  # the shape rules know better
-        if str(node.target) not in PARTS:
-            raise CaptureError(
-                f"{node.target} in {place_of(node)} returns {type(val).__name__}, not one tensor; "
-                "rewrite that part with operations that return one"
-            )
+        elif isinstance(step, Emit) and node not in self.fixed:
+            self._storage(node, call, self._emit(node, call, step))
+        else:
+            self._storage(node, call, self._emit(node, call, self._aten(call, node)))
 
     def _part(self, node: torch.fx.Node) -> None:
         """One of the several results of a call."""
-        if not node.users:
-            return
         parent, index = node.args
+        if not node.users or not isinstance(node.meta.get("val"), torch.Tensor):
+            return
         assert isinstance(parent, torch.fx.Node) and isinstance(index, int)
-        call = Call(parent, self._value_of, self._constant)
-        emit = read_part(call, index)
-        if emit is None:
-            raise CaptureError(
-                f"result {index} of {parent.target} in {place_of(parent)} is used; rewrite that "
-                "part with operations that return one tensor"
-            )
-        self._emit(node, call, emit)
-        self._storage(node, call, self.env[node])
+        call = Call(parent, self._value_of, self.fixed.__contains__)
+        self._of_constants(node, parent)
+        emit = None if node in self.fixed else read_part(call, index)
+        self._storage(node, call, self._emit(node, call, emit or self._aten(call, node, index)))
+
+    def _of_constants(self, node: torch.fx.Node, call: torch.fx.Node) -> None:
+        """Notes whether a call computes of constants alone; PyTorch runs it then, once."""
+        if all(used in self.fixed for used in call.all_input_nodes) and not has_sizes(call):
+            self.fixed.add(node)
 
     def _alias(self, node: torch.fx.Node, step: Alias, call: Call) -> None:
         if step.copies:
-            self.groups[node] = [node]
-        else:
-            group = self._join(node, step.node)
-            if call.is_view:  # or a copy, as the memory's layout decides
-                self.viewed.add(id(group))
+            self.aliases.alone(node)
+        else:  # a view, or a copy, as the memory's layout decides
+            self.aliases.join(node, step.node, view=call.is_view)
         self.env[node] = self.env[step.node]
 
     def _emit(self, node: torch.fx.Node, call: Call, emit: Emit) -> str:
@@ -217,53 +226,72 @@ class _Reader:
 
     def _storage(self, node: torch.fx.Node, call: Call, name: str) -> None:
         """In-place operations change what every alias of their target means from here on."""
-        target = call.mutates
-        if target is not None:
-            group = self._join(node, target)
-            if id(group) in self.viewed:
-                raise _NeedsFunctional(name)
-            for alias in group:
-                if alias in self.owned:
+        if call.mutates is not None:
+            for alias in self.aliases.changed(node, call.mutates):
+                if self.aliases.is_owned(alias):
                     raise _keeps_state(self.env[alias])
                 self.env[alias] = name
+                self.fixed.discard(alias)
         elif call.is_view:
-            group = self._join(node, call.node.all_input_nodes[0])
-            self.viewed.add(id(group))
+            self.aliases.join(node, call.node.all_input_nodes[0], view=True)
         else:
-            self.groups[node] = [node]
+            self.aliases.alone(node)
 
-    def _join(self, node: torch.fx.Node, other: torch.fx.Node) -> list[torch.fx.Node]:
-        group = self.groups[other]
-        group.append(node)
-        self.groups[node] = group
-        return group
+    def _aten(self, call: Call, node: torch.fx.Node, index: int | None = None) -> Emit:
+        """An operation outside the IR: kept for PyTorch to run, or refused by name.
 
-    def _aten(self, call: Call, node: torch.fx.Node) -> Emit:
-        """An operation outside the IR: kept for PyTorch to run, or refused by name."""
+        Args:
+            node: the call, or that one of its results.
+            index: of several results.
+        """
         try:
             aten.resolve(call.functional)
         except GraphError as error:
-            raise CaptureError(f"{node.name} in {place_of(node)}: {error}") from error
+            if call.schema.is_mutable:
+                raise NeedsFunctional(f"{call.overload} in {place_of(call.node)}") from error
+            raise CaptureError(f"{node.name} in {place_of(call.node)}: {error}") from error
         if call.is_random:
             raise CaptureError(
-                f"{call.overload} in {place_of(node)} draws random numbers; an engine gives the "
-                "same result for the same input"
+                f"{call.overload} in {place_of(call.node)} draws random numbers; an engine gives "
+                "the same result for the same input"
             )
-        operands = [n for n in node.all_input_nodes if n in self.env]
-        index = {n: i for i, n in enumerate(operands)}
+        operands = [n for n in call.node.all_input_nodes if n in self.env]
+        place = {n: i for i, n in enumerate(operands)}
         names = [self.env[n] for n in operands]
+        if call.short_name in aten.READ_MEMORY:
+            names[0] = self._in_memory(call, operands[0])
 
         def written(arg: Any) -> Any:
             if isinstance(arg, torch.fx.Node):
-                if arg in index:
-                    return aten.InputOf(index[arg])
+                if arg in place:
+                    return aten.InputOf(place[arg])
                 arg = arg.meta.get("val")
             dim = self.symbols.dim(arg) if isinstance(arg, torch.SymInt) else None
             return arg if dim is None else self._size_of(dim, names)
 
         result = TensorSpec(self._shape(node), _dtype_name(node.meta["val"].dtype, node.name))
-        args, kwargs = pytree.tree_map(written, (list(node.args), dict(node.kwargs)))
-        return Emit(aten.encode(call.functional, args, kwargs, result), tuple(names))
+        given = list(call.node.args), dict(call.node.kwargs)
+        args, kwargs = pytree.tree_map(written, given)
+        return Emit(aten.encode(call.functional, args, kwargs, result, index), tuple(names))
+
+    def _in_memory(self, call: Call, operand: torch.fx.Node) -> str:
+        """The operand with its dimensions in the order in which the model has them in memory."""
+        name, order = self.env[operand], memory_order(operand.meta["val"])
+        shape = self._shape(operand)
+        if order is None or (order != tuple(range(len(shape))) and "scatter" in call.short_name):
+            raise CaptureError(
+                f"{call.overload} in {place_of(call.node)} reads the memory of {name}, a part of "
+                "another tensor or not in order; an engine lays it out in its own way. Call "
+                "x.contiguous() before it, or write it with view, slices and unfold"
+            )
+        if order == tuple(range(len(shape))):
+            return name
+        spec = TensorSpec(tuple(shape[i] for i in order), self._dtype(name))
+        op = aten.encode("aten.permute.default", [aten.InputOf(0), list(order)], {}, spec)
+        node = Node(self.namer.name(f"{name}.in_memory"), op, (name,), spec)
+        self.nodes.append(node)
+        self.shapes[node.name], self.dtypes[node.name] = spec.shape, spec.dtype
+        return node.name
 
     def _size_of(self, size: Dim, names: list[str]) -> aten.SizeOf | int:
         """Where a call finds a size among its inputs; a graph input is added if there is none."""
@@ -303,19 +331,23 @@ class _Reader:
         for size, dim in zip(
             node.meta["val"].shape, self.symbols.shape(node.meta["val"]), strict=True
         ):
+            if dim is None and depends_on_values(size):
+                raise CaptureError(
+                    f"{node.target} in {place_of(node)} has a size that depends on the numbers in "
+                    "a tensor; an engine's sizes follow from those of its inputs. Use a mask, or "
+                    "torch.where, in place of what picks some of the elements"
+                )
             if dim is None:
                 raise CaptureError(
-                    f"{node.target} in {place_of(node)} has a size of {size}, which is not of the "
-                    "form (N + a) // b; fix H and W, and write x.size(0) where the batch is meant"
+                    f"{node.target} in {place_of(node)} has a size of {self.symbols.text(size)}, "
+                    "which is not of the form (N + a) // b; fix H and W, and write x.size(0) where "
+                    "the batch is meant"
                 )
             dims.append(dim)
         return tuple(dims)
 
     def _value_of(self, node: torch.fx.Node) -> str:
         return self.env[node]
-
-    def _constant(self, node: torch.fx.Node) -> torch.Tensor | None:
-        return self.constants.get(self.env.get(node, ""))
 
     def _outputs(self, node: torch.fx.Node) -> tuple[str, ...]:
         names = []

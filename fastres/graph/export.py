@@ -13,12 +13,15 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from fastres.errors import CaptureError, is_interrupt
+from fastres.errors import CaptureError, first_line, is_interrupt
 from fastres.graph.copies import to_trace
+from fastres.graph.failed_export import explained
 from fastres.graph.hooks import check_hooks
+from fastres.graph.layouts import in_plain_layout
+from fastres.graph.overhearing import overhearing
 from fastres.graph.specs import GIVEN_DTYPES
 from fastres.graph.symbols import expression, is_fixed
-from fastres.options import ANY_BATCH, Input, usual_sizes
+from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
 from fastres.weights import is_finite
 
 # Tracing and the switches of numerics are global in PyTorch: one thread at a time.
@@ -32,15 +35,19 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
-def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
+def export(
+    model: torch.nn.Module, inputs: Sequence[Input], shapes: Sequence[Sizes] | None = None
+) -> ExportedProgram:
     """Exports a model with its batch size free, and H and W where the inputs range over them.
 
-    Raises:
-        CaptureError: training mode, no export, a size that the model fixes but should be free, a
-            branch that not every size takes, or a forward hook that is no part of the network.
-    """
-    from fastres.graph.guards import check_guards, noting_every_branch  # 0.3 s: sympy
+    Args:
+        shapes: of the examples that the exporter follows through the model; None takes the inputs'
+            usual sizes and a batch of two, which must come out free.
 
+    Raises:
+        CaptureError: training mode, no export, a size that the model fixes but should be free, or a
+            forward hook that is no part of the network.
+    """
     check_hooks(model)
     training = next((name for name, m in model.named_modules() if m.training), None)
     if training is not None:
@@ -48,39 +55,56 @@ def export(model: torch.nn.Module, inputs: Sequence[Input]) -> ExportedProgram:
             f"the module {training or type(model).__name__!r} is in training mode: BatchNorm and "
             "Dropout would behave differently. Call model.eval() first"
         )
+    sizes = shapes or [(2, *spec.usual[1:]) for spec in inputs]
     tensor = next(iter(model.parameters()), torch.empty(0))
-    examples = tuple(
-        # a batch of one would be specialised by the exporter
-        torch.zeros((2, *spec.usual[1:]), dtype=spec.dtype or tensor.dtype, device=tensor.device)
-        for spec in inputs
+    examples = tuple(  # without values: the exporter looks at sizes alone, and may get large ones
+        torch.empty(shape, dtype=spec.dtype or tensor.dtype, device=tensor.device)
+        for shape, spec in zip(sizes, inputs, strict=True)
     )
     free = tuple({i: Dim.AUTO for i in (0, *spec.ranged)} for spec in inputs)
-    try:
-        with TORCH_STATE, warnings.catch_warnings(), torch.no_grad(), no_autocast():
-            warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-            with noting_every_branch():
-                shapes = _nested(model, free)
-                program = torch.export.export(to_trace(model), examples, dynamic_shapes=shapes)
-    except Exception as error:  # torch.export raises whatever the traced code and torch raise
-        if is_interrupt(error):
-            raise KeyboardInterrupt from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CaptureError(
-            f"torch.export cannot export {type(model).__name__} for inputs "
-            f"{[list(e.shape) for e in examples]}: {type(error).__name__}: {first}. Check that "
-            "model(x) runs with such inputs and that its control flow does not depend on values"
-        ) from error
-    _check_free(program, inputs)
-    check_guards(program, inputs)
+
+    def traced(model: torch.nn.Module) -> ExportedProgram:
+        return _exported(model, examples, free)
+
+    shown = to_trace(model)
+    program = in_plain_layout(shown, traced) or traced(shown)
+    if shapes is None:
+        _check_free(program, inputs)
     return program
 
 
+def _exported(
+    model: torch.nn.Module, examples: tuple[torch.Tensor, ...], free: tuple[dict[int, Any], ...]
+) -> ExportedProgram:
+    from fastres.graph.guards import noting_every_branch  # 0.3 s: sympy
+
+    try:
+        with TORCH_STATE, overhearing() as heard, torch.no_grad(), no_autocast():
+            with warnings.catch_warnings(), noting_every_branch():
+                warnings.simplefilter("ignore")  # the exporter's notes on its own internals
+                return torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
+    except Exception as error:  # torch.export raises whatever the traced code and torch raise
+        if is_interrupt(error):
+            raise KeyboardInterrupt from error
+        raise CaptureError(explained(model, examples, error, heard.last_line)) from error
+
+
 def functional(program: ExportedProgram) -> ExportedProgram:
-    """The same program without in-place operations, as PyTorch's functionalisation rewrites it."""
-    with TORCH_STATE, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in `export`
-        changed: ExportedProgram = program.run_decompositions({})
-        return changed
+    """The same program without in-place operations, as PyTorch's functionalisation rewrites it.
+
+    Raises:
+        CaptureError: PyTorch cannot.
+    """
+    try:
+        with TORCH_STATE, overhearing(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `export`
+            changed: ExportedProgram = program.run_decompositions({})
+            return changed
+    except Exception as error:  # PyTorch raises many kinds where an operator has no such form
+        raise CaptureError(
+            "the model changes tensors in place in a way that PyTorch cannot rewrite: "
+            f"{first_line(error)}. Use operations that return a new tensor"
+        ) from error
 
 
 def _nested(model: torch.nn.Module, free: tuple[dict[int, Any], ...]) -> tuple[Any, ...]:

@@ -1,17 +1,18 @@
-"""Whether the one path that the exporter followed holds for every size that an engine promises.
+"""For which sizes the path that the exporter followed through a model holds.
 
-A model may decide by a size (`if x.shape[0] > 4`). The exporter follows the branch of its example
-and notes the condition as a guard. An engine keeps that one branch for every size, so a guard that
-fails for a size the engine would accept is a wrong result in waiting.
+A model may decide by a size (`if x.shape[0] > 4`), and so do PyTorch's own operators (which memory
+format a convolution gives). The exporter follows the branch of its example and notes the condition
+as a guard. An engine keeps one path for every size, so `fastres.graph.branches` exports again where
+a guard fails for a size that the engine would accept, and compares.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sympy
@@ -19,24 +20,13 @@ import torch.fx.experimental._config as config
 from torch.export import ExportedProgram
 
 from fastres.errors import CaptureError
+from fastres.graph.conditions import evaluate
 from fastres.graph.symbols import expression, is_fixed
 from fastres.options import ANY_BATCH, Input, Sizes
 
-# Where PyTorch decides by sizes and goes on the same either way: before 2.15, rounding the size of
-# a pool case by case; and asking whether a copy has to broadcast.
-_SAME_EITHER_WAY = ("in div_rtn", "in meta_copy_")
+Array = np.ndarray[Any, Any]
 _TRIES = 1 << 22  # combinations of sizes for one guard
 _SMALL = 64  # pixels; a program whose guards fail for smaller pictures only takes larger ones
-_FUNCTIONS: dict[str, Any] = {  # of torch's own sympy functions
-    "FloorDiv": lambda a, b: a // b,
-    "Mod": np.mod,
-    "PythonMod": np.mod,
-    "CeilDiv": lambda a, b: -(-a // b),
-    "CleanDiv": lambda a, b: a // b,
-    "PowByNatural": np.power,
-    "Max": np.maximum,
-    "Min": np.minimum,
-}
 
 
 def noting_every_branch() -> AbstractContextManager[Any]:
@@ -49,12 +39,50 @@ def noting_every_branch() -> AbstractContextManager[Any]:
     return settings.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
 
 
-def check_guards(program: ExportedProgram, inputs: Sequence[Input]) -> None:
-    """Raises CaptureError if a guard of the program fails for a size within `inputs`."""
+class Place(NamedTuple):
+    """A variable size: dimension `dim` of the input at place `input`."""
+
+    input: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A guard, how it reads, where it was noted, and sizes for which it does not hold."""
+
+    text: str
+    where: str
+    at: Mapping[Place, int]
+    names: Mapping[Place, str]
+
+    def __str__(self) -> str:
+        at = " and ".join(f"{self.names[place]} = {n}" for place, n in self.at.items())
+        return (
+            f"the model was followed where {self.text}, as the example has it {self.where}; for "
+            f"{at} it does"
+        )
+
+    def shapes(self, usual: Sequence[Sizes]) -> list[Sizes]:
+        """The shapes with these sizes in them."""
+        changed = [list(shape) for shape in usual]
+        for place, size in self.at.items():
+            changed[place.input][place.dim] = size
+        return [tuple(shape) for shape in changed]
+
+
+def first_failure(
+    program: ExportedProgram,
+    others: Sequence[tuple[ExportedProgram, Mapping[Place, int]]],
+    inputs: Sequence[Input],
+) -> Failure | None:
+    """Sizes that an engine for `inputs` takes and no path holds for; None if there are none.
+
+    Args:
+        others: the same model exported at other sizes. Where all guards of one of them hold, so
+            does its path, or only for certain sizes.
+    """
     given = [_with_batches(entry, (1, 1, ANY_BATCH)) for entry in inputs]  # an engine takes any
-    failure = _first_failure(program, given)
-    if failure is not None:
-        raise failure.as_error()
+    return _first_failure(_Path(program), [_Path(other, only) for other, only in others], given)
 
 
 def within_guards(program: ExportedProgram, inputs: Sequence[Input]) -> tuple[Input, ...]:
@@ -69,17 +97,21 @@ def within_guards(program: ExportedProgram, inputs: Sequence[Input]) -> tuple[In
     # such a program takes for granted that no batch is of one, and is taken at its word there
     given = [_with_batches(entry, (2, 2, max(2, entry.largest[0]))) for entry in inputs]
     noted = getattr(program, "_guards_code", None) or []
-    if noted and not _guards(program):
+    path = _Path(program)
+    if noted and not path.guards:
         raise CaptureError(
             f"the program decides by the sizes of its inputs, {noted[0]}, and one that comes from "
             "a file does not show how. Compile it before it is saved, or export it with fixed sizes"
         )
-    while (failure := _first_failure(program, given)) is not None:
-        small = [size for size, n in failure.at.items() if size.dim > 0 and n < _SMALL]
+    while (failure := _first_failure(path, [], given)) is not None:
+        small = [place for place, n in failure.at.items() if place.dim > 0 and n < _SMALL]
         if not small:
-            raise failure.as_error()
-        for size in small:
-            given[size.input] = _above(given[size.input], size.dim, failure.at[size])
+            raise CaptureError(
+                f"{failure} something else or does not run, but an engine would do the same for "
+                "every size. Export the model anew with sizes that it takes, or with fixed ones"
+            )
+        for place in small:
+            given[place.input] = _above(given[place.input], place.dim, failure.at[place])
     return tuple(
         _with_batches(entry, (was.smallest[0], was.usual[0], was.largest[0]))
         for entry, was in zip(given, inputs, strict=True)
@@ -99,99 +131,108 @@ def _above(entry: Input, dim: int, size: int) -> Input:
     return replace(entry, shape=(raised(entry.smallest), raised(entry.usual), entry.largest))
 
 
-@dataclass(frozen=True)
-class _Size:
-    """A variable size: dimension `dim` of the input at place `input`, from `low` to `high`."""
+class _Path:
+    """The guards of one program, each with the place that noted it, and its variable sizes.
 
-    name: str
-    input: int
-    dim: int
-    low: int
-    high: int
+    Args:
+        only: the sizes for which the path is known to hold, where others are not.
+    """
 
-    def tries(self, named: Sequence[int], limit: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """All sizes if few; else both ends, those next to a number in the guard, and some between.
+    def __init__(self, program: ExportedProgram, only: Mapping[Place, int] | None = None) -> None:
+        self.only = only or {}
+        self.symbols: dict[Any, Place] = {}
+        self.names: dict[Place, str] = {}
+        self.guards: dict[Any, str] = {}
+        nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+        for i, name in enumerate(program.graph_signature.user_inputs):
+            for dim, size in enumerate(nodes[str(name)].meta["val"].shape):
+                if isinstance(size, int):
+                    continue
+                self.guards.update((g.expr, str(g.sloc)) for g in size.node.shape_env.guards)
+                if not is_fixed(size):
+                    place = Place(i, dim)
+                    self.symbols[expression(size)] = place
+                    self.names[place] = f"{name}.shape[{dim}]"
 
-        Batches beyond the end as well, since any is taken: near numbers, and powers of 2.
-        """
-        any_batch = not self.dim and self.high == ANY_BATCH
-        end = 1 << 31 if any_batch else self.high
-        near = [n + d for n in named for d in (-1, 0, 1) if self.low <= n + d <= end]
-        powers = [1 << n for n in range(16, 32)] if any_batch else []
-        inside = np.arange(self.low, self.high + 1)
-        if len(inside) > limit:
-            spread = inside[:: math.ceil(2 * len(inside) / limit)]
-            inside = np.concatenate([inside[: limit // 2], spread, inside[-1:]])
-        return np.unique(np.concatenate([inside, near, powers]).astype(np.int64))
+    def places(self, guard: Any) -> set[Place]:
+        return {self.symbols[s] for s in guard.free_symbols if s in self.symbols}
 
+    def holds(self, guard: Any, sizes: Mapping[Place, Array]) -> Array:
+        """Whether a guard holds, for each combination of sizes."""
+        if guard.free_symbols - self.symbols.keys():
+            return np.asarray(True)  # it is about values, which capture refuses by name
+        try:
+            found = evaluate(guard, {s: sizes[p] for s, p in self.symbols.items() if p in sizes})
+        except (LookupError, ArithmeticError, ValueError) as error:
+            raise CaptureError(
+                f"the model decides by its sizes, {guard}, in a way that cannot be checked for "
+                f"others: {error}. Rewrite the line that decides by the size"
+            ) from error
+        return found.astype(bool)
 
-@dataclass(frozen=True)
-class _Failure:
-    """A guard, how it reads, where it was noted, and sizes for which it does not hold."""
+    def covers(self, sizes: Mapping[Place, Array]) -> Array:
+        """Whether the path holds, for each combination of sizes."""
+        every = [self.holds(guard, sizes) for guard in self.guards]
+        every += [sizes[place] == size for place, size in self.only.items()]
+        return np.logical_and.reduce(np.broadcast_arrays(True, *every))  # type: ignore[no-any-return]
 
-    text: str
-    where: str
-    at: Mapping[_Size, int]
-
-    def as_error(self) -> CaptureError:
-        at = " and ".join(f"{size.name} = {n}" for size, n in self.at.items())
-        return CaptureError(
-            f"the model was followed where {self.text}, as the example has it {self.where}; for "
-            f"{at} it does something else or does not run, but an engine would do the same for "
-            "every size. Rewrite the line that decides by the size, or give an Input that fixes H "
-            "and W"
-        )
-
-
-def _guards(program: ExportedProgram) -> dict[Any, str]:
-    """Each guard with the place that noted it."""
-    found: dict[Any, str] = {}
-    for node in program.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        for size in getattr(value, "shape", ()):
-            if not isinstance(size, int):
-                found.update((g.expr, str(g.sloc)) for g in size.node.shape_env.guards)
-    return {
-        guard: where
-        for guard, where in found.items()
-        if not any(place in where for place in _SAME_EITHER_WAY)
-    }
+    def text(self, guard: Any) -> str:
+        names = {s: sympy.Symbol(self.names[place]) for s, place in self.symbols.items()}
+        return str(guard.xreplace(names))
 
 
-def _first_failure(program: ExportedProgram, inputs: Sequence[Input]) -> _Failure | None:
-    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    free: dict[Any, _Size] = {}
-    for place, name in enumerate(program.graph_signature.user_inputs):
-        for dim, size in enumerate(nodes[str(name)].meta["val"].shape):
-            if not is_fixed(size):
-                ends = inputs[place].smallest[dim], inputs[place].largest[dim]
-                free[expression(size)] = _Size(f"{name}.shape[{dim}]", place, dim, *ends)
-    for guard, where in _guards(program).items():
-        at = _counterexample(guard, free)
-        if at is not None:
-            names = {symbol: sympy.Symbol(size.name) for symbol, size in free.items()}
-            return _Failure(str(guard.xreplace(names)), where, at)
+def _first_failure(path: _Path, others: Sequence[_Path], inputs: Sequence[Input]) -> Failure | None:
+    rest = [guard for other in others for guard in other.guards]
+    elsewhere = {p for o in others for g in o.guards for p in o.places(g)}
+    elsewhere.update(place for other in others for place in other.only)
+    for guard, where in path.guards.items():
+        places = path.places(guard)
+        if not places:
+            continue
+        failing = ~path.holds(guard, grid := _grid(places, [guard], inputs))
+        if others and failing.any():
+            grid = _grid(places | elsewhere, [guard, *rest], inputs)
+            failing = ~path.holds(guard, grid)
+            for other in others:
+                failing = failing & ~other.covers(grid)
+        if (at := _smallest(failing, grid)) is not None:
+            return Failure(path.text(guard), where, at, path.names)
     return None
 
 
-def _counterexample(guard: Any, free: Mapping[Any, _Size]) -> dict[_Size, int] | None:
-    """Sizes for which the guard is false; None if every combination that is tried meets it."""
-    symbols = sorted(guard.free_symbols & free.keys(), key=str)
-    if not symbols or guard.free_symbols - free.keys():
+def _grid(places: set[Place], guards: Sequence[Any], inputs: Sequence[Input]) -> dict[Place, Array]:
+    """Sizes to try at each place, to be combined by broadcasting."""
+    order = sorted(places)
+    named = [int(n) for guard in guards for n in guard.atoms(sympy.Integer)]
+    each = int(_TRIES ** (1 / len(order)))
+    tries = (list(_tries(place, inputs[place.input], named, each)) for place in order)
+    grid = np.meshgrid(*(np.asarray(t, dtype=np.int64) for t in tries), indexing="ij", sparse=True)
+    return dict(zip(order, grid, strict=True))
+
+
+def _tries(place: Place, entry: Input, named: Sequence[int], limit: int) -> Iterator[int]:
+    """All sizes if few; else both ends, those next to a number in the guards, and some between.
+
+    Batches beyond the end as well, since any is taken: near numbers, and powers of 2.
+    """
+    low, high = entry.smallest[place.dim], entry.largest[place.dim]
+    any_batch = not place.dim and high == ANY_BATCH
+    end = 1 << 31 if any_batch else high
+    near = [n + d for n in named for d in (-1, 0, 1) if low <= n + d <= end]
+    powers = [1 << n for n in range(16, 32)] if any_batch else []
+    inside = np.arange(low, high + 1)
+    if len(inside) > limit:
+        spread = inside[:: math.ceil(2 * len(inside) / limit)]
+        inside = np.concatenate([inside[: limit // 2], spread, inside[-1:]])
+    yield from np.unique(np.concatenate([inside, near, powers]).astype(np.int64))
+
+
+def _smallest(failing: Array, grid: Mapping[Place, Array]) -> dict[Place, int] | None:
+    """The first combination for which something fails."""
+    shape = np.broadcast_shapes(*(sizes.shape for sizes in grid.values()))
+    found = np.argwhere(np.broadcast_to(failing, shape))
+    if not len(found):
         return None
-    named = [int(n) for n in guard.atoms(sympy.Integer)]
-    each = int(_TRIES ** (1 / len(symbols)))
-    tries = [free[symbol].tries(named, each) for symbol in symbols]
-    holds = sympy.lambdify(symbols, guard, modules=[_FUNCTIONS, "numpy"])
-    try:
-        found = np.asarray(holds(*np.meshgrid(*tries, indexing="ij", sparse=True)), dtype=bool)
-    except (NameError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CaptureError(
-            f"the model decides by its sizes, {guard}, in a way that cannot be checked for others: "
-            f"{error}. Rewrite the line that decides by the size"
-        ) from error
-    failing = np.argwhere(~np.broadcast_to(found, tuple(len(t) for t in tries)))
-    if not len(failing):
-        return None
-    pairs = zip(symbols, tries, failing[0], strict=True)
-    return {free[symbol]: int(sizes[i]) for symbol, sizes, i in pairs}
+    return {
+        place: int(np.broadcast_to(sizes, shape)[tuple(found[0])]) for place, sizes in grid.items()
+    }

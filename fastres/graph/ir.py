@@ -176,17 +176,19 @@ class Dequantize(msgspec.Struct, frozen=True, tag=True):
     scale: float
 
 
-class Aten(msgspec.Struct, frozen=True, tag=True):
+class Aten(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """An operation the IR does not know, kept with its overload so that PyTorch can run it.
 
     `args` and `kwargs` are JSON of the call, with {"input": i} where the i-th input stands (see
-    `fastres.graph.aten`). `result` is what the exporter found: nobody else knows the shape.
+    `fastres.graph.aten`). `result` is what the exporter found: nobody else knows the shape. Of a
+    call with several results it is that of number `index`, for which the node stands.
     """
 
     overload: str
     args: str
     kwargs: str
     result: TensorSpec
+    index: int | None = None
 
 
 Op = (
@@ -220,7 +222,7 @@ class Value(msgspec.Struct, frozen=True):
 
 class Node(msgspec.Struct, frozen=True):
     """One operation: `inputs` name earlier values, `params` map a slot (weight, bias, mean, var)
-    to a constant.
+    to a constant. Until `fold_constants`, also to a value that is computed of constants alone.
 
     `origin` names the captured operations this node now stands for, in order; its value is the
     value of the last of them in the original model. Empty means just the node itself.

@@ -3,7 +3,8 @@
 1. Names are unique; a node reads only graph inputs, constants and nodes before it.
 2. Every output is produced, and there is one per leaf of the output tree.
 3. Every node's spec is what the shape rules say, and its dtype is that of all its inputs.
-4. Inputs are as many as the operation takes; parameters fill exactly the slots that it has.
+4. Inputs are as many as the operation takes; parameters fill exactly the slots that it has, with
+   constants, or with values computed before of constants alone.
 5. A variable size of a graph input is a bare symbol (N, H, W): an engine can only read those off.
 6. A Normalize makes a floating-point value of a graph input in uint8, which it alone reads.
 7. A Quantize makes 8 bits of a floating-point value, a Dequantize the reverse, by a finite positive
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 
 from fastres.errors import GraphError
 from fastres.graph.ir import (
@@ -56,6 +58,7 @@ def check(graph: Graph, after: str = "capture") -> Graph:
 
 def _check(graph: Graph) -> None:
     shapes: dict[str, Shape] = {}
+    fixed = set(graph.constants)
     for value in graph.inputs:
         _unique(graph, value.name, shapes)
         if any(isinstance(d, Sym) and d != Sym(d.symbol) for d in value.spec.shape):
@@ -66,7 +69,7 @@ def _check(graph: Graph) -> None:
         for name in node.inputs:
             if name not in shapes and name not in graph.constants:
                 raise GraphError(f"{node.name} reads {name}, which nothing before it produces")
-        _check_operands(graph, node)
+        _check_operands(graph, node, fixed)
         shape = node_shape(graph, node, shapes)
         if shape != node.spec.shape:
             want = ", ".join(map(str, shape))
@@ -80,6 +83,8 @@ def _check(graph: Graph) -> None:
             found = ", ".join(sorted(dtypes))
             raise GraphError(f"{node.name} claims {node.spec}, its inputs are {found}")
         shapes[node.name] = shape
+        if fixed.issuperset(node.inputs):
+            fixed.add(node.name)
     for name in graph.outputs:
         if name not in shapes:
             raise GraphError(f"output {name} is produced by nothing")
@@ -111,6 +116,8 @@ def _check_weight(graph: Graph, node: Node) -> None:
     if ("scale" in node.params) != (weight.dtype in EIGHT_BITS):
         raise GraphError(f"{node.name} has the weight {weight}; those of 8 bits have a scale")
     if "scale" in node.params:
+        if node.params["scale"] not in graph.constants:
+            raise GraphError(f"{node.name} has the scale {node.params['scale']}, no constant")
         scale = graph.constants[node.params["scale"]]
         if spec_of(scale) != TensorSpec((weight.shape[0],)):
             raise GraphError(f"{node.name} has the scale {spec_of(scale)}, expected f32 by channel")
@@ -134,7 +141,7 @@ def _arity(op: Op) -> int | None:
     return 2 if isinstance(op, Add | Mul) else 1
 
 
-def _check_operands(graph: Graph, node: Node) -> None:
+def _check_operands(graph: Graph, node: Node, fixed: Container[str]) -> None:
     takes = _arity(node.op)
     if takes is not None and takes != len(node.inputs):
         raise GraphError(f"{node.name} cannot take {len(node.inputs)} inputs, but {takes}")
@@ -142,7 +149,7 @@ def _check_operands(graph: Graph, node: Node) -> None:
     if not must <= set(node.params) <= must | may:
         raise GraphError(f"{node.name} has parameters {sorted(node.params)}, needs {sorted(must)}")
     for slot, name in node.params.items():
-        if name not in graph.constants:
-            raise GraphError(f"{node.name}.{slot} is the constant {name}, which does not exist")
+        if name not in fixed:
+            raise GraphError(f"{node.name}.{slot} is {name}, which is no constant")
     if isinstance(node.op, Conv2d | Linear):
         _check_weight(graph, node)

@@ -16,23 +16,26 @@ from fastres.graph.calls import Alias, Call, Emit
 from fastres.graph.ir import (
     Activation,
     Add,
-    AvgPool,
     BatchNorm,
     Concat,
-    Conv2d,
     Flatten,
     GlobalAvgPool,
-    Linear,
-    MaxPool,
     Mul,
     Op,
     Pad,
     Slice,
     Softmax,
 )
+from fastres.graph.readers_pools import (
+    adaptive_avg_pool,
+    adaptive_max_pool_part,
+    avg_pool,
+    max_pool,
+    max_pool_part,
+)
+from fastres.graph.readers_products import conv2d, convolution, linear, product
 from fastres.graph.symbols import is_fixed
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.geometry import Pair
 
 Reader = Callable[[Call], Emit | Alias | None]
 PartReader = Callable[[Call, int], Emit | None]
@@ -50,49 +53,22 @@ def read_part(call: Call, index: int) -> Emit | None:
     return reader(call, index) if reader is not None else None
 
 
-def _conv2d(call: Call) -> Emit | None:
-    params = call.params(weight="weight", bias="bias")
-    padding = _conv_padding(call)
-    if params is None or padding is None or call.rank("input") != 4:
-        return None
-    op = Conv2d(call.pair("stride"), padding, call.pair("dilation"), call.args["groups"])
-    return Emit(op, (call.value("input"),), params)
-
-
-def _conv_padding(call: Call) -> Pair | None:
-    """Numbers, or "same" and "valid" as numbers; None where "same" pads one side more."""
-    if call.args["padding"] == "valid":
-        return (0, 0)
-    if call.args["padding"] != "same":
-        return call.pair("padding")
-    kernel, dilation = call.shape("weight")[2:], call.pair("dilation")
-    total = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
-    return None if total[0] % 2 or total[1] % 2 else (total[0] // 2, total[1] // 2)
-
-
-def _convolution(call: Call) -> Emit | None:
-    return None if call.args["transposed"] else _conv2d(call)
-
-
 def _batch_norm(call: Call) -> Emit | None:
-    if call.args["training"]:
+    if call.args.get("training") and not call.is_fixed(call.args["input"]):
         raise CaptureError(
             f"{call.node.name} normalises with the batch's own statistics (training mode, or "
             "track_running_stats=False); an engine needs running statistics"
         )
-    return _running_norm(call)
-
-
-def _running_norm(call: Call) -> Emit | None:
     params = call.params(weight="weight", bias="bias", mean="running_mean", var="running_var")
-    if params is None or call.rank("input") != 4:
+    if params is None or not {"mean", "var"} <= params.keys() or call.rank("input") not in (2, 4):
         return None
-    return Emit(BatchNorm(eps=call.args["eps"]), (call.value("input"),), params)
+    eps = call.args["eps" if "eps" in call.args else "epsilon"]
+    return Emit(BatchNorm(eps=eps), (call.value("input"),), params)
 
 
 def _norm_part(call: Call, index: int) -> Emit | None:
-    """The form that PyTorch's functionalisation gives batch_norm: it returns statistics as well."""
-    return _running_norm(call) if index == 0 else None
+    """The forms that return statistics as well."""
+    return _batch_norm(call) if index == 0 else None
 
 
 def _activation(call: Call) -> Emit | None:
@@ -113,50 +89,11 @@ def _binary(op: Op) -> Reader:
     return reader
 
 
-def _window(call: Call) -> tuple[Pair, Pair, Pair]:
-    """Kernel, stride and padding of a pool; the stride is the kernel where none is said."""
-    kernel = call.pair("kernel_size")
-    return kernel, call.pair("stride") if call.args["stride"] else kernel, call.pair("padding")
-
-
-def _max_pool(call: Call) -> Emit | None:
-    if call.rank("self") != 4:
-        return None
-    op = MaxPool(*_window(call), call.pair("dilation"), call.args["ceil_mode"])
-    return Emit(op, (call.value("self"),))
-
-
-def _avg_pool(call: Call) -> Emit | None:
-    if call.args["divisor_override"] is not None or call.rank("self") != 4:
-        return None
-    op = AvgPool(*_window(call), call.args["ceil_mode"], call.args["count_include_pad"])
-    return Emit(op, (call.value("self"),))
-
-
-def _adaptive_avg_pool(call: Call) -> Emit | None:
-    if call.rank("self") != 4:
-        return None
-    out, (height, width) = call.pair("output_size"), call.shape("self")[2:]
-    if out == (1, 1):
-        return Emit(GlobalAvgPool(keepdim=True), (call.value("self"),))
-    if not all(isinstance(size, int) for size in (*out, height, width)):
-        return None
-    if height % out[0] or width % out[1]:
-        return None  # windows of several sizes
-    window = (height // out[0], width // out[1])
-    return Emit(AvgPool(window, window), (call.value("self"),))
-
-
 def _mean(call: Call) -> Emit | None:
     dims = call.args["dim"] or []
     if call.rank("self") != 4 or {d % 4 for d in dims} != {2, 3} or call.args["dtype"]:
         return None
     return Emit(GlobalAvgPool(keepdim=bool(call.args["keepdim"])), (call.value("self"),))
-
-
-def _linear(call: Call) -> Emit | None:
-    params = call.params(weight="weight", bias="bias")
-    return None if params is None else Emit(Linear(), (call.value("input"),), params)
 
 
 def _flatten(call: Call) -> Emit | None:
@@ -220,6 +157,19 @@ def _piece(call: Call, index: int) -> Emit | None:
     return Emit(Slice(tuple(starts), tuple(stops), (1,) * rank), (call.value("self"),))
 
 
+def _bits(call: Call) -> Alias | None:
+    """Memory read as another type: of floating-point numbers, only where the type is the same."""
+    before, after = call.args["self"].meta["val"].dtype, call.args["dtype"]
+    if before == after:
+        return Alias(call.args["self"])
+    if before.is_floating_point or after.is_floating_point:
+        raise CaptureError(
+            f"{call.node.name} reads the bits of {before} as {after}; an engine may compute in "
+            "another precision. Convert the numbers, by x.to(...), or leave this out of the model"
+        )
+    return None
+
+
 def _squeeze(call: Call) -> None:
     """Not an operation of the IR; but one that means something else for a batch of one."""
     shape = call.shape("self")
@@ -239,7 +189,8 @@ def _softmax(call: Call) -> Emit | None:
 
 
 def _dropout(call: Call) -> Alias | None:
-    return None if call.args["train"] and call.args["p"] else Alias(call.args["input"])
+    draws = call.args["train"] and call.args["p"]
+    return None if draws else Alias(call.args["self" if call.mutates else "input"])
 
 
 def _to(call: Call) -> Alias | None:
@@ -259,9 +210,9 @@ def _clone(call: Call) -> Alias:
 
 
 READERS: dict[str, Reader] = {
-    "aten.conv2d.default": _conv2d,
-    "aten.conv2d.padding": _conv2d,
-    "aten.convolution.default": _convolution,
+    "aten.conv2d.default": conv2d,
+    "aten.conv2d.padding": conv2d,
+    "aten.convolution.default": convolution,
     "aten.batch_norm.default": _batch_norm,
     "aten.relu.default": _activation,
     "aten.silu.default": _activation,
@@ -270,14 +221,19 @@ READERS: dict[str, Reader] = {
     "aten.hardswish.default": _activation,
     "aten.add.Tensor": _binary(Add()),
     "aten.mul.Tensor": _binary(Mul()),
-    "aten.max_pool2d.default": _max_pool,
-    "aten.avg_pool2d.default": _avg_pool,
-    "aten.adaptive_avg_pool2d.default": _adaptive_avg_pool,
+    "aten.max_pool2d.default": max_pool,
+    "aten.avg_pool2d.default": avg_pool,
+    "aten.adaptive_avg_pool2d.default": adaptive_avg_pool,
+    "aten._adaptive_avg_pool2d.default": adaptive_avg_pool,
     "aten.mean.dim": _mean,
-    "aten.linear.default": _linear,
+    "aten.linear.default": linear,
+    "aten.addmm.default": product,
+    "aten.mm.default": product,
+    "aten.matmul.default": product,
     "aten.flatten.using_ints": _flatten,
     "aten.view.default": _flatten,
     "aten.reshape.default": _flatten,
+    "aten.view.dtype": _bits,
     "aten.cat.default": _cat,
     "aten.pad.default": _pad,
     "aten.constant_pad_nd.default": _pad,
@@ -310,4 +266,9 @@ PARTS: dict[str, PartReader] = {
     "aten.split_with_sizes.default": _piece,
     "aten.split.sizes": _piece,
     "aten._native_batch_norm_legit_no_training.default": _norm_part,
+    "aten._batch_norm_no_update.default": _norm_part,
+    "aten.native_batch_norm.default": _norm_part,
+    "aten.cudnn_batch_norm.default": _norm_part,
+    "aten.max_pool2d_with_indices.default": max_pool_part,
+    "aten.adaptive_max_pool2d.default": adaptive_max_pool_part,
 }

@@ -32,6 +32,7 @@ from fastres.graph.ir import (
     Quantize,
     Slice,
     Softmax,
+    Value,
 )
 from fastres.graph.specs import Dim, Shape, Sym
 from fastres.options import Sizes
@@ -62,6 +63,20 @@ def infer_shapes(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[st
     return shapes  # type: ignore[return-value]  # integers in, integers out
 
 
+def with_sizes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
+    """The graph where these symbols have these values, the calls that it keeps included."""
+    inputs = tuple(Value(value.name, value.spec.at(sizes)) for value in graph.inputs)
+    specs = {value.name: value.spec for value in inputs}
+    nodes = []
+    for node in graph.nodes:
+        op, specs[node.name] = node.op, node.spec.at(sizes)
+        if isinstance(op, Aten):
+            shapes = [specs[n].shape if n in specs else graph.spec(n).shape for n in node.inputs]
+            op = aten.with_known_sizes(op, shapes, op.result.at(sizes))
+        nodes.append(node.with_(op=op, spec=specs[node.name]))
+    return graph.replace(inputs=inputs, nodes=tuple(nodes))
+
+
 def bind(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[str, Sizes]:
     """Checks concrete input shapes against the graph's and returns them by name."""
     if len(input_shapes) != len(graph.inputs):
@@ -88,11 +103,19 @@ def node_shape(graph: Graph, node: Node, shapes: Mapping[str, Shape]) -> Shape:
     try:
         if isinstance(node.op, Aten):
             return _aten_shape(node.op, inputs, [graph.spec(n).torch_dtype for n in node.inputs])
-        params = {slot: tuple(graph.constants[name].shape) for slot, name in node.params.items()}
+        params = {slot: _known(shape_of(name)) for slot, name in node.params.items()}
         return _rule(node.op, inputs, params)
     except (GraphError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         got = ", ".join(f"[{', '.join(map(str, s))}]" for s in inputs)
         raise GraphError(f"{node.name}: {node.op} cannot take {got}: {error}") from error
+
+
+def _known(shape: Shape) -> Sizes:
+    """The shape of a parameter."""
+    sizes = tuple(size for size in shape if isinstance(size, int))
+    if len(sizes) != len(shape):
+        raise GraphError("a parameter has a size that varies")
+    return sizes
 
 
 def conv_size(size: Dim, kernel: int, stride: int, padding: int, dilation: int) -> Dim:

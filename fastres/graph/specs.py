@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import torch
 
@@ -63,6 +65,15 @@ class TensorSpec(msgspec.Struct, frozen=True):
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    def at(self, sizes: Mapping[str, int]) -> TensorSpec:
+        """The same where these symbols have these values."""
+        known = (sizes.get(d.symbol) if isinstance(d, Sym) else None for d in self.shape)
+        shape = (
+            dim if size is None or not isinstance(dim, Sym) else dim.at(size)
+            for dim, size in zip(self.shape, known, strict=True)
+        )
+        return TensorSpec(tuple(shape), self.dtype)
 
     def __str__(self) -> str:
         return f"{_short(self.dtype)}[{', '.join(str(d) for d in self.shape)}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +18,21 @@ def is_fixed(size: Size) -> bool:
     return isinstance(size, int) or bool(expression(size).is_Integer)
 
 
+def depends_on_values(size: Size) -> bool:
+    """Whether a size has a symbol that no input's size brings: the exporter knows no number."""
+    if isinstance(size, int):
+        return False
+    return any(str(symbol)[0] in "uz" for symbol in expression(size).free_symbols)
+
+
 def expression(size: Size) -> Any:
     """The sympy expression of a size; torch's stubs call a SymInt an int."""
     node: Any = getattr(size, "node", None)
     return node.expr
 
 
-def _example(size: Size) -> int:
+def example(size: Size) -> int:
+    """What a size is in the exporter's example."""
     node: Any = getattr(size, "node", None)
     return int(size if node is None else node.hint)
 
@@ -45,7 +54,7 @@ class Symbols:
             if letter in self._hints:
                 letter = f"{letter}_{input_name}"
             self._letters[str(expression(size))] = letter
-            self._hints[letter] = _example(size)
+            self._hints[letter] = example(size)
 
     def shape(self, value: torch.Tensor) -> tuple[Dim | None, ...]:
         return tuple(self.dim(size) for size in value.shape)
@@ -53,6 +62,15 @@ class Symbols:
     def dim(self, size: Size) -> Dim | None:
         """A size as the IR writes it; None if it has no such form."""
         return size if isinstance(size, int) else self._from_expr(expression(size))
+
+    def text(self, size: Size) -> str:
+        """A size in the letters of the IR."""
+        if isinstance(size, int):
+            return str(size)
+        text = str(expression(size))
+        for symbol, letter in self._letters.items():
+            text = re.sub(rf"\b{symbol}\b", letter, text)
+        return text
 
     def agree(self, shape: Shape, sizes: Sequence[Size]) -> bool:
         """Whether a shape is the exporter's: for every size, or for the example's where its
@@ -62,7 +80,7 @@ class Symbols:
         for dim, size in zip(shape, sizes, strict=True):
             want = self.dim(size)
             if want is None:
-                want = _example(size)
+                want = example(size)
                 dim = dim.at(self._hints[dim.symbol]) if isinstance(dim, Sym) else dim
             if dim != want:
                 return False

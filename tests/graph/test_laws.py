@@ -154,7 +154,7 @@ BROKEN: dict[str, tuple[Callable[[], Graph], str]] = {
     ),
     "a constant that is not there": (
         lambda: with_node("conv", params={"weight": "v"}),
-        "conv.weight is the constant v, which does not exist",
+        "conv.weight is v, which is no constant",
     ),
     "a misshapen bias": (
         lambda: with_node("conv", params={"weight": "w", "bias": "w"}),

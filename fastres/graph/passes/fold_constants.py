@@ -1,6 +1,8 @@
-"""Computes what depends on weights alone: FrozenBatchNorm's reshape, add, rsqrt, mul and sub.
+"""Computes what depends on weights alone: FrozenBatchNorm's scale and shift, normalised weights,
+pruning masks, weights that a model standardises or divides by their spectral norm.
 
-In float64, from the weights to where an activation meets them, and rounded once.
+In float64, from the weights to where an activation meets them, and rounded once; what a call
+rounds to another dtype is rounded there, as the model has it.
 
 Refused where the model returns the value: an output is always a node's.
 """
@@ -15,36 +17,62 @@ from fastres.graph import aten
 from fastres.graph.ir import Activation, Add, Aten, Flatten, Graph, Mul, Node, Slice
 from fastres.kernels import reference as meaning
 
+_FOLDED = Activation | Add | Aten | Flatten | Mul | Slice  # all that capture makes of constants
+
 
 def fold_constants(graph: Graph) -> Graph:
-    exact: dict[str, torch.Tensor] = {}  # the values that are now known, unrounded
+    known = set(graph.constants)
+    fixed: list[Node] = []
     kept: list[Node] = []
     for node in graph.nodes:
-        known = all(name in exact or name in graph.constants for name in node.inputs)
-        value = _value(node, graph.constants, exact) if known else None
-        if value is None or node.name in graph.outputs:
+        if isinstance(node.op, _FOLDED) and known.issuperset(node.inputs):
+            known.add(node.name)
+            fixed.append(node)
+        if node.name not in known or node.name in graph.outputs:
             kept.append(node)
-        else:
-            exact[node.name] = value
-    read = {name for node in kept for name in node.inputs}
-    found = {
-        name: value.to(graph.spec(name).torch_dtype)
-        for name, value in exact.items()
-        if name in read
-    }
-    return graph.replace(nodes=tuple(kept), constants={**graph.constants, **found})
+    if not fixed:
+        return graph
+    needed = {name for node in kept for name in (*node.inputs, *node.params.values())}
+    values = _values(graph, fixed, needed)
+    # what the model returns and computes with as well is a node and a constant
+    names = {name: f"{name}.value" for name in values if name in graph.outputs}
+    nodes = tuple(_reading(node, names) for node in kept)
+    found = {names.get(name, name): value for name, value in values.items()}
+    return graph.replace(nodes=nodes, constants={**graph.constants, **found})
+
+
+def _reading(node: Node, names: Mapping[str, str]) -> Node:
+    if not names:
+        return node
+    params = {slot: names.get(name, name) for slot, name in node.params.items()}
+    return node.with_(inputs=tuple(names.get(n, n) for n in node.inputs), params=params)
 
 
 @torch.no_grad()
-def _value(
-    node: Node, constants: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]
-) -> torch.Tensor | None:
-    """None for an operation that no model applies to its weights."""
+def _values(graph: Graph, fixed: list[Node], needed: set[str]) -> dict[str, torch.Tensor]:
+    """Those needed, rounded; all others are let go of after their last use."""
+    last = {name: node.name for node in fixed for name in node.inputs}
+    exact: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
+    for node in fixed:
+        exact[node.name] = _value(graph, node, exact)
+        if node.name in needed:
+            found[node.name] = exact[node.name].to(node.spec.torch_dtype)
+        for name in {*node.inputs, node.name}:
+            if last.get(name, node.name) == node.name:
+                exact.pop(name, None)
+    return found
+
+
+def _value(graph: Graph, node: Node, exact: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    declared = {name: graph.spec(name).torch_dtype for name in node.inputs}
+    dtypes = {*declared.values(), node.spec.torch_dtype}
+    rounds = len([dtype for dtype in dtypes if dtype.is_floating_point]) > 1
 
     def operand(name: str) -> torch.Tensor:
-        if name in exact:
-            return exact[name]
-        tensor = constants[name]
+        tensor = exact[name] if name in exact else graph.constants[name]
+        if rounds:
+            return tensor.to(declared[name])
         return tensor.double() if tensor.is_floating_point() else tensor
 
     inputs = [operand(name) for name in node.inputs]
@@ -61,5 +89,4 @@ def _value(
             return meaning.slice_(inputs[0], starts, stops, steps)
         case Flatten(start_dim):
             return meaning.flatten(inputs[0], start_dim)
-        case _:
-            return None
+    raise AssertionError(f"{node.name} is no operation that is folded")

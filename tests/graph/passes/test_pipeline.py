@@ -71,10 +71,11 @@ def test_the_dump_sees_every_pass(graph_of: Make) -> None:
     optimise(graph, lambda name, after: seen.append((name, len(after.nodes))))
     assert seen == [
         ("drop_dead", 4),
-        ("merge_slices", 4),
         ("fold_constants", 4),
+        ("merge_slices", 4),
         ("read_batchnorm", 4),
         ("fold_batchnorm", 3),
+        ("fold_batchnorm_ahead", 3),
         ("fuse_residual", 2),
         ("fuse_activation", 1),
         ("drop_dead", 1),

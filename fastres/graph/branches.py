@@ -1,0 +1,82 @@
+"""Whether a model does the same for every size that an engine promises.
+
+The exporter notes where a model, or an operator of PyTorch, decided by a size. Where such a guard
+fails for a promised size, the model is exported again at that size and the two graphs are compared.
+Equal graphs settle it: the decision was one of memory formats, or of nothing that an engine does.
+Different ones are a branch, which one graph cannot keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from torch.export import ExportedProgram
+
+from fastres.errors import CaptureError, FastresError
+from fastres.graph.ir import Graph
+from fastres.graph.shapes import with_sizes
+from fastres.graph.specs import Sym
+from fastres.options import Input, Sizes
+
+if TYPE_CHECKING:
+    from fastres.graph.guards import Place
+
+_EXPORTS = 8  # of one model; each may find branches that those before have not met
+_LARGEST = 1 << 30  # values of an example
+_ADVICE = (
+    "but an engine would do the same for every size. Rewrite the line that decides by the size, or "
+    "give an Input that fixes H and W"
+)
+
+
+def check_branches(
+    program: ExportedProgram,
+    graph: Graph,
+    inputs: Sequence[Input],
+    again: Callable[[Sequence[Sizes]], tuple[ExportedProgram, Graph]],
+) -> None:
+    """Refuses a model that does something else for some size that an engine for `inputs` takes.
+
+    Args:
+        program, graph: the model as exported for the usual sizes, and as read from that.
+        again: the same for other sizes.
+
+    Raises:
+        CaptureError: says for which sizes, and what is different there.
+    """
+    from fastres.graph.guards import first_failure  # 0.3 s: sympy
+
+    others: list[tuple[ExportedProgram, Mapping[Place, int]]] = []
+    usual = [(2, *entry.usual[1:]) for entry in inputs]
+    while (failure := first_failure(program, others, inputs)) is not None:
+        shapes = failure.shapes(usual)
+        if len(others) == _EXPORTS or max(map(math.prod, shapes)) > _LARGEST:
+            raise CaptureError(f"{failure} something else or does not run, {_ADVICE}")
+        try:
+            other, found = again(shapes)
+        except FastresError as error:
+            raise CaptureError(f"{failure} not run, {_ADVICE}. There, {error}") from error
+        if graph.equals(found):
+            others.append((other, {}))
+            continue
+        # a size that is fixed there may stand in the graph as a number
+        letters = _letters(graph, failure.at)
+        here, there = with_sizes(graph, letters), with_sizes(found, letters)
+        if not here.equals(there):
+            raise CaptureError(f"{failure} something else, {_ADVICE}. {_difference(here, there)}")
+        others.append((other, failure.at))
+
+
+def _letters(graph: Graph, at: Mapping[Place, int]) -> dict[str, int]:
+    dims = ((graph.inputs[place.input].spec.shape[place.dim], size) for place, size in at.items())
+    return {dim.symbol: size for dim, size in dims if isinstance(dim, Sym)}
+
+
+def _difference(usual: Graph, other: Graph) -> str:
+    """The first line in which two graphs differ."""
+    lines = zip_longest(str(usual).splitlines(), str(other).splitlines(), fillvalue="nothing")
+    here, there = next((pair for pair in lines if pair[0] != pair[1]), ("one result", "another"))
+    return f"Where the example has `{here}`, it has `{there}`"
