@@ -1,9 +1,10 @@
 """What calibration keeps of a tensor: largest magnitude, histogram of magnitudes, channel means.
 
-All of it streams: an observer's memory grows by one number an image, and as its histogram's range is
-a power of two that doubles when it must, the order and size of batches change nothing in it. The
-largest magnitude and the means are of all values; the histogram is of all channels at some pixels,
-which lie evenly over each map: neighbours say much the same, and counting is what takes long.
+All of it streams: but for one number an image, an observer's memory does not grow with the data,
+and as its histogram's range is a power of two that doubles when it must, the order and size of
+batches change nothing in it. The largest magnitudes and the means are of all values; the histogram
+is of all channels at some pixels, which lie evenly over each map: neighbours say much the same, and
+counting is what takes long.
 """
 
 from __future__ import annotations

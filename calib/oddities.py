@@ -46,7 +46,8 @@ class Oddities:
             )
         if self._blank and len(self._blank) < self._images:
             some = ", ".join(called(i) for i in self._blank[:_SHOWN])
-            notes.append(f"{some}{_more(len(self._blank))} blank: all values are the same")
+            are = "is blank: all its" if len(self._blank) == 1 else "are blank: all their"
+            notes.append(f"{some}{_more(len(self._blank))} {are} values are the same")
         if self._low >= 0 and _PICTURE / 2 < self._high <= _PICTURE:
             notes.append(
                 f"inputs go up to {self._high:.4g} and never below 0: if the model was trained on "

@@ -43,7 +43,7 @@ class Exact:
             for i, y in enumerate(batch):
                 noise = _energy(_rows(y, n), self._rows[i][number])
                 sqnr = 10 * (self._signals[i][number].log10() - noise.log10())
-                worst = torch.minimum(worst, sqnr.nan_to_num(-torch.inf))
+                worst = torch.minimum(worst, _numbers(sqnr, -torch.inf))
             found += worst.tolist()
         return statistics.median_low(found)
 
@@ -65,11 +65,16 @@ def _signals(batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     found = []
     for rows in batches:
         apart = _energy(medians[rows.shape[1]].expand_as(rows), rows)
-        found.append(torch.where(apart > 0, apart, _energy(torch.zeros_like(rows), rows)))
+        whole = rows.masked_fill(~rows.isfinite(), 0.0).square().sum(1)
+        found.append(torch.where(apart > 0, apart, whole))
     return found
 
 
 def _energy(rows: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """|rows - exact|^2 of each image; what is no number in both alike counts as equal."""
     equal = (rows == exact) | (rows.isnan() & exact.isnan())
-    return (rows - exact).masked_fill(equal, 0.0).square().sum(1).nan_to_num(torch.inf)
+    return _numbers((rows - exact).masked_fill(equal, 0.0).square().sum(1), torch.inf)
+
+
+def _numbers(values: torch.Tensor, instead: float) -> torch.Tensor:
+    return values.masked_fill(values.isnan(), instead)

@@ -45,7 +45,8 @@ def calibrate(
         str,
         typer.Option(
             help="auto, minmax, percentile (99.99), percentile-99.9, entropy or mse. auto takes "
-            "the most accurate with --val, else the one with the least noise in the outputs."
+            "the most accurate with --val, else the one with the least noise in the outputs of the "
+            "median image."
         ),
     ] = "auto",
     samples: Annotated[int, typer.Option(min=1, help="Images to look at.")] = 512,
@@ -122,6 +123,8 @@ def calibrate(
             raise InputError(str(error)) from error
     else:
         note("the table is not kept: give -o FILE")
+    for text in table.notes:
+        note(text)
     facts = _facts(table, target.name, output)
     emit("calibrate", _text(facts), facts, as_json=as_json)
 
@@ -133,10 +136,9 @@ def _array(file: Path) -> np.ndarray[Any, Any]:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file} cannot be read as an array: {error}") from error
-    if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.floating):
-        kind = getattr(found, "dtype", type(found).__name__)
-        raise InputError(f"{file} holds {kind}; expected inputs of the model, float [N, C, H, W]")
-    return found.astype(np.float32)
+    if not isinstance(found, np.ndarray):
+        raise InputError(f"{file} holds {type(found).__name__}; expected one array, [N, C, H, W]")
+    return found
 
 
 def _labelled(folder: Path) -> list[tuple[Path, int]]:
@@ -184,6 +186,7 @@ def _facts(table: CalibrationTable, name: str, saved: Path | None) -> dict[str, 
         ],
         "sensitivity": table.sensitivity,
         "backend": table.backend,
+        "notes": list(table.notes),
         "saved": None if saved is None else str(saved),
     }
 

@@ -144,8 +144,37 @@ def test_wrong_use(run: Run, photos_folder: Path, arguments: tuple[str, ...], sa
 )
 def test_arrays_that_do_not_fit(run: Run, tmp_path: Path, array: Any) -> None:
     np.save(tmp_path / "x.npy", array)
+    assert "calibration data" in run("calibrate", SMALL, tmp_path / "x.npy", status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((2, 32, 32, 3), "u1"), "uint8[2, 32, 32, 3]"),
+        (np.zeros((2, 32, 32, 3), "u1"), "decoded pictures, channels last"),
+        (np.zeros((2, 32, 32, 3)), "x.permute(0, 3, 1, 2)"),
+        (np.zeros((3, 32, 32), "f4"), "it is a single image"),
+        (np.zeros((2, 1, 32, 32), "f2"), "pictures are gray"),
+    ],
+)
+def test_arrays_of_the_wrong_kind_are_told_what_to_become(
+    run: Run, tmp_path: Path, array: Any, says: str
+) -> None:
+    np.save(tmp_path / "x.npy", array)
     text = run("calibrate", SMALL, tmp_path / "x.npy", status=2).stderr
-    assert "calibration data" in text or "expected inputs of the model" in text
+    assert says in " ".join(text.split()) and "calibration data" in text
+
+
+def test_an_odd_image_is_noted(
+    run: Run, run_json: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).normal(size=(8, 3, 32, 32))
+    images[5] *= 100
+    np.save(tmp_path / "x.npy", images)  # in float64
+    given = ("calibrate", SMALL, tmp_path / "x.npy", "--weights", trained, "--algorithm", "mse")
+    assert "image 5 (" in run(*given).stderr
+    (note,) = run_json(*given)["notes"]
+    assert "far from the rest" in note
 
 
 def test_tables_that_do_not_fit(run: Run, table: Path, trained: Path, tmp_path: Path) -> None:
