@@ -44,18 +44,17 @@ def copied(
     Raises:
         InputError: an attribute holds tensors and cannot be copied; it is named.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        return cast(_Model, _Copier(model, instead or {}, dtype, device).of(model))
+    return cast(_Model, _Copier(model, instead or {}, dtype, device).copy())
 
 
 def to_trace(model: _Model) -> _Model:
     """A copy that has the model's own parameters and buffers, and keeps what tracing leaves behind.
 
-    Raises:
-        InputError: as `copied`.
+    It shares what cannot be copied.
     """
     own = (*model.parameters(), *model.buffers())
-    return copied(model, {id(t): t for t in own if not t.is_inference()})
+    instead = {id(t): t for t in own if not t.is_inference()}
+    return cast(_Model, _Copier(model, instead, shares=True).copy())
 
 
 class _Copier:
@@ -63,15 +62,21 @@ class _Copier:
 
     As `copy.deepcopy` does it, but for modules, tensors, closures, weak references, and what
     refuses to be copied.
+
+    Args:
+        shares: what holds tensors and cannot be copied, instead of refusing it.
     """
 
     def __init__(
         self,
         model: nn.Module,
         instead: Mapping[int, Tensor],
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        shares: bool = False,
     ) -> None:
+        self._model, self._shares = model, shares
         self._memo: dict[int, Any] = dict(instead)
         self._originals: list[object] = []  # an id is an object's own only while it lives
         self._dtype, self._device = dtype, device
@@ -83,6 +88,7 @@ class _Copier:
             OrderedDict: self._dict,
             list: self._list,
             tuple: lambda value: tuple(map(self.of, value)),
+            types.MappingProxyType: lambda value: types.MappingProxyType(self.of(dict(value))),
             types.FunctionType: self._function,
             types.CellType: self._cell,
             types.MethodType: self._method,
@@ -91,6 +97,10 @@ class _Copier:
             weakref.ProxyType: self._proxy,
             weakref.CallableProxyType: self._proxy,
         }
+
+    def copy(self) -> nn.Module:
+        with torch.inference_mode(False), torch.no_grad():
+            return cast(nn.Module, self.of(self._model))
 
     def of(self, value: Any) -> Any:
         kind = type(value)
@@ -151,7 +161,7 @@ class _Copier:
             else:
                 new = plain.clone()
         except Exception as error:  # a subclass's own code, which may raise anything
-            raise self._error(tensor, error) from error
+            return self._refuse(tensor, error)
         if type(tensor) is nn.Parameter:
             new = nn.Parameter(new, tensor.requires_grad)
         self._keep(tensor, new)
@@ -224,18 +234,17 @@ class _Copier:
         return new
 
     def _object(self, value: Any) -> Any:
+        by_itself = hasattr(type(value), "__deepcopy__")
         try:
-            if hasattr(type(value), "__deepcopy__"):
-                new = self._deepcopied(value)
-                if new is not value:
-                    return self._keep(value, new)
-                return self._without_copy(value, TypeError("its __deepcopy__ returns itself"))
-            reduced = value.__reduce_ex__(4)
+            found = self._deepcopied(value) if by_itself else value.__reduce_ex__(4)
         except Exception as error:  # an object's own code, which may raise anything
             return self._without_copy(value, error)
-        if isinstance(reduced, str):  # the name of a global
-            return value
-        return self._rebuilt(value, *reduced)
+        if found is value:
+            return self._without_copy(value, TypeError("its __deepcopy__ returns itself"))
+        if by_itself:
+            return self._keep(value, found)
+        # a string is the name of a global
+        return value if isinstance(found, str) else self._rebuilt(value, *found)
 
     def _deepcopied(self, value: Any) -> Any:
         """By the object's own method; where that fails half-way, nothing is remembered of it."""
@@ -255,16 +264,18 @@ class _Copier:
         try:
             object.__new__(type(value))
         except TypeError:  # it keeps what it holds in C
-            raise self._error(value, error) from error
+            return self._refuse(value, error)
         return self._rebuilt(value, object.__new__, (type(value),), attributes_of(value))
 
-    def _error(self, value: object, error: Exception) -> InputError:
+    def _refuse(self, value: object, error: Exception) -> Any:
+        if self._shares:
+            return self._keep(value, value)
         why, *_ = described(error).splitlines()
-        return InputError(
+        raise InputError(
             f"{self._place[-1]} is {type(value).__name__}, which holds tensors and cannot be "
             f"copied ({why}); a copy is run, so that nothing in the model changes. "
             "Set the attribute to None first, or keep the tensors in a list or a dict"
-        )
+        ) from error
 
     def _rebuilt(
         self,

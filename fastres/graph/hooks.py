@@ -11,6 +11,7 @@ import gc
 import inspect
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -88,8 +89,12 @@ def _keeps(hook: _Hook, held: set[int]) -> list[object]:
         if type(value) in SHARED or isinstance(value, type) or id(value) in seen:
             continue
         seen.add(id(value))
-        if id(value) in held:
+        if isinstance(value, tuple | frozenset):
+            waiting += value
+        elif id(value) in held:
             found.append(value)
+        elif isinstance(value, weakref.ref):
+            waiting.append(value())
         elif isinstance(value, functools.partial):
             waiting += (value.func, *value.args, *value.keywords.values())
         elif isinstance(value, types.MethodType):
@@ -101,8 +106,6 @@ def _keeps(hook: _Hook, held: set[int]) -> list[object]:
             waiting += [named for named in names if not isinstance(named, types.FunctionType)]
             waiting += gc.get_referents(*(value.__closure__ or ()))
             waiting += (value.__defaults__, *(value.__kwdefaults__ or {}).values())
-        elif isinstance(value, tuple | frozenset):
-            waiting += value
         else:
             found.append(value)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import gc
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ SHARED = {  # kinds that hold nothing: a copy has the same
 
 
 def reachable(roots: Iterable[object], without: Iterable[int] = ()) -> Iterator[object]:
-    """Every object that these hold, themselves included, as far as running a model can use them.
+    """Every object that these hold or refer to weakly, themselves included.
 
     What code names by itself (modules, classes, globals) is not held by it.
 
@@ -51,6 +52,8 @@ def reachable(roots: Iterable[object], without: Iterable[int] = ()) -> Iterator[
 def _parts(value: object) -> list[Any]:
     if isinstance(value, Tensor):
         return []
+    if type(value) is weakref.ref:
+        return [value()]
     if isinstance(value, types.FunctionType):  # not its globals
         held = [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
         return [part for part in held if part]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.errors import InputError
-from fastres.graph.copies import copied
+from fastres.graph.copies import copied, to_trace
 
 
 def net() -> nn.Sequential:
@@ -130,6 +130,7 @@ HOLDERS: dict[str, tuple[Any, Callable[[Any], Tensor]]] = {
     "deque": (deque([computed()], maxlen=2), lambda v: v[0]),
     "namespace": (types.SimpleNamespace(a=computed()), lambda v: v.a),
     "frozen dataclass": (Frozen(computed()), lambda v: v.features),
+    "read-only dict": (types.MappingProxyType({"a": computed()}), lambda v: v["a"]),
     "partial": (functools.partial(torch.add, computed()), lambda v: v.args[0]),
     "refuses": (Mutters(), lambda v: v.features),
     "pretends": (Pretends(), lambda v: v.features),
@@ -168,6 +169,7 @@ def test_what_has_neither_is_named() -> None:
     with pytest.raises(InputError, match=r"1\.source is generator, which holds tensors") as caught:
         copied(model)
     assert len(str(caught.value).splitlines()) == 1
+    assert to_trace(model)[1].source is model[1].source  # tracing reads it, and changes no value
 
 
 class Stubborn(Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -171,9 +172,17 @@ def closes_over_it(model: Collects, name: str) -> Callable[..., None]:
     return hook
 
 
+def closes_over_reference(model: weakref.ref[Collects], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        model().features[name] = output
+
+    return hook
+
+
 OWN: dict[str, Callable[[Collects, str], Callable[..., Any]]] = {
     "closure over it": closes_over_it,
     "closure over a part": lambda model, name: a_closure(model.features),
+    "weak reference": lambda model, name: closes_over_reference(weakref.ref(model), name),
     "method": lambda model, name: functools.partial(model.keep, name),
     "partial of a function": lambda model, name: functools.partial(
         records_in, model.features, name
@@ -244,7 +253,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     assert contents() == before
 
 
-@pytest.mark.parametrize("how", ["closure over it", "method", "partial of a function"])
+@pytest.mark.parametrize("how", ["closure over it", "method", "weak reference"])
 def test_features_of_own_hooks_are_captured(
     how: str, photo_batch: Callable[[int, int], Tensor]
 ) -> None:
