@@ -23,13 +23,7 @@ _RECORDING = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode"
 
 
 def beside_compiler(call: Callable[..., Any], inputs: Sequence[Any], named: Any) -> Any:
-    """Calls an engine from code that torch.compile is reading: as it is, between two graphs.
-
-    Raises:
-        InputError: it is torch.export that reads.
-    """
-    if not torch.compiler.is_dynamo_compiling():
-        refuse("torch.export")
+    """Calls an engine from code that torch.compile is reading: as it is, between two graphs."""
     # with fullgraph=True, and in a strict torch.export, PyTorch refuses here and says this
     torch._dynamo.graph_break(msg="a fastres engine runs outside of PyTorch's graphs")
     eager = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
@@ -48,7 +42,8 @@ def refuse_tracers(inputs: Sequence[Any]) -> None:
     if _len_torch_dispatch_stack():
         modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
         if modes.intersection(_RECORDING):  # others look on, such as a counter of FLOPs
-            refuse(f"a tracer of PyTorch's ({', '.join(sorted(modes))})")
+            what = "torch.export" if torch.compiler.is_exporting() else "a tracer of PyTorch's"
+            refuse(f"{what} ({', '.join(sorted(modes))})")
 
 
 def refuse(tracer: str) -> NoReturn:

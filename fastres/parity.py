@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from fastres.engine import Engine
 from fastres.errors import InputError
 from fastres.graph.ir import Graph
+from fastres.graph.kinds import unwrapped
 from fastres.options import DTYPE_OF, EIGHT_BITS, is_number
 from fastres.parity_layers import Batch, LayerCheck, find_first, on_device
 from fastres.parity_report import Comparison, ParityReport, Policy, notes_on
@@ -209,6 +210,7 @@ class _Leaf:
 
 def _reference(reference: object, engine: Engine | None) -> Reference:
     node = None if engine is None else engine.graph.normalize
+    reference = unwrapped(reference)
     if isinstance(reference, torch.nn.Module):
         inputs = () if engine is None else engine.inputs
         if node is None:

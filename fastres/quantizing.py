@@ -19,6 +19,7 @@ from fastres.calibration_data import Batch, Batches, Data
 from fastres.data_kinds import listed, runs_in, wrong_kind
 from fastres.errors import CaptureError, InputError
 from fastres.graph.ir import Graph
+from fastres.graph.kinds import accepted
 from fastres.options import EIGHT_BITS, Input, PathLike, Precision, integer, is_number
 from fastres.source import Inputs, Model, Source, given_inputs, inputs_of, source_of
 from fastres.table_search import Network, Search, Validate, remembering
@@ -89,6 +90,7 @@ def quantize(
     if validate is not None and not callable(validate):
         raise InputError(f"validate is {type(validate).__name__}; give a function of an engine")
     num_samples, seed = integer("num_samples", num_samples), integer("seed", seed, least=0)
+    model = accepted(model)
     batches = _opened(data, model, inputs, num_samples, preprocess, seed)
     if inputs is None and isinstance(model, torch.nn.Module):
         inputs = shapes_of(model, batches.first())

@@ -70,6 +70,11 @@ class ModelReference:
 
     def __init__(self, model: torch.nn.Module, inputs: Sequence[Input]) -> None:
         check_hooks(model)
+        if not hasattr(model, "training"):  # gone with torch.jit.freeze
+            raise InputError(
+                "the reference was frozen by TorchScript and cannot run in float64: give the "
+                "module that it was made from"
+            )
         if any(module.training for module in model.modules()):
             raise InputError("the reference is in training mode: call model.eval() first")
         self.name = type(model).__name__

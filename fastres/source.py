@@ -14,12 +14,13 @@ from fastres.graph import laws
 from fastres.graph.capture import capture
 from fastres.graph.export import inputs_of_program
 from fastres.graph.ir import Graph, Node, Normalize, Value
+from fastres.graph.kinds import Model as Model
+from fastres.graph.kinds import accepted
 from fastres.graph.passes.merging import rename_inputs
 from fastres.graph.specs import Sym, TensorSpec
 from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
 from fastres.weights import oddity
 
-Model = torch.nn.Module | ExportedProgram | Graph
 Inputs = torch.Tensor | Input | Sequence[torch.Tensor | Input]
 
 
@@ -49,16 +50,12 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
         InputError: no model, or inputs that are none or do not go with it.
         CaptureError: the model cannot be captured.
     """
+    model = accepted(model)
     if isinstance(model, Graph | ExportedProgram) and inputs is not None:
         where = "fastres.build" if isinstance(model, Graph) else "torch.export.export"
         raise InputError(f"a {type(model).__name__} has its inputs already; give them to {where}")
     if isinstance(model, Graph):
         return Source(model, inputs_of(model), model.constants.keys())
-    if not isinstance(model, torch.nn.Module | ExportedProgram):
-        raise InputError(
-            f"model is {type(model).__name__}; expected an nn.Module, an ExportedProgram, or a "
-            "Graph from fastres.build"
-        )
     program = model if isinstance(model, ExportedProgram) else None
     given = given_inputs(inputs) if program is None else inputs_of_program(program)
     captured = capture(model, given)

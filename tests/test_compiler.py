@@ -66,7 +66,7 @@ def test_bad_options(model: nn.Module, options: dict[str, Any], says: str) -> No
 
 @pytest.mark.parametrize("bad", [None, "resnet50", lambda x: x, torch.zeros(1)])
 def test_something_that_is_no_model(bad: Any) -> None:
-    with pytest.raises(InputError, match="expected an nn.Module"):
+    with pytest.raises(InputError, match="^the model is "):
         fastres.compile(bad)
 
 

@@ -6,6 +6,7 @@ import collections
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -335,6 +336,33 @@ class TestCompiler:
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
             torch.export.export(Inside(engine), (X,), strict=True)
+
+
+def threads_of_others(engine: fastres.Engine) -> Iterator[Any]:
+    """Each tracer in this thread, while another thread calls the engine."""
+    with ThreadPoolExecutor(1) as pool:
+        want = pool.submit(engine, X).result()  # that thread may use more threads of PyTorch
+
+        def meanwhile(x: Tensor) -> Tensor:
+            assert pool.submit(lambda: torch.equal(engine(X), want)).result()
+            return x * 2
+
+        class Model(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return meanwhile(x)
+
+        yield torch.export.export(Model(), (X,))
+        yield torch.jit.trace(Model(), X, check_trace=False)
+        yield torch.vmap(meanwhile)(X)
+        yield torch.func.grad(lambda x: meanwhile(x).sum())(X)
+        yield make_fx(meanwhile)(X)
+        with FakeTensorMode() as mode:
+            yield meanwhile(mode.from_tensor(X))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_other_threads_record_is_theirs(engine: fastres.Engine) -> None:
+    assert len(list(threads_of_others(engine))) == 6
 
 
 class Plain(Tensor):
