@@ -118,11 +118,11 @@ def test_a_fault_is_still_found(name: str, x: Tensor) -> None:
         assert not verify(model, engine, x).passed
 
 
-@pytest.mark.parametrize("peer", ["eager", "eager_channels_last", "openvino"])
+@pytest.mark.parametrize("peer", ["eager", "eager_channels_last", "openvino", "onnxruntime"])
 @pytest.mark.parametrize("name", MODELS)
 def test_peers(name: str, peer: str, x: Tensor) -> None:
-    if peer == "openvino":
-        pytest.importorskip("openvino")
+    if peer == "onnxruntime":
+        pytest.importorskip("onnxruntime")
     model = made(name, x)
     before = state(model)
     target = make_peer(peer, model, x)

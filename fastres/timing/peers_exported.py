@@ -20,6 +20,8 @@ from fastres.compiler import compile, optimised
 from fastres.errors import BackendUnavailable, CaptureError, InputError, UnsupportedError, missing
 from fastres.graph.capture import capture
 from fastres.graph.onnx import refusals, to_onnx
+from fastres.graph.passes.drop_dead import drop_dead
+from fastres.graph.passes.fold_constants import fold_constants
 from fastres.options import Input, Precision
 from fastres.timing.setting import Run, Setting, by_shape
 
@@ -102,8 +104,8 @@ def onnx_bytes(model: nn.Module, example: Tensor, *, folded: bool = False) -> by
         UnsupportedError: an operation has no ONNX form here.
     """
     graph = capture(model, (Input(tuple(example.shape)),)).graph
-    if folded:
-        graph = optimised(graph, CaptureError)
+    # what is computed of weights alone is no runtime's work, and may have no ONNX form
+    graph = optimised(graph, CaptureError) if folded else drop_dead(fold_constants(graph))
     if refused := refusals(graph):
         said = "; ".join(f"{name}: {why}" for name, why in refused)
         raise UnsupportedError(f"there is no ONNX form of {said}")
