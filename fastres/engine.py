@@ -139,9 +139,7 @@ class Engine:
                 is recording the call that an engine cannot be recorded by, such as torch.export.
             BackendUnavailable: the engine was built for a GPU that is not here.
         """
-        if (
-            torch.compiler.is_dynamo_compiling()
-        ):  # true for the thread that reads this, and no other
+        if torch.compiler.is_dynamo_compiling():  # only as torch.compile reads this
             return beside_compiler(self.__call__, inputs, named)
         lowered = self._runnable()
         inputs, size = self._given.take(inputs, named)

@@ -341,10 +341,11 @@ class TestCompiler:
 def threads_of_others(engine: fastres.Engine) -> Iterator[Any]:
     """Each tracer in this thread, while another thread calls the engine."""
     with ThreadPoolExecutor(1) as pool:
-        want = pool.submit(engine, X).result()  # that thread may use more threads of PyTorch
+        want = engine(X)
 
         def meanwhile(x: Tensor) -> Tensor:
-            assert pool.submit(lambda: torch.equal(engine(X), want)).result()
+            # not to the bit: PyTorch switches oneDNN off for all threads while one exports
+            assert pool.submit(lambda: torch.allclose(engine(X), want, atol=1e-5)).result()
             return x * 2
 
         class Model(nn.Module):
