@@ -163,6 +163,16 @@ class Engine:
         """Inputs as the graph takes them: decoded pictures are seen as [N, 3, H, W]."""
         return self._given.planar(inputs)
 
+    def in_order(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """A batch as the inputs of one call: a tensor, several, or a mapping of them by name.
+
+        Raises:
+            InputError: a name is unknown or missing.
+        """
+        if isinstance(batch, Mapping):
+            return self._given.in_order((), batch)
+        return tuple(batch) if isinstance(batch, tuple | list) else (cast(torch.Tensor, batch),)
+
     def _run(
         self, executable: Executable, inputs: Sequence[torch.Tensor], size: int
     ) -> list[torch.Tensor]:
@@ -198,9 +208,7 @@ class Engine:
         with ThreadPoolExecutor(depth, thread_name_prefix="fastres") as pool:
             try:
                 for batch in batches:
-                    inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-                    if isinstance(batch, Mapping):
-                        inputs = self._given.in_order((), batch)
+                    inputs = self.in_order(batch)
                     work = partial(self, *inputs) if streams is None else streams.submission(inputs)
                     pending.append(pool.submit(work))
                     if len(pending) > depth:

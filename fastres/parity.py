@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,12 @@ from fastres.references import GraphReference, ModelReference, PictureReference,
 from fastres.tolerances import FLOOR, Distance
 from fastres.weights import oddity
 
-Data = torch.Tensor | Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]]
+Named = Mapping[str, torch.Tensor]
+Data = (
+    torch.Tensor
+    | Named
+    | Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] | Named]
+)
 
 
 def verify(
@@ -51,9 +56,10 @@ def verify(
         candidate: an engine; or, for the whole model only, anything that is called as the model
             is. Its precision is then taken to be the dtype that it returns.
         data: a batch, or an iterable of batches; a batch of a model with several inputs is a tuple
-            of tensors. For an engine with `io_dtype=torch.uint8`, decoded pictures as it takes
-            them; the model is given the same, normalised in float64. Real pictures: on noise and on
-            untrained weights hardly anything fails.
+            of tensors, or for an engine a mapping of them by name. For an engine with
+            `io_dtype=torch.uint8`, decoded pictures as it takes them; the model is given the same,
+            normalised in float64. Real pictures: on noise and on untrained weights hardly anything
+            fails.
         layerwise: compare every node of the candidate's graph, too. For that the graph is lowered
             with all its values as outputs, which keeps a runtime from some of its own fusions: it
             is another executable than the engine's own.
@@ -90,7 +96,7 @@ def verify(
     policy = Policy(torch.float32, atol, rtol, quantised)
     check = _Check(_reference(reference, engine), candidate, policy)
     layers: LayerCheck | None = None
-    for batch in _batches(data):
+    for batch in _batches(data, engine):
         check.add(batch)
         if engine is not None and layerwise:
             layers = layers or LayerCheck(engine, check.reference, check.policy)
@@ -231,7 +237,7 @@ def _reference(reference: object, engine: Engine | None) -> Reference:
     )
 
 
-def _batches(data: object) -> Iterator[Batch]:
+def _batches(data: object, engine: Engine | None) -> Iterator[Batch]:
     """Every batch as a tuple of tensors.
 
     Raises:
@@ -240,8 +246,10 @@ def _batches(data: object) -> Iterator[Batch]:
     if not isinstance(data, Iterable):
         raise InputError(f"data is {type(data).__name__}; expected a tensor or batches of tensors")
     count = 0
-    for item in [data] if isinstance(data, torch.Tensor) else data:
+    for item in [data] if isinstance(data, torch.Tensor | Mapping) else data:
         batch = tuple(item) if isinstance(item, tuple | list) else (item,)
+        if engine is not None and isinstance(item, Mapping):
+            batch = engine.in_order(item)
         for tensor in batch:
             if odd := oddity(tensor) or ("a tensor on the meta device" if tensor.is_meta else ""):
                 raise InputError(f"batch {count} holds {odd}, not a dense tensor with values")

@@ -78,6 +78,10 @@ class TestNames:
             assert torch.equal(engine(A, shift=shift), want)
             assert torch.equal(engine(shift=shift, input=A), want)
             assert engine.profile(input=A, shift=shift).rows
+            assert fastres.verify(model, engine, [{"shift": shift, "input": A}]).passed
+            assert fastres.verify(model, engine, {"shift": shift, "input": A}).passed
+            with pytest.raises(InputError, match="'labels' is none of its inputs"):
+                fastres.verify(model, engine, [{"labels": A, "shift": shift, "input": A}])
             for batches in (
                 [{"shift": shift, "input": A}],
                 [collections.UserDict(input=A, shift=shift)],
