@@ -87,14 +87,18 @@ def made(name: str, x: Tensor) -> nn.Module:
 
 
 def state(model: nn.Module) -> list[tuple[str, str, object, list[Any]]]:
-    """Every attribute, by identity; of tensors also the values, of containers what they hold."""
+    """Every attribute, by identity; of tensors also the values, of containers what they hold.
+
+    A weight that a hook computes is made anew by every call.
+    """
     found: list[tuple[str, str, object, list[Any]]] = []
     for where, module in model.named_modules():
         for name, value in sorted(vars(module).items()):
             held: list[Any] = [value.detach().sum().item()] if isinstance(value, Tensor) else []
             held += map(id, value.values() if isinstance(value, dict) else ())
             held += map(id, value if isinstance(value, list) else ())
-            found.append((where, name, id(value), held))
+            computed = f"{name}_orig" in module._parameters or f"{name}_g" in module._parameters
+            found.append((where, name, computed or id(value), held))
     return found
 
 

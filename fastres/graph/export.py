@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from fastres.errors import CaptureError, first_line, is_interrupt
 from fastres.graph.copies import to_trace
 from fastres.graph.failed_export import explained
-from fastres.graph.hooks import check_hooks
+from fastres.graph.hooks import check_hooks, renew_weights
 from fastres.graph.layouts import in_plain_layout
 from fastres.graph.overhearing import overhearing
 from fastres.graph.specs import GIVEN_DTYPES
@@ -55,6 +55,7 @@ def export(
             f"the module {training or type(model).__name__!r} is in training mode: BatchNorm and "
             "Dropout would behave differently. Call model.eval() first"
         )
+    renew_weights(model)
     sizes = shapes or [(2, *spec.usual[1:]) for spec in inputs]
     tensor = next(iter(model.parameters()), torch.empty(0))
     examples = tuple(  # without values: the exporter looks at sizes alone, and may get large ones

@@ -26,6 +26,9 @@ from fastres.options import ANY_BATCH, Input, Sizes
 
 Array = np.ndarray[Any, Any]
 _TRIES = 1 << 22  # combinations of sizes for one guard
+# Before 2.14 PyTorch asked of every pool whether its stride divides the size, and rounded down
+# either way. Each of these would be two paths for a pool and a side, and four for a ResNet.
+_NO_BRANCH = "in div_rtn"
 _SMALL = 64  # pixels; a program whose guards fail for smaller pictures only takes larger ones
 
 
@@ -148,7 +151,8 @@ class _Path:
             for dim, size in enumerate(nodes[str(name)].meta["val"].shape):
                 if isinstance(size, int):
                     continue
-                self.guards.update((g.expr, str(g.sloc)) for g in size.node.shape_env.guards)
+                noted = ((g.expr, str(g.sloc)) for g in size.node.shape_env.guards)
+                self.guards.update((g, where) for g, where in noted if _NO_BRANCH not in where)
                 if not is_fixed(size):
                     place = Place(i, dim)
                     self.symbols[expression(size)] = place

@@ -17,9 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastres.errors import CaptureError
 from fastres.graph.objects import SHARED, loaded_globals, reachable
@@ -51,6 +54,19 @@ def check_hooks(model: nn.Module) -> None:
                 "create_feature_extractor(model, [...]). If it is part of the network, move it into"
                 " forward, or keep what it is bound to in an attribute of the model"
             )
+
+
+@torch.no_grad()
+def renew_weights(model: nn.Module) -> None:
+    """Has the hooks of `torch.nn.utils` put the weights that they compute into the model.
+
+    As any call of it would. What they leave when they are put on, or under gradients, has a history
+    that keeps the model from being deep-copied (PyTorch's issue 28594); the new ones have none.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod | SpectralNorm | WeightNorm):
+                hook(module, ())
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[str, _Hook]]:

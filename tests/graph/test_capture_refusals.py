@@ -139,9 +139,12 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "bits of floating-point numbers": (
         forwards(lambda m, x: (x * 2).view(torch.int32)),
-        "reads the bits of torch.float32 as torch.int32; an engine may compute in another precision",
+        "reads the bits of torch.float32 as torch.int32; an engine may compute in another prec",
     ),
-    "sizes that depend on values": (forwards(lambda m, x: x[x > 0]), "has a size of u0"),
+    "sizes that depend on values": (
+        forwards(lambda m, x: x[x > 0]),
+        "has a size that depends on the numbers in a tensor.*torch.where",
+    ),
     "a batch inside another size": (forwards(lambda m, x: x.flatten(0, 1)), r"has a size of 3\*N,"),
     "a number that is no size": (
         forwards(lambda m, x: x * x.size(2) ** -0.5, RANGED),
