@@ -39,16 +39,17 @@ def export(
 
     Inputs and outputs are float32 whatever the precision, with N, and H and W where they are
     ranged, as free sizes. In int8 pairs of QuantizeLinear and DequantizeLinear stand where values
-    are rounded: symmetric, zero point 0, activations per tensor, weights per output channel; layers
-    that the table keeps are float16.
+    are rounded: symmetric, activations per tensor, weights per output channel; layers that the
+    table keeps are float16.
 
     Args:
         model: as `fastres.compile` takes it, as are inputs, calibration, preprocess and io_dtype.
         path: the file; written whole or not at all.
         precision: "fp32", "fp16" or "int8"; None is fp32, or int8 with a calibration.
         placement: in int8, whose way of rounding residual additions: "tensorrt" rounds what is
-            added to a convolution, "openvino" also what the convolution gives, and has uint8 behind
-            a ReLU. Each runtime is fast with its own only.
+            added to a convolution, and all zero points are 0; "openvino" also what the convolution
+            gives, has uint8 behind a ReLU, and int8 as uint8 around 128 in a network with a Concat.
+            Each runtime is fast with its own only.
 
     Returns:
         The graph that was written.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,3 +137,41 @@ def test_no_data_is_refused(graph: Graph) -> None:
             iter(Batches(np.zeros((0, 3, 32, 32)), 8, inputs=1, preprocess=None, seed=0)),
             "mse",
         )
+
+
+def test_photographs_are_no_odd_images_and_raw_ones_are(photo_batch: Any) -> None:
+    data = photo_batch(12, 64)
+    model = fastres.models.settle(fastres.models.resnet18(num_classes=10, seed=0), data)
+    graph = optimise(capture(model, [Input((1, 3, 64, 64))]).graph)
+    inputs = (Input((1, 3, 64, 64)),)
+
+    def notes(odd: Tensor, place: int) -> tuple[str, ...]:
+        images = torch.cat([data[:place], odd, data[place:]])
+        return collect(graph, inputs, [(part,) for part in images.split(5)], "mse").notes
+
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    stripes = (4.0 * (torch.arange(64) % 2) - 2).expand(1, 3, 64, 64)
+    for sound in (data[:1].flip(-1), 0.3 * data[:1], noise, stripes):
+        assert notes(sound, 4) == ()
+    raw = (data[1:2] * 0.225 + 0.45) * 255
+    for odd, place in ((raw, 0), (100 * data[2:3], 7), (5 * data[:1], 12)):
+        (note,) = notes(odd, place)
+        assert note.startswith(f"image {place} (") and "far from the rest" in note
+    (note,) = notes(torch.zeros(1, 3, 64, 64), 9)
+    assert note == "image 9 is blank: all its values are the same"
+
+
+def test_an_engine_bears_the_notes_of_its_table(small: nn.Module) -> None:
+    x = torch.randn(6, 3, 32, 32)
+    x[4] *= 50
+    with fastres.compile(small, x[:1], calibration=[x], backend="reference") as engine:
+        assert "note: image 4 (" in str(engine.info)
+
+
+def test_tables_of_before_there_were_notes_are_read(graph: Graph, tmp_path: Path) -> None:
+    table = collect(graph, INPUT, [(torch.randn(2, 3, 32, 32),)], "mse")
+    old = json.loads(table.to_json())
+    del old["notes"]
+    old["schema"] = 1
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert fastres.CalibrationTable.load(tmp_path / "old.json") == table
