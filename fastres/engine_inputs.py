@@ -90,9 +90,9 @@ class EngineInputs:
         Raises:
             InputError: one does not fit; says what was expected and what came.
         """
-        refuse_tracers(inputs)
         if named:
             inputs = self.in_order(inputs, named)
+        refuse_tracers(inputs)
         kind = _kind(inputs)
         if kind is not None and kind == self._accepted:
             return self.planar(inputs), kind[0][0]

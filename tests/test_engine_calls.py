@@ -283,6 +283,10 @@ TRACERS: dict[str, tuple[Callable[[fastres.Engine], object], str]] = {
     ),
     "vmap": (lambda e: torch.vmap(e)(X[:, None]), "such as vmap or grad"),
     "vmap of another batch": (lambda e: torch.vmap(e, in_dims=1)(X[:, None]), "such as vmap"),
+    "vmap by name": (
+        lambda e: torch.vmap(lambda x: e(pixel_values=x))(X[:, None]),
+        "such as vmap or grad",
+    ),
     "grad": (lambda e: torch.func.grad(lambda x: e(x).sum())(X), "such as vmap or grad"),
     "jvp": (lambda e: torch.func.jvp(e, (X,), (X,)), "such as vmap or grad"),
     "vjp": (lambda e: torch.func.vjp(e, X), "such as vmap or grad"),

@@ -186,8 +186,8 @@ def _no_module(given: object) -> str:
         )
     if kind.__module__.split(".")[0] in _ELSEWHERE:
         return (
-            f"a {kind.__module__}.{kind.__qualname__}: models of other libraries are not read. "
-            "Give the PyTorch model that it was made from"
+            f"{kind.__module__}.{kind.__qualname__}: models of other libraries are not read. Give "
+            "the PyTorch model that it was made from"
         )
     return (
         f"{kind.__name__}; expected an nn.Module, an ExportedProgram, or a Graph from fastres.build"
