@@ -96,16 +96,30 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     Raises:
         CaptureError: PyTorch cannot.
     """
+    free = _free_sizes(program)  # which both programs then share
     try:
         with TORCH_STATE, overhearing(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in `export`
             changed: ExportedProgram = program.run_decompositions({})
-            return changed
     except Exception as error:  # PyTorch raises many kinds where an operator has no such form
         raise CaptureError(
             "the model changes tensors in place in a way that PyTorch cannot rewrite: "
             f"{first_line(error)}. Use operations that return a new tensor"
         ) from error
+    if _free_sizes(changed) != free:
+        raise CaptureError(
+            "the model changes a part of a tensor in place in a way that PyTorch can rewrite for "
+            "one size only. Use operations that return a new tensor"
+        )
+    return changed
+
+
+def _free_sizes(program: ExportedProgram) -> list[tuple[str, int]]:
+    """The inputs' dimensions that are not one number."""
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    inputs = [str(name) for name in program.graph_signature.user_inputs if name in nodes]
+    shapes = {name: getattr(nodes[name].meta["val"], "shape", ()) for name in inputs}
+    return [(n, i) for n, shape in shapes.items() for i, s in enumerate(shape) if not is_fixed(s)]
 
 
 def _nested(model: torch.nn.Module, free: tuple[dict[int, Any], ...]) -> tuple[Any, ...]:

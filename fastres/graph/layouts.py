@@ -37,8 +37,8 @@ def in_plain_layout(
     Args:
         export: traces a module.
     """
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    weights |= dict(model.named_buffers(remove_duplicate=False))
+    weights: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    weights.update(model.named_parameters(remove_duplicate=False))
     odd = [t for t in weights.values() if t.layout == torch.strided and _is_odd(t)]
     if not odd:
         return None

@@ -73,7 +73,7 @@ class _OneThread(io.TextIOBase):
 
     def write(self, text: str) -> int:
         mine = threading.get_ident() == self._thread
-        return (self._heard.text if mine else self._stream).write(text)  # type: ignore[no-any-return]
+        return (self._heard.text if mine else self._stream).write(text)
 
     def flush(self) -> None:
         self._stream.flush()

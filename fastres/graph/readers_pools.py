@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastres.graph.calls import Call, Emit
 from fastres.graph.ir import AvgPool, GlobalAvgPool, MaxPool
 from fastres.graph.shapes import pool_size
+from fastres.graph.symbols import known
 from fastres.kernels.geometry import Pair
 
 
@@ -19,11 +20,11 @@ def _rounds_up(call: Call, dilation: Pair = (1, 1)) -> bool:
     kernel, stride, padding = _window(call)
     if not call.args["ceil_mode"] or stride == (1, 1):
         return False
-    sizes = call.shape("self")[2:]
-    for size, *window in zip(sizes, kernel, stride, padding, dilation, strict=True):
-        if not isinstance(size, int):
+    for i, size in enumerate(map(known, call.shape("self")[2:])):
+        if size is None:
             return True
-        if pool_size(size, *window, ceil_mode=True) != pool_size(size, *window, ceil_mode=False):
+        window = size, kernel[i], stride[i], padding[i], dilation[i]
+        if pool_size(*window, ceil_mode=True) != pool_size(*window, ceil_mode=False):
             return True
     return False
 

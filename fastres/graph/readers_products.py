@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.fx
 
 from fastres.graph.calls import Call, Emit
@@ -58,17 +60,18 @@ def product(call: Call) -> Emit | None:
     return Emit(Linear(), (call.value(x),), params)
 
 
+_SWAPS: dict[str, Callable[..., bool]] = {  # of a matrix, by its arguments
+    "aten.t.default": lambda: True,
+    "aten.numpy_T.default": lambda: True,
+    "aten.permute.default": lambda dims: [d % 2 for d in dims] == [1, 0],
+    "aten.transpose.int": lambda a, b: a % 2 != b % 2,
+}
+
+
 def _transposed(node: torch.fx.Node) -> torch.fx.Node | None:
     """What a matrix is the transpose of, if a call says so."""
-    calls = {
-        "aten.t.default": (),
-        "aten.numpy_T.default": (),
-        "aten.permute.default": ([1, 0],),
-        "aten.transpose.int": (0, 1),
-    }
-    if node.meta["val"].dim() != 2 or str(node.target) not in calls:
+    swaps = _SWAPS.get(str(node.target))
+    if swaps is None or node.meta["val"].dim() != 2 or not swaps(*node.args[1:]):
         return None
-    source, *rest = node.args
-    swaps = sorted(tuple(rest)) if str(node.target) == "aten.transpose.int" else rest
-    assert isinstance(source, torch.fx.Node)
-    return source if list(swaps) == list(calls[str(node.target)]) else None
+    (source, *_) = node.all_input_nodes
+    return source

@@ -18,6 +18,11 @@ def is_fixed(size: Size) -> bool:
     return isinstance(size, int) or bool(expression(size).is_Integer)
 
 
+def known(size: Size) -> int | None:
+    """A size that is the same for every input; None where it varies."""
+    return size if isinstance(size, int) else None
+
+
 def depends_on_values(size: Size) -> bool:
     """Whether a size has a symbol that no input's size brings: the exporter knows no number."""
     if isinstance(size, int):

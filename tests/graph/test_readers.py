@@ -230,7 +230,7 @@ class TestKept:
     @pytest.mark.parametrize("name", KEPT)
     def test_survives_a_file(self, name: str, model_of: ModelOf) -> None:
         graph = graph_of(model_of(KEPT[name], fc=nn.Linear(3, 3)))
-        found, _ = serial.decode(*serial.encode(graph, graph), [(2, 3, 8, 8)])
+        found, *_ = serial.decode(*serial.encode(graph, graph), [(2, 3, 8, 8)])
         assert found.equals(graph)
 
     @pytest.mark.parametrize(
