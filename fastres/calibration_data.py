@@ -82,7 +82,7 @@ class Batches:
         else:
             raise InputError(
                 f"the calibration data is {type(data).__name__}; give a tensor, an array, a folder "
-                "of images, or an iterable of batches"
+                "of images, or an iterable of batches, such as [batch]"
             )
 
     def first(self) -> Batch:

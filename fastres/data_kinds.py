@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 
 import torch
-from torch.func import functional_call
 
+from fastres.graph.copies import copied
 from fastres.options import Input, Sizes
 
 Fits = Callable[[Sizes], bool]
@@ -93,12 +92,10 @@ def runs_in(model: torch.nn.Module) -> Fits:
 
 
 def _runs(model: torch.nn.Module, shape: Sizes) -> bool:
-    named = chain(model.named_parameters(), model.named_buffers())
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
     x = torch.empty(shape, dtype=floating_dtype(model, torch.float32), device="meta")
     try:
         with torch.no_grad():
-            functional_call(model, empty, (x,))
+            copied(model, device="meta")(x)
     except Exception:  # a model may raise anything
         return False
     return True
@@ -110,6 +107,6 @@ def floating_dtype(model: torch.nn.Module, given: torch.dtype) -> torch.dtype:
     return given if given in found or not found else found[0]
 
 
-def listed(shapes: Sequence[torch.Tensor]) -> str:
-    """Tensors as messages show them."""
-    return ", ".join(f"{x.dtype}".removeprefix("torch.") + str(list(x.shape)) for x in shapes)
+def listed(tensors: Sequence[torch.Tensor]) -> str:
+    """Dtypes and shapes as messages show them."""
+    return ", ".join(f"{x.dtype}".removeprefix("torch.") + str(list(x.shape)) for x in tensors)

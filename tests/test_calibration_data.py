@@ -285,6 +285,25 @@ def test_compile_and_export_tell_it_too(
         fastres.export(plain(), tmp_path / "m.onnx", inputs=FLOATS[:1], calibration=data)
 
 
+def test_what_is_tried_leaves_nothing_in_the_model() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.scale = torch.full((4, 1, 1), 2.0)  # no buffer
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.scale * self.conv(x)
+            self.seen.append(self.last)
+            return self.last.mean((2, 3))
+
+    model = Keeps().eval()
+    with pytest.raises(InputError, match="its channels are last"):
+        fastres.quantize(model, FLOATS.permute(0, 2, 3, 1))
+    assert not hasattr(model, "last") and not model.seen and not model.scale.is_meta
+
+
 def test_later_batches_are_told_as_well() -> None:
     says = r"float32\[2, 12, 12, 3\] after 8 images; .*: its channels are last"
     with pytest.raises(InputError, match=says):
