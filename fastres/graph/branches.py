@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 
@@ -21,8 +20,7 @@ from fastres.graph.shapes import with_sizes
 from fastres.graph.specs import Sym
 from fastres.options import Input, Sizes
 
-if TYPE_CHECKING:
-    from fastres.graph.guards import Place
+Place = tuple[int, int]  # of a size: the number of the input, and the dimension
 
 _EXPORTS = 8  # of one model; each may find branches that those before have not met
 _LARGEST = 1 << 30  # values of an example
@@ -36,13 +34,15 @@ def check_branches(
     program: ExportedProgram,
     graph: Graph,
     inputs: Sequence[Input],
-    again: Callable[[Sequence[Sizes]], tuple[ExportedProgram, Graph]],
+    export: Callable[[Sequence[Sizes]], ExportedProgram],
+    read: Callable[[ExportedProgram, Mapping[Place, int]], Graph],
 ) -> None:
     """Refuses a model that does something else for some size that an engine for `inputs` takes.
 
     Args:
         program, graph: the model as exported for the usual sizes, and as read from that.
-        again: the same for other sizes.
+        export: the model for other sizes.
+        read: a program's graph, where some sizes may be taken for numbers.
 
     Raises:
         CaptureError: says for which sizes, and what is different there.
@@ -56,22 +56,32 @@ def check_branches(
         if len(others) == _EXPORTS or max(map(math.prod, shapes)) > _LARGEST:
             raise CaptureError(f"{failure} something else or does not run, {_ADVICE}")
         try:
-            other, found = again(shapes)
+            other = export(shapes)
+            if _is_read_as(graph, other, read):
+                others.append((other, {}))
+                continue
+            # what is one size there may stand in the program as a number
+            here, there = with_sizes(graph, _letters(graph, failure.at)), read(other, failure.at)
         except FastresError as error:
             raise CaptureError(f"{failure} not run, {_ADVICE}. There, {error}") from error
-        if _are_same(graph, found):
-            others.append((other, {}))
-            continue
-        # a size that is fixed there may stand in the graph as a number
-        letters = _letters(graph, failure.at)
-        here, there = with_sizes(graph, letters), with_sizes(found, letters)
         if not _are_same(here, there):
             raise CaptureError(f"{failure} something else, {_ADVICE}. {_difference(here, there)}")
         others.append((other, failure.at))
 
 
+def _is_read_as(
+    graph: Graph,
+    program: ExportedProgram,
+    read: Callable[[ExportedProgram, Mapping[Place, int]], Graph],
+) -> bool:
+    try:
+        return _are_same(graph, read(program, {}))
+    except CaptureError:  # its sizes do not go together but for the one that it was exported at
+        return False
+
+
 def _letters(graph: Graph, at: Mapping[Place, int]) -> dict[str, int]:
-    dims = ((graph.inputs[place.input].spec.shape[place.dim], size) for place, size in at.items())
+    dims = ((graph.inputs[i].spec.shape[dim], size) for (i, dim), size in at.items())
     return {dim.symbol: size for dim, size in dims if isinstance(dim, Sym)}
 
 

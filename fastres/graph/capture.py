@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten, laws, trees
 from fastres.graph.aliases import Aliases, NeedsFunctional
-from fastres.graph.branches import check_branches
+from fastres.graph.branches import Place, check_branches
 from fastres.graph.calls import Alias, Call, Emit, has_sizes
 from fastres.graph.export import check_finite, export, functional
 from fastres.graph.ir import Aten, Conv2d, Graph, Linear, Node, Value
@@ -62,21 +62,23 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: Sequence[Input]) -
     check_finite(program)
     captured = _read(program)
 
-    def again(shapes: Sequence[Sizes]) -> tuple[ExportedProgram, Graph]:
-        other = export(model, inputs, shapes)
-        return other, _read(other).graph
+    def again(shapes: Sequence[Sizes]) -> ExportedProgram:
+        return export(model, inputs, shapes)
 
-    check_branches(program, captured.graph, inputs, again)
+    def graph_of(program: ExportedProgram, pins: Mapping[Place, int]) -> Graph:
+        return _read(program, pins).graph
+
+    check_branches(program, captured.graph, inputs, again, graph_of)
     return captured
 
 
-def _read(program: ExportedProgram) -> Captured:
+def _read(program: ExportedProgram, pins: Mapping[Place, int] | None = None) -> Captured:
     try:
-        return _Reader(program).read()
+        return _Reader(program, pins).read()
     except NeedsFunctional:
         pass
     try:
-        return _Reader(functional(program)).read()
+        return _Reader(functional(program), pins).read()
     except NeedsFunctional as error:
         raise CaptureError(
             f"{error} changes tensors in place, or decides by values, in a way that PyTorch's "
@@ -86,11 +88,15 @@ def _read(program: ExportedProgram) -> Captured:
 
 
 class _Reader:
-    """One walk over the program's nodes."""
+    """One walk over the program's nodes.
 
-    def __init__(self, program: ExportedProgram) -> None:
+    Args:
+        pins: sizes of inputs that the graph is to have as numbers.
+    """
+
+    def __init__(self, program: ExportedProgram, pins: Mapping[Place, int] | None = None) -> None:
         self.program = program
-        self.symbols = Symbols()
+        self.symbols = Symbols(pins)
         self.env: dict[torch.fx.Node, str] = {}  # program node → value or constant
         self.aliases = Aliases()
         self.fixed: set[torch.fx.Node] = set()  # the constants, and what is computed of them alone
@@ -148,7 +154,7 @@ class _Reader:
             self.fixed.add(node)
 
     def _user_input(self, node: torch.fx.Node) -> None:
-        self.symbols.name_sizes(node.meta["val"], node.name)
+        self.symbols.name_sizes(node.meta["val"], node.name, len(self.inputs))
         spec = TensorSpec(
             self._shape(node), _dtype_name(node.meta["val"].dtype, f"input {node.name}")
         )

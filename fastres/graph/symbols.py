@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,17 +43,30 @@ def example(size: Size) -> int:
 
 
 class Symbols:
-    """Which letter (N, H, W) each symbol of one exported program stands for."""
+    """Which letter (N, H, W) each symbol of one exported program stands for.
 
-    def __init__(self) -> None:
+    Args:
+        pins: sizes of inputs that are taken for numbers, by the input's number and dimension.
+    """
+
+    def __init__(self, pins: Mapping[tuple[int, int], int] | None = None) -> None:
+        self._pins = pins or {}
+        self._known: dict[Any, Any] = {}  # symbol → the number that it is pinned at
         self._letters: dict[str, str] = {}
         self._hints: dict[str, int] = {}  # letter → the example's size
 
-    def name_sizes(self, value: torch.Tensor, input_name: str) -> None:
-        """Names the sizes that an input brings; inputs of equal symbols share the letter."""
+    def name_sizes(self, value: torch.Tensor, input_name: str, number: int) -> None:
+        """Names the sizes that an input brings; inputs of equal symbols share the letter.
+
+        Args:
+            number: of the input.
+        """
         letters = ("N", "C", "H", "W") if value.dim() == 4 else ("N",)
         for i, size in enumerate(value.shape):
             if is_fixed(size) or str(expression(size)) in self._letters:
+                continue
+            if (number, i) in self._pins:
+                self._known[expression(size)] = self._pins[number, i]
                 continue
             letter = letters[i] if i < len(letters) else f"D{i}"
             if letter in self._hints:
@@ -66,7 +79,9 @@ class Symbols:
 
     def dim(self, size: Size) -> Dim | None:
         """A size as the IR writes it; None if it has no such form."""
-        return size if isinstance(size, int) else self._from_expr(expression(size))
+        if isinstance(size, int):
+            return size
+        return self._from_expr(expression(size).subs(self._known))
 
     def text(self, size: Size) -> str:
         """A size in the letters of the IR."""
