@@ -346,8 +346,9 @@ class _Reader:
             if dim is None:
                 raise CaptureError(
                     f"{node.target} in {place_of(node)} has a size of {self.symbols.text(size)}, "
-                    "which is not of the form (N + a) // b; fix H and W, and write x.size(0) where "
-                    "the batch is meant"
+                    "which is not of the form (N + a) // b. Fix H and W if they are in it; write "
+                    "x.size(0) where the batch is meant; where the model joins the batch with "
+                    "something else, compile torch.export.export(model, (x,)) for that batch size"
                 )
             dims.append(dim)
         return tuple(dims)

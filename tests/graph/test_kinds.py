@@ -239,7 +239,10 @@ NO_MODELS: dict[str, tuple[object, str]] = {
     "another class": (dict, "the class dict: give an instance, an nn.Module"),
     "a factory": (factory, "the function factory: if it makes a model, give what it returns"),
     "a lambda": (lambda x: x, "the function <lambda>: "),
-    "a compiled function": (torch.compile(lambda x: x * 2), "the function <lambda>: "),
+    "a compiled function": (
+        torch.compile(lambda x: x * 2, backend="eager"),
+        "the function <lambda>: ",
+    ),
     "a method": (net().forward, "a method of a Sequential: give the module itself"),
     "a partial": (functools.partial(factory), "partial; expected an nn.Module"),
     "a state_dict": (net().state_dict(), "Load them into your model, or give fastres.build("),
