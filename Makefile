@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 # libraries behind them are not in the package index
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.0.1 tensorrt-cu13-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.106
 
-.PHONY: run test install dev lint types unit interpret bench report gpu kernels clean
+.PHONY: run test install dev lint types unit interpret bench report zoo gpu kernels clean
 
 run: install  ## install, then the main job: photographs through ResNet-50, digits through trained nets
 	$(BIN)/python examples/main_job.py
@@ -69,6 +69,9 @@ report: dev  ## everything that a report shows, measured afresh: about half an h
 	$(BIN)/python bench/accuracy.py --quick -o build/report/accuracy.json
 	$(BIN)/python bench/accuracy.py --parity --depths 18,50 -o build/report/parity.json
 	$(BIN)/fastres report build/report/*.json -o build/report/report.html
+
+zoo: dev  ## whether timm's residual networks compile and agree: the table bench/results/zoo.txt, an hour
+	$(BIN)/python bench/zoo.py -o build/zoo.json | tee build/zoo.txt
 
 gpu:  ## on a machine with an NVIDIA GPU: right first, then tuned, then how fast; results in build/gpu
 	$(PYTHON) bench/gpu.py --out build/gpu
