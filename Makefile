@@ -71,6 +71,7 @@ report: dev  ## everything that a report shows, measured afresh: about half an h
 	$(BIN)/fastres report build/report/*.json -o build/report/report.html
 
 zoo: dev  ## whether timm's residual networks compile and agree: the table bench/results/zoo.txt, an hour
+	mkdir -p build
 	$(BIN)/python bench/zoo.py -o build/zoo.json | tee build/zoo.txt
 
 gpu:  ## on a machine with an NVIDIA GPU: right first, then tuned, then how fast; results in build/gpu
