@@ -90,29 +90,40 @@ def call(
     return result
 
 
-def with_known_sizes(op: Aten, shapes: Sequence[Shape], result: TensorSpec) -> Aten:
+def with_known_sizes(
+    op: Aten, shapes: Sequence[Shape], result: TensorSpec
+) -> tuple[Aten, list[int]]:
     """The call with numbers for the sizes that it takes from its inputs, where those are known.
 
     Args:
         shapes: of the inputs.
+
+    Returns:
+        The call, and which of the inputs it still reads, in order.
     """
+    read: list[int] = []
+
+    def place(index: int) -> int:
+        if index not in read:
+            read.append(index)
+        return read.index(index)
 
     def written(arg: Any) -> Any:
         if isinstance(arg, list):
             return [written(a) for a in arg]
+        if isinstance(arg, dict) and "input" in arg:
+            return {"input": place(arg["input"])}
         if isinstance(arg, dict) and "size" in arg:
             index, dim, add, div = arg["size"]
             size = shapes[index][dim]
-            return (size + add) // div if isinstance(size, int) else arg
+            known = isinstance(size, int)
+            return (size + add) // div if known else {"size": [place(index), dim, add, div]}
         return arg
 
-    def changed(text: str) -> str:
-        given = msgspec.json.decode(text)
-        named = isinstance(given, dict)
-        known = {k: written(a) for k, a in given.items()} if named else written(given)
-        return msgspec.json.encode(known).decode()
-
-    return Aten(op.overload, changed(op.args), changed(op.kwargs), result, op.index)
+    args = [written(arg) for arg in msgspec.json.decode(op.args)]
+    kwargs = {name: written(arg) for name, arg in msgspec.json.decode(op.kwargs).items()}
+    text, named = (msgspec.json.encode(given).decode() for given in (args, kwargs))
+    return Aten(op.overload, text, named, result, op.index), read
 
 
 def reads_batch(op: Aten) -> bool:

@@ -18,9 +18,8 @@ from fastres.errors import CaptureError, FastresError
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import with_sizes
 from fastres.graph.specs import Sym
+from fastres.graph.symbols import Place
 from fastres.options import Input, Sizes
-
-Place = tuple[int, int]  # of a size: the number of the input, and the dimension
 
 _EXPORTS = 8  # of one model; each may find branches that those before have not met
 _LARGEST = 1 << 30  # values of an example
@@ -61,7 +60,8 @@ def check_branches(
                 others.append((other, {}))
                 continue
             # what is one size there may stand in the program as a number
-            here, there = with_sizes(graph, _letters(graph, failure.at)), read(other, failure.at)
+            here = with_sizes(graph, _letters(graph, failure.at))
+            there = with_sizes(read(other, failure.at), {})
         except FastresError as error:
             raise CaptureError(f"{failure} not run, {_ADVICE}. There, {error}") from error
         if not _are_same(here, there):

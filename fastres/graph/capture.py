@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten, laws, trees
 from fastres.graph.aliases import Aliases, NeedsFunctional
-from fastres.graph.branches import Place, check_branches
+from fastres.graph.branches import check_branches
 from fastres.graph.calls import Alias, Call, Emit, has_sizes
 from fastres.graph.export import check_finite, export, functional
 from fastres.graph.ir import Aten, Conv2d, Graph, Linear, Node, Value
@@ -25,7 +25,7 @@ from fastres.graph.names import Namer, place_of, wanted_name
 from fastres.graph.readers import read, read_part
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import DTYPE_NAMES, GIVEN_DTYPES, Dim, Shape, Sym, TensorSpec
-from fastres.graph.symbols import Symbols, depends_on_values
+from fastres.graph.symbols import Place, Symbols, depends_on_values
 from fastres.options import Input, Sizes
 
 

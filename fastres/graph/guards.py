@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import sympy
@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from fastres.errors import CaptureError
 from fastres.graph.conditions import evaluate
-from fastres.graph.symbols import expression, is_fixed
+from fastres.graph.symbols import Place, expression, is_fixed
 from fastres.options import ANY_BATCH, Input, Sizes
 
 Array = np.ndarray[Any, Any]
@@ -40,13 +40,6 @@ def noting_every_branch() -> AbstractContextManager[Any]:
     """
     settings: Any = config  # its `patch` is put there at run time
     return settings.patch(backed_size_oblivious=True)  # type: ignore[no-any-return]
-
-
-class Place(NamedTuple):
-    """A variable size: dimension `dim` of the input at place `input`."""
-
-    input: int
-    dim: int
 
 
 @dataclass(frozen=True)

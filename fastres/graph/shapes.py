@@ -69,11 +69,12 @@ def with_sizes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
     specs = {value.name: value.spec for value in inputs}
     nodes = []
     for node in graph.nodes:
-        op, specs[node.name] = node.op, node.spec.at(sizes)
-        if isinstance(op, Aten):
-            shapes = [specs[n].shape if n in specs else graph.spec(n).shape for n in node.inputs]
-            op = aten.with_known_sizes(op, shapes, op.result.at(sizes))
-        nodes.append(node.with_(op=op, spec=specs[node.name]))
+        op, reads, specs[node.name] = node.op, node.inputs, node.spec.at(sizes)
+        if isinstance(op, Aten):  # sizes that are numbers now are read off no input
+            shapes = [specs[n].shape if n in specs else graph.spec(n).shape for n in reads]
+            op, places = aten.with_known_sizes(op, shapes, op.result.at(sizes))
+            reads = tuple(reads[i] for i in places)
+        nodes.append(node.with_(op=op, inputs=reads, spec=specs[node.name]))
     return graph.replace(inputs=inputs, nodes=tuple(nodes))
 
 

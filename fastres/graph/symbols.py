@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastres.graph.specs import Dim, Shape, Sym
 
 Size = int | torch.SymInt
+
+
+class Place(NamedTuple):
+    """Where a variable size is: dimension `dim` of the input at place `input`."""
+
+    input: int
+    dim: int
 
 
 def is_fixed(size: Size) -> bool:
@@ -49,7 +56,7 @@ class Symbols:
         pins: sizes of inputs that are taken for numbers, by the input's number and dimension.
     """
 
-    def __init__(self, pins: Mapping[tuple[int, int], int] | None = None) -> None:
+    def __init__(self, pins: Mapping[Place, int] | None = None) -> None:
         self._pins = pins or {}
         self._known: dict[Any, Any] = {}  # symbol → the number that it is pinned at
         self._letters: dict[str, str] = {}
@@ -65,8 +72,8 @@ class Symbols:
         for i, size in enumerate(value.shape):
             if is_fixed(size) or str(expression(size)) in self._letters:
                 continue
-            if (number, i) in self._pins:
-                self._known[expression(size)] = self._pins[number, i]
+            if (place := Place(number, i)) in self._pins:
+                self._known[expression(size)] = self._pins[place]
                 continue
             letter = letters[i] if i < len(letters) else f"D{i}"
             if letter in self._hints:

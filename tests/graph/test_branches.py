@@ -146,3 +146,18 @@ def test_a_network_without_branches_is_exported_once(model_of: ModelOf, exports:
     )
     capture(model, [Input(((1, 3, 32, 32), (2, 3, 64, 64), (4, 3, 96, 96)))])
     assert exports == [None]
+
+
+def test_what_has_a_number_for_a_size_is_the_same(model_of: ModelOf, agree: Agree) -> None:
+    """Broadcasting asks whether the batch is one, where it then stands as a number."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.table.expand(x.shape[0], -1, -1, -1) * x
+        return y + m.table[:, :, :1].expand(y.shape[0], -1, y.shape[2], -1)
+
+    for given in (FIXED, RANGED):
+        shape = (1, 3, *given.usual[2:]) if given is FIXED else (1, 3, 1, 1)
+        model = model_of(forward, table=torch.rand(shape))
+        graph = capture(model, [given]).graph
+        for n in (1, 2, 5):
+            agree(model, graph, [torch.randn(n, *given.usual[1:])])
