@@ -40,6 +40,11 @@ def same(a: Any, b: Table) -> bool:
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def compiled(model: nn.Module) -> Any:
+    """By no compiler, as some versions of PyTorch warn when the usual one is loaded."""
+    return torch.compile(model, backend="eager")
+
+
 def behind(prefix: str, table: Table) -> Table:
     return {prefix + name: tensor for name, tensor in table.items()}
 
@@ -140,9 +145,9 @@ def test_prefixes_with_counters_beside(table: Table, prefix: str, known: bool) -
         DataParallel,
         AveragedModel,
         lambda m: AveragedModel(DataParallel(m)),
-        torch.compile,
-        lambda m: torch.compile(DataParallel(m)),
-        lambda m: nn.ModuleDict({"model": DataParallel(torch.compile(m))}),
+        compiled,
+        lambda m: compiled(DataParallel(m)),
+        lambda m: nn.ModuleDict({"model": DataParallel(compiled(m))}),
     ],
     ids=["DataParallel", "AveragedModel", "both", "compile", "compile both", "Lightning"],
 )
@@ -154,9 +159,9 @@ def test_as_pytorch_wraps(table: Table, wrap: Callable[[nn.Module], nn.Module]) 
 
 def test_wrappers_within_the_names(table: Table) -> None:
     model: Any = network()
-    model.layer1 = torch.compile(model.layer1)
+    model.layer1 = compiled(model.layer1)
     model.layer2[0] = DataParallel(model.layer2[0])
-    model.fc = torch.compile(DataParallel(model.fc))
+    model.fc = compiled(DataParallel(model.fc))
     state = model.state_dict()
     assert {"layer1._orig_mod.0.conv1.weight", "fc._orig_mod.module.bias"} <= set(state)
     assert same(read_weights(state), table)

@@ -99,7 +99,7 @@ def other(photo_batch: PhotoBatch) -> nn.Module:
     [
         lambda m: m.state_dict(),
         lambda m: nn.DataParallel(m).state_dict(),
-        lambda m: torch.compile(nn.DataParallel(m)).state_dict(),
+        lambda m: torch.compile(nn.DataParallel(m), backend="eager").state_dict(),
         lambda m: {"epoch": 3, "model_state_dict": m.state_dict(), "optimizer_state_dict": {}},
         lambda m: {"model_ema": AveragedModel(m).state_dict(), "args": Namespace(lr=0.1)},
         lambda m: {"state_dict": {f"net.{name}": t for name, t in m.state_dict().items()}},

@@ -37,7 +37,7 @@ def overhearing() -> Iterator[Overheard]:
     Other threads print as ever. Where logs were asked for by TORCH_LOGS, they are written, too.
     """
     heard = Overheard()
-    handlers = logging.getLogger("torch").handlers
+    handlers = _handlers()
     kept = _Kept(heard)
     before = sys.stderr
     sys.stderr = before and _OneThread(before, heard)
@@ -49,6 +49,13 @@ def overhearing() -> Iterator[Overheard]:
         for handler in handlers:
             handler.removeFilter(kept)
         sys.stderr = before
+
+
+def _handlers() -> list[logging.Handler]:
+    """Those of all of PyTorch's loggers: many have one of their own, on stderr as it once was."""
+    named = dict(logging.root.manager.loggerDict)
+    torchs = [log for name, log in named.items() if f"{name}.".startswith("torch.")]
+    return [h for log in torchs if isinstance(log, logging.Logger) for h in log.handlers]
 
 
 class _Kept(logging.Filter):

@@ -40,8 +40,8 @@ def openvino_direct(setting: Setting) -> Run:
 
     def specialise(x: Tensor) -> Run:
         with warnings.catch_warnings(), torch.no_grad():
-            # OpenVINO 2026.4 still traces; torch 2.15 calls that deprecated
-            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
+            # OpenVINO 2026.4 still traces, which PyTorch calls deprecated, each version in its way
+            warnings.filterwarnings("ignore", "`torch.jit")
             model = ov.convert_model(setting.model, example_input=x, input=[tuple(x.shape)])
         return _request(core().compile_model(model, "CPU", config))
 

@@ -64,6 +64,26 @@ def test_kept_of_one_thread_only(capfd: pytest.CaptureFixture[str]) -> None:
     assert heard.last_line == ""
 
 
+def test_loggers_with_handlers_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """As the exporter's, which before PyTorch 2.14 keep the stderr that they were made with."""
+    own = {
+        logging.getLogger(name): logging.StreamHandler(sys.stderr)
+        for name in ("torch.fx.experimental.symbolic_shapes", "torchless")
+    }
+    for logger, handler in own.items():
+        logger.addHandler(handler)
+    try:
+        with overhearing() as heard:
+            for logger in own:
+                logger.warning(f"a warning of {logger.name}")
+    finally:
+        for logger, handler in own.items():
+            logger.removeHandler(handler)
+    assert "a warning of torch.fx" in heard.text.getvalue()
+    assert capfd.readouterr().err == "a warning of torchless\n"
+    assert not any(handler.filters for handler in own.values())
+
+
 def test_a_process_without_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     with overhearing():
