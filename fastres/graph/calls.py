@@ -149,7 +149,9 @@ def _functional(overload: str) -> str:
 
 
 def _arguments(operator: Any) -> list[tuple[str, str]]:
-    return [(a.name, str(a.type)) for a in operator._schema.arguments]
+    """But the first one's name: what `dropout_` calls self is `dropout`'s input."""
+    first, *others = operator._schema.arguments
+    return [("", str(first.type)), *((a.name, str(a.type)) for a in others)]
 
 
 def has_sizes(node: torch.fx.Node) -> bool:

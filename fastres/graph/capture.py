@@ -210,7 +210,7 @@ class _Reader:
         if step.copies:
             self.aliases.alone(node)
         else:  # a view, or a copy, as the memory's layout decides
-            self.aliases.join(node, step.node, view=call.is_view)
+            self.aliases.join(node, step.node, view=call.is_view and call.mutates is None)
         self.env[node] = self.env[step.node]
 
     def _emit(self, node: torch.fx.Node, call: Call, emit: Emit) -> str:
@@ -237,7 +237,8 @@ class _Reader:
                 if self.aliases.is_owned(alias):
                     raise _keeps_state(self.env[alias])
                 self.env[alias] = name
-                self.fixed.discard(alias)
+                if node not in self.fixed:
+                    self.fixed.discard(alias)
         elif call.is_view:
             self.aliases.join(node, call.node.all_input_nodes[0], view=True)
         else:

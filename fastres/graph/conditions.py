@@ -2,7 +2,8 @@
 
 A condition is a sympy expression over the exporter's size symbols, built of sympy's own operations
 and of functions that PyTorch adds (`torch.utils._sympy.functions`), which mean what Python does
-with sizes: `//` rounds down, `/` gives a float, a power of integers is an integer.
+with sizes: `//` rounds down, `/` gives a float, a power of integers is an integer. A comparison
+with what was divided by zero is False: for such sizes the model takes another path.
 """
 
 from __future__ import annotations
@@ -68,20 +69,36 @@ def _largest(a: Array) -> float:
     return float(np.max(np.abs(a), initial=0))
 
 
+def _division(a: Array, b: Array) -> Any:
+    return a / _or_nan(b)
+
+
 def _floor_division(a: Array, b: Array) -> Any:
-    if np.any(b == 0):
-        raise ZeroDivisionError("division by zero")
-    return a // b
+    return a // _or_nan(b)
 
 
 def _remainder(a: Array, b: Array) -> Any:
-    if np.any(b == 0):
-        raise ZeroDivisionError("remainder of a division by zero")
-    return a % b
+    return a % _or_nan(b)
+
+
+def _or_nan(divisor: Array) -> Array:
+    """NaN instead of 0, and so in all that is computed of it."""
+    zero = divisor == 0
+    return np.where(zero, np.nan, divisor.astype(float)) if np.any(zero) else divisor
+
+
+def _unequal(a: Array, b: Array) -> Any:
+    return (a < b) | (a > b)  # not of NaN, unlike !=
 
 
 def _whole(rounded: Callable[[Any], Any]) -> Callable[[Array], Any]:
-    return lambda a: a if a.dtype.kind in "iuO" else rounded(a).astype(np.int64)
+    def whole(a: Array) -> Any:
+        if a.dtype.kind in "iuO":
+            return a
+        found = rounded(a)
+        return found.astype(np.int64) if np.isfinite(found).all() else found
+
+    return whole
 
 
 def _dense(*args: Array) -> Any:
@@ -110,7 +127,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Or": _over_all(np.logical_or),
     "Not": np.logical_not,
     "Equality": np.equal,
-    "Unequality": np.not_equal,
+    "Unequality": _unequal,
     "StrictLessThan": np.less,
     "LessThan": np.less_equal,
     "StrictGreaterThan": np.greater,
@@ -129,8 +146,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ModularIndexing": lambda a, b, c: _remainder(_floor_division(a, b), c),
     "PowByNatural": _power,
     "FloatPow": lambda a, b: a.astype(float) ** b,
-    "IntTrueDiv": lambda a, b: a / b,
-    "FloatTrueDiv": lambda a, b: a / b,
+    "IntTrueDiv": _division,
+    "FloatTrueDiv": _division,
     "LShift": lambda a, b: _product(a, _power(np.asarray(2), b)),
     "RShift": lambda a, b: a // _power(np.asarray(2), b),
     "Where": np.where,

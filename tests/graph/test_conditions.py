@@ -89,8 +89,6 @@ def test_huge_products_are_exact() -> None:
     [
         (sympy.gamma(S), LookupError),
         (S + Symbol("u0"), LookupError),
-        (F.FloorDiv(S, T - 7), ZeroDivisionError),
-        (F.PythonMod(S, T - 7), ZeroDivisionError),
         (F.OpaqueUnaryFn_log(F.ToFloat(S) - 5.0), ValueError),
     ],
     ids=str,
@@ -98,3 +96,24 @@ def test_huge_products_are_exact() -> None:
 def test_what_has_no_value(expression: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         evaluate(expression, {S: SIZES[0], T: SIZES[1]})
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        sympy.Eq(F.FloorDiv(S, T - 7), S),
+        sympy.Ne(F.Mod(6, F.FloorDiv(T, 7)), 0),  # batches under 7: as PyTorch's strides have it
+        sympy.Ne(F.PythonMod(S, T - 7), 3),
+        F.CeilToInt(F.IntTrueDiv(S, T - 7)) >= 0,
+    ],
+    ids=str,
+)
+def test_what_divides_by_zero_is_no_condition_that_holds(expression: Any) -> None:
+    found = np.broadcast_to(evaluate(expression, {S: SIZES[0], T: SIZES[1]}), (39, 6))
+    for i, s in enumerate(SIZES[0].flat):
+        for j, t in enumerate(SIZES[1].flat):
+            try:
+                want = expression.xreplace({S: sympy.Integer(int(s)), T: sympy.Integer(int(t))})
+                assert found[i, j] == (want == sympy.true), (s, t)
+            except ZeroDivisionError:
+                assert not found[i, j], (s, t)

@@ -80,6 +80,13 @@ class Masked(nn.Conv2d):
         return F.conv2d(x, self.weight * self.mask, self.shift.flatten() * 2.0, padding=1)
 
 
+class InPlace(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.clone()
+        weight.sub_(weight.mean((1, 2, 3), keepdim=True)).mul_(2.0)
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
 class Chosen(nn.Conv2d):
     """Of the largest weights: a call with several results, and one of integers."""
 
@@ -133,6 +140,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "standardised": lambda: with_conv(Standardised(3, 6, 3)),
     "standardised by batch_norm": lambda: with_conv(ByBatchNorm()),
     "masked": lambda: with_conv(Masked()),
+    "computed in place": lambda: with_conv(InPlace(3, 6, 3)),
     "chosen": lambda: with_conv(Chosen(3, 6, 3)),
     "rounded": lambda: with_conv(Rounded(3, 6, 3)),
 }
