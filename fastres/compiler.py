@@ -29,6 +29,7 @@ from fastres.graph.batching import why_not_split
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.ir import BatchNorm, Graph, identity
 from fastres.graph.kinds import accepted
+from fastres.graph.passes.fold_constants import fold_constants
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.renewing import renewed
 from fastres.options import (
@@ -219,14 +220,7 @@ def build(
 
 def optimised(source: Graph, error: type[FastresError]) -> Graph:
     """The graph that is to be lowered, with constants of its own that are all finite."""
-    for node in source.nodes:
-        if isinstance(node.op, BatchNorm):
-            negative = int((source.constants[node.params["var"]] + node.op.eps <= 0).sum())
-            if negative:
-                raise error(
-                    f"{node.params['var']} holds {negative} variances that are negative, or zero "
-                    "without an eps: BatchNorm gives NaN for them. Load sound weights first"
-                )
+    _check_variances(source, error)
     graph = optimise(source)
     for name, tensor in graph.constants.items():
         if tensor.is_floating_point() and not is_finite(tensor):
@@ -235,6 +229,21 @@ def optimised(source: Graph, error: type[FastresError]) -> Graph:
                 "weights or statistics are out of any sensible range. Load sound weights first"
             )
     return _detached(graph, source)
+
+
+def _check_variances(graph: Graph, error: type[FastresError]) -> None:
+    norms = [node for node in graph.nodes if isinstance(node.op, BatchNorm)]
+    if any(node.params["var"] not in graph.constants for node in norms):  # computed, of weights
+        _check_variances(fold_constants(graph), error)
+        return
+    for node in norms:
+        assert isinstance(node.op, BatchNorm)
+        negative = int((graph.constants[node.params["var"]] + node.op.eps <= 0).sum())
+        if negative:
+            raise error(
+                f"{node.params['var']} holds {negative} variances that are negative, or zero "
+                "without an eps: BatchNorm gives NaN for them. Load sound weights first"
+            )
 
 
 def _detached(graph: Graph, source: Graph) -> Graph:

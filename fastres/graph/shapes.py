@@ -297,11 +297,16 @@ def _aten_shape(op: Aten, inputs: Sequence[Shape], dtypes: Sequence[torch.dtype]
     shapes = [[size for size in shape if isinstance(size, int)] for shape in inputs]
     if [len(shape) for shape in shapes] != [len(shape) for shape in inputs]:
         return op.result.shape
-    metas = [
-        torch.empty(shape, dtype=dtype, device="meta")
-        for shape, dtype in zip(shapes, dtypes, strict=True)
-    ]
+
+    def answer(device: str) -> Shape:
+        pairs = zip(shapes, dtypes, strict=True)
+        operands = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in pairs]
+        return tuple(aten.call(op, operands).shape)
+
     try:
-        return tuple(aten.call(op, metas).shape)
+        try:
+            return answer("meta")
+        except NotImplementedError:  # of fake quantisation PyTorch has no kernel for these
+            return answer("cpu")
     except Exception as error:  # PyTorch raises many kinds where a call does not fit
         raise GraphError(str(error).strip().partition("\n")[0]) from error

@@ -105,9 +105,30 @@ class Rounded(nn.Conv2d):
         return F.conv2d(x, self.weight.half().float(), self.bias, padding=1)
 
 
+class Simulated(nn.Conv2d):
+    """As integers will have it; PyTorch has no kernel that tells the shape alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.fake_quantize_per_tensor_affine(self.weight, 0.05, 0, -128, 127)
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
+class Bounded(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        var = self.running_var.clamp(min=0.8)
+        return F.batch_norm(x, self.running_mean * 2.0, var, self.weight.exp(), self.bias.tanh())
+
+
 def with_conv(conv: nn.Module) -> nn.Module:
     model = Net()
     model.conv = conv
+    return model
+
+
+def with_norm(norm: nn.BatchNorm2d) -> Net:
+    model = Net()
+    model.norm = norm
+    nn.init.uniform_(model.norm.running_var, 0.5, 1.5)
     return model
 
 
@@ -143,6 +164,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "computed in place": lambda: with_conv(InPlace(3, 6, 3)),
     "chosen": lambda: with_conv(Chosen(3, 6, 3)),
     "rounded": lambda: with_conv(Rounded(3, 6, 3)),
+    "simulated": lambda: with_conv(Simulated(3, 6, 3)),
+    "bounded statistics": lambda: with_norm(Bounded(6)),
 }
 
 
@@ -195,6 +218,15 @@ def test_what_the_model_rounds_is_rounded() -> None:
     graph = optimise(capture(model, [GIVEN]).graph)
     conv = next(node for node in graph if isinstance(node.op, Conv2d))
     assert torch.equal(graph.constants[conv.params["weight"]], model.conv.weight.half().float())
+
+
+def test_computed_variances_are_looked_at() -> None:
+    class Shifted(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var - 1.0)
+
+    with pytest.raises(CaptureError, match=r"sub holds \d variances that are negative"):
+        fastres.compile(with_norm(Shifted(6)).eval(), torch.randn(2, 3, 12, 12))
 
 
 def test_statistics_of_the_batch_are_refused_still() -> None:
