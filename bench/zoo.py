@@ -1,24 +1,28 @@
 """Whether the residual networks of timm compile and agree with the model: one line for each.
 
-python bench/zoo.py [NAMES ...] [--precision fp32] [--channels-last] [-o FILE.json]
+python bench/zoo.py [NAMES ...] [--precision fp32] [--channels-last] [-o FILE.json] [--continue]
 
-Without names: every name of timm that says resnet, resnext, resnest, res2net or sknet. Weights are
-random: norms are settled on photographs, and parameters that timm starts at one value each get
-several. What the backend does not take runs in PyTorch. Needs timm (`pip install '.[zoo]'`). Exit
-status 1 if a network fails its check or crashes; a refusal is shown with its reason.
+Without names: every name of timm that says resnet, resnext, resnest, res2net, senet or sknet.
+Weights are random: norms are settled on photographs, and parameters that timm starts at one value
+each get several. What the backend does not take runs in PyTorch. Needs timm (`pip install
+'.[zoo]'`) and 20 GB of memory for the largest. Exit status 1 if a network fails its check or
+crashes; a refusal is shown with its reason. The file is written after each network; --continue
+leaves out those that it has, of the same options.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -58,8 +62,8 @@ class Row:
     side: int
     nodes: int = 0
     fallback: tuple[tuple[str, int], ...] = ()
-    error: float = float("nan")
-    allowed: float = float("nan")
+    error: float | None = None
+    allowed: float | None = None
     reason: str = ""
 
 
@@ -97,36 +101,31 @@ def examine(name: str, precision: Precision, channels_last: bool) -> Row:
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     count = sum(p.numel() for p in model.parameters())
+    batches = [pictures[:4], pictures[4:5]]
     try:
         with fastres.compile(
-            model, pictures[:2], precision=precision, on_unsupported="fallback"
+            model, batches[0], precision=precision, on_unsupported="fallback"
         ) as engine:
-            (output, *_) = fastres.verify(model, engine, [pictures[:2], pictures[2:3]]).outputs
+            nodes = len(engine.graph.nodes)
             aside = Counter(node.op for node in engine.info.fallbacks)
-            return Row(
-                name,
-                "passed" if output.passed else "failed",
-                count,
-                side,
-                len(engine.graph.nodes),
-                tuple(sorted(aside.items())),
-                output.rms,
-                output.allowed_rms,
-                output.reason,
-            )
+            given = iter([engine(batch) for batch in batches])
+        # the engine is gone when the model is copied to float64: the largest have gigabytes
+        (output, *_) = fastres.verify(model, lambda x: next(given), batches).outputs
+        return Row(
+            name,
+            "passed" if output.passed else "failed",
+            count,
+            side,
+            nodes,
+            tuple(sorted(aside.items())),
+            output.rms,
+            output.allowed_rms,
+            output.reason,
+        )
     except FastresError as error:
         return Row(name, "refused", count, side, reason=str(error))
     except Exception as error:  # this is what the table is for
         return Row(name, "crashed", count, side, reason=first_line(error))
-
-
-def rows(names: Sequence[str], precision: Precision, channels_last: bool) -> Iterator[Row]:
-    for i, name in enumerate(names):
-        row = examine(name, precision, channels_last)
-        said = f"{i + 1}/{len(names)} {name}: {row.outcome} {row.reason}"
-        print(said, file=sys.stderr, flush=True)
-        yield row
-        gc.collect()  # the largest has 3.7 GB of weights
 
 
 def shown(found: Sequence[Row]) -> str:
@@ -142,7 +141,7 @@ def shown(found: Sequence[Row]) -> str:
             f"{row.parameters / 1e6:.1f}",
             str(row.side),
             str(row.nodes or ""),
-            *(f"{x:.1e}" if x == x else "" for x in (row.error, row.allowed)),
+            *("" if x is None else f"{x:.1e}" for x in (row.error, row.allowed)),
             row.reason or ops,
         )
     totals = Counter(row.outcome for row in found)
@@ -154,19 +153,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="of timm; all residual ones if none is given")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--channels-last", action="store_true", help="of the model")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="an earlier run")
     parser.add_argument("-o", "--output", type=Path, help="also write the table as JSON")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.names if not timm.is_model(name)]:
         parser.error(f"timm has no {', '.join(unknown)}")
     check_output(parser, given.output)
-    started = time.time()
-    found = list(rows(given.names or residual_names(), given.precision, given.channels_last))
-    print(shown(found))
-    if given.output is not None:
-        document = headed("zoo", started, timm=timm.__version__)
-        document["networks"] = [asdict(row) for row in found]
-        write_file(given.output, json_text(document))
-    return int(any(row.outcome in ("failed", "crashed") for row in found))
+    document = headed("zoo", time.time(), timm=timm.__version__)
+    found = {row.name: row for row in kept(given)}
+    names = [name for name in given.names or residual_names() if name not in found]
+    for i, name in enumerate(names):
+        row = examine(name, given.precision, given.channels_last)
+        found[name] = row
+        said = f"{i + 1}/{len(names)} {name}: {row.outcome} {row.reason}"
+        print(said, file=sys.stderr, flush=True)
+        if given.output is not None:
+            document["networks"] = [asdict(row) for row in found.values()]
+            write_file(given.output, json_text({**document, "options": options(given)}))
+        gc.collect()
+    print(shown(list(found.values())))
+    return int(any(row.outcome in ("failed", "crashed") for row in found.values()))
+
+
+def options(given: argparse.Namespace) -> dict[str, Any]:
+    return {"precision": given.precision, "channels_last": given.channels_last}
+
+
+def kept(given: argparse.Namespace) -> list[Row]:
+    """What an earlier run with the same options has written."""
+    if not given.go_on or given.output is None or not given.output.exists():
+        return []
+    document = json.loads(given.output.read_text())
+    if document["options"] != options(given):
+        return []
+    rows = (Row(**row) for row in document["networks"])
+    return [replace(row, fallback=tuple(map(tuple, row.fallback))) for row in rows]
 
 
 if __name__ == "__main__":

@@ -62,6 +62,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["command"] == "zoo" and found["networks"][0]["outcome"] == "passed"
 
 
+def test_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def examined(name: str, precision: str, channels_last: bool) -> zoo.Row:
+        seen.append(name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return zoo.Row(name, "refused", 5, 96, reason="so")
+
+    monkeypatch.setattr(zoo, "examine", examined)
+    arguments = ["resnet10t", "resnet18", "resnet34", "-o", str(tmp_path / "zoo.json")]
+    with pytest.raises(KeyboardInterrupt):
+        zoo.main(arguments)
+    assert zoo.main([*arguments, "--continue"]) == 0
+    assert seen == ["resnet10t", "resnet18", "resnet34", "resnet34"]
+    assert "3 refused" in capsys.readouterr().out
+    assert zoo.main([*arguments, "--continue", "--channels-last"]) == 0  # of other options
+    assert len(seen) == 7
+
+
 def test_what_goes_wrong_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
