@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import types
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -99,7 +100,8 @@ class _Copier:
         }
 
     def copy(self) -> nn.Module:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a class is to go: PyTorch's own, in its trees
             return cast(nn.Module, self.of(self._model))
 
     def of(self, value: Any) -> Any:

@@ -17,7 +17,7 @@ from fastres.errors import CaptureError, first_line, is_interrupt
 from fastres.graph.copies import to_trace
 from fastres.graph.failed_export import explained
 from fastres.graph.hooks import check_hooks, renew_weights
-from fastres.graph.layouts import in_plain_layout
+from fastres.graph.layouts import whatever_the_layout
 from fastres.graph.overhearing import overhearing
 from fastres.graph.specs import GIVEN_DTYPES
 from fastres.graph.symbols import expression, is_fixed
@@ -67,8 +67,7 @@ def export(
     def traced(model: torch.nn.Module) -> ExportedProgram:
         return _exported(model, examples, free)
 
-    shown = to_trace(model)
-    program = in_plain_layout(shown, traced) or traced(shown)
+    program = whatever_the_layout(to_trace(model), traced)
     if shapes is None:
         _check_free(program, inputs)
     return program

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastres.graph.export as exporting
 from fastres import models
+from fastres.errors import CaptureError
 from fastres.graph.capture import capture
 from fastres.options import Input
 
@@ -91,6 +92,36 @@ def test_where_the_layout_matters_it_is_the_models(
     assert not torch.allclose(plain(x), last(x))
     for model in (plain, last):
         agree(model, capture(model, [Input(shape)]).graph, [x])
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 4), (1, 1, 6, 4), (1, 4, 1, 1)], ids=str)
+def test_what_the_model_asks_of_tensors_that_it_lays_out_itself(
+    shape: tuple[int, ...], model_of: ModelOf, agree: Agree
+) -> None:
+    """PyTorch 2.11 answers it at random while it exports."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        last = x.contiguous(memory_format=LAST) * 2
+        for y in (x, last, x.flatten(1), last[:, :, ::2], last.permute(0, 2, 3, 1)):
+            x = x * (2 if y.is_contiguous(memory_format=LAST) else 3) + 1
+            x = x * (2 if y.is_contiguous() else 3) + 1
+        return x
+
+    model = model_of(forward)
+    agree(model, capture(model, [Input(shape)]).graph, [torch.randn(2, *shape[1:])])
+
+
+def test_conditions_that_the_exporter_compiles(model_of: ModelOf) -> None:
+    """What watches the model's forward is no part of them, which would not be exported."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.conv(x)
+        return torch.cond(y.sum() > 0, lambda z: z * 2, lambda z: z * 3, (y,))
+
+    for layout in (torch.contiguous_format, LAST):
+        model = model_of(forward, conv=conv(4, 8, 3)).to(memory_format=layout)
+        with pytest.raises(CaptureError, match="cond in the model itself .* decides by values"):
+            capture(model, [Input((1, 4, 6, 4))])
 
 
 def test_buffers_and_tied_weights(model_of: ModelOf, agree: Agree) -> None:

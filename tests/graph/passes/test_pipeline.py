@@ -19,6 +19,7 @@ from fastres.graph.ir import Activation, Add, BatchNorm, Conv2d, Graph, Node, Va
 from fastres.graph.passes import pipeline
 from fastres.graph.passes.pipeline import PIPELINE, optimise
 from fastres.graph.specs import Sym, TensorSpec
+from fastres.graph.trees import LEAF
 
 Make = Callable[..., Graph]
 
@@ -125,6 +126,5 @@ def chain(depth: int) -> Graph:
             Node(relu, Activation("relu"), (add,), spec),
         ]
         last = relu
-    leaf = '[1, {"type": null, "context": null, "children_spec": []}]'
     constants = {"w": torch.ones(1, 1, 1, 1), "c": torch.ones(1)}
-    return Graph((Value("x", spec),), tuple(nodes), (last,), constants, leaf)
+    return Graph((Value("x", spec),), tuple(nodes), (last,), constants, LEAF)
