@@ -247,13 +247,17 @@ def _check_variances(graph: Graph, error: type[FastresError]) -> None:
 
 
 def _detached(graph: Graph, source: Graph) -> Graph:
-    """Copies the constants still in the model's memory, which may go on training; contiguous."""
+    """Copies the constants still in the model's memory, which may go on training.
+
+    Laid out as those of a loaded engine will be: by their strides, as PyTorch's kernels look at
+    those of a 1x1 filter in channels_last, which `is_contiguous` takes for plain.
+    """
     shared = {_memory(tensor) for tensor in source.constants.values()}
-    plain = torch.contiguous_format
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
-        shares = _memory(tensor) in shared
-        return tensor.clone(memory_format=plain) if shares else tensor.contiguous()
+        plain = tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+        keeps = plain and _memory(tensor) not in shared
+        return tensor if keeps else tensor.clone(memory_format=torch.contiguous_format)
 
     return _each_constant(graph, own)
 

@@ -203,6 +203,22 @@ def test_new_weights_are_computed_anew(name: str, tmp_path: Any) -> None:
         assert torch.allclose(engine(x), want, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_computed_of_channels_last_is_laid_out_as_if_loaded(tmp_path: Any) -> None:
+    class Along(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv1d(x.flatten(2), self.weight.flatten(2), self.bias)
+
+    model = Along(8, 4, 1).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 6, 10)
+    with fastres.compile(model, x, on_unsupported="fallback") as engine:
+        for tensor in engine.graph.constants.values():
+            assert tensor.stride() == torch.empty(tensor.shape).stride()
+        y = engine(x)
+        engine.save(tmp_path / "along.fastres")
+    with fastres.load(tmp_path / "along.fastres") as engine:
+        assert torch.equal(engine(x), y)
+
+
 def test_in_float64_and_rounded_once() -> None:
     model = without_norm(Standardised(3, 6, 3))
     graph = optimise(capture(model, [GIVEN]).graph)
