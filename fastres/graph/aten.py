@@ -150,6 +150,7 @@ def reads_batch(op: Aten) -> bool:
     return any(
         (name in ("dim", "dims") and along(arg) and "permute" not in op.overload) or computes(arg)
         for name, arg in named.items()
+        if name != "N"  # of images, each of which native_group_norm normalises by itself
     )
 
 
@@ -200,7 +201,8 @@ def _encode(overload: str, arg: Any) -> Any:
     raise CaptureError(
         f"{overload} is called with {arg!r} ({type(arg).__name__}), which cannot be written down; "
         "supported are tensors, numbers, strings, dtypes, sizes of the form (N + a) // b, and "
-        "lists of these. Rewrite that line of the model"
+        "lists of these. Rewrite that line of the model: fix H and W where it computes with them, "
+        "and take a tensor itself in place of its item()"
     )
 
 

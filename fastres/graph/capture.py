@@ -341,8 +341,9 @@ class _Reader:
             if dim is None and depends_on_values(size):
                 raise CaptureError(
                     f"{node.target} in {place_of(node)} has a size that depends on the numbers in "
-                    "a tensor; an engine's sizes follow from those of its inputs. Use a mask, or "
-                    "torch.where, in place of what picks some of the elements"
+                    "a tensor, or on where a slice ends; an engine's sizes follow from those of "
+                    "its inputs. Use a mask, or torch.where, in place of what picks some of the "
+                    "elements; fix H and W if a slice is taken by them"
                 )
             if dim is None:
                 raise CaptureError(
@@ -369,7 +370,10 @@ class _Reader:
             name = self.env.get(leaf) if isinstance(leaf, torch.fx.Node) else None
             if name is None or name in self.constants:
                 what = name or repr(leaf)
-                raise CaptureError(f"the model returns {what}, which is no tensor it computed")
+                raise CaptureError(
+                    f"the model returns {what}, which is no tensor it computed, and an engine "
+                    "gives nothing else. Wrap the model in a module whose forward leaves it out"
+                )
             names.append(name)
         return tuple(names)
 

@@ -35,6 +35,9 @@ SEPARATE: dict[str, Forward] = {
     "a roll of channels": lambda m, x: x.roll(1, 1),
     "upsampling": lambda m, x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
     "group norm": lambda m, x: F.group_norm(x, 3),
+    "group norm of core ATen": lambda m, x: torch.native_group_norm(
+        x, None, None, x.shape[0], 3, 16, 3, 1e-5
+    )[0],
     "a shuffle": lambda m, x: x.view(x.shape[0], 3, 2, 8).transpose(1, 2).reshape(x.shape[0], -1),
     "largest per image": lambda m, x: x / x.flatten(1).amax(1)[:, None, None, None],
     "numbers": lambda m, x: x + torch.arange(4),

@@ -145,6 +145,14 @@ REFUSED: dict[str, tuple[Case, str]] = {
         forwards(lambda m, x: x[x > 0]),
         "has a size that depends on the numbers in a tensor.*torch.where",
     ),
+    "a slice from the middle": (
+        forwards(lambda m, x: x[:, :, x.shape[2] // 2 - 2 : x.shape[2] // 2 + 2], RANGED),
+        "or on where a slice ends.*fix H and W",
+    ),
+    "a number out of a tensor": (
+        forwards(lambda m, x: x * m.conv.bias[0].item()),
+        r"cannot be written down.* in place of its item\(\)",
+    ),
     "a batch inside another size": (forwards(lambda m, x: x.flatten(0, 1)), r"has a size of 3\*N,"),
     "a number that is no size": (
         forwards(lambda m, x: x * x.size(2) ** -0.5, RANGED),
@@ -184,6 +192,10 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "a weight returned": (
         forwards(lambda m, x: (x * 2, m.conv.bias)),
         "the model returns conv.bias, which is no tensor",
+    ),
+    "nothing, beside a tensor": (
+        forwards(lambda m, x: (x * 2, None)),
+        "the model returns None, which is .*Wrap the model in a module whose forward leaves it out",
     ),
     "a picture of another dtype": (
         forwards(lambda m, x: F.conv2d(x, m.conv.weight), Input((1, 3, 8, 8), torch.float16)),
