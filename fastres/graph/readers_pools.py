@@ -10,9 +10,21 @@ from fastres.kernels.geometry import Pair
 
 
 def _window(call: Call) -> tuple[Pair, Pair, Pair]:
-    """Kernel, stride and padding of a pool; the stride is the kernel where none is said."""
-    kernel = call.pair("kernel_size")
-    return kernel, call.pair("stride") if call.args["stride"] else kernel, call.pair("padding")
+    """Kernel, stride and padding of a pool; the stride is the kernel where none is said.
+
+    With ceil_mode a kernel may be larger than the image, as Hugging Face's EfficientNet has it, and
+    means no more than the image then.
+    """
+    kernel, padding = call.pair("kernel_size"), call.pair("padding")
+    stride = call.pair("stride") if call.args["stride"] else kernel
+    if call.args["ceil_mode"] and padding == (0, 0) and _is_dense(call):
+        height, width = (known(size) for size in call.shape("self")[2:])
+        kernel = min(kernel[0], height or kernel[0]), min(kernel[1], width or kernel[1])
+    return kernel, stride, padding
+
+
+def _is_dense(call: Call) -> bool:
+    return "dilation" not in call.args or call.pair("dilation") == (1, 1)
 
 
 def _rounds_up(call: Call, dilation: Pair = (1, 1)) -> bool:

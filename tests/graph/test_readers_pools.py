@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastres
 from fastres.graph.capture import capture
 from fastres.graph.ir import AvgPool, MaxPool
 from fastres.options import Input
@@ -31,6 +32,17 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], Input, bool]] = {
     ),
     "dilated": (lambda x: F.max_pool2d(x, 2, 2, 0, 2, ceil_mode=True), EVEN, True),
     "one side only": (lambda x: F.avg_pool2d(x, (1, 3), (1, 2), ceil_mode=True), EVEN, True),
+    "larger than the image": (lambda x: F.avg_pool2d(x, 30, ceil_mode=True), EVEN, False),
+    "larger on one side": (
+        lambda x: F.avg_pool2d(x, (3, 9), (2, 5), ceil_mode=True, count_include_pad=False),
+        EVEN,
+        True,
+    ),
+    "a maximum over more than the image": (
+        lambda x: F.max_pool2d(x, (20, 3), ceil_mode=True),
+        ODD,
+        False,
+    ),
     "any size": (lambda x: F.max_pool2d(x, 2, 2, ceil_mode=True), RANGED, True),
 }
 
@@ -44,3 +56,13 @@ def test_ceil_mode(name: str, model_of: ModelOf, agree: Callable[..., None]) -> 
     assert isinstance(op, MaxPool | AvgPool) and op.ceil_mode is rounds_up
     for shape in {given.smallest, given.usual, given.largest}:
         agree(model, graph, [torch.randn(2, *shape[1:])])
+
+
+@pytest.mark.parametrize("pool", [F.avg_pool2d, F.max_pool2d])
+def test_a_kernel_larger_than_the_image_runs(
+    pool: Callable[..., Tensor], model_of: ModelOf
+) -> None:
+    model = model_of(lambda m, x: m.conv(pool(x, 64, ceil_mode=True)), conv=nn.Conv2d(3, 4, 1))
+    x = torch.randn(2, 3, 5, 7)
+    with fastres.compile(model, x, backend="cpu") as engine:
+        assert torch.allclose(engine(x), model(x), atol=1e-5)
