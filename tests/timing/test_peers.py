@@ -79,6 +79,7 @@ class TestPeers:
             make_peer("onnxruntime", model, x, precision="int8")
 
     @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of 2.11, at itself
     def test_torch_compile(self, model: nn.Module, x: Tensor) -> None:
         assert checked("torch_compile", model, x, "fp32").largest < 1e-4
         assert checked("torch_compile", model, x, "bf16").rms > 1e-4
