@@ -15,9 +15,10 @@ from itertools import zip_longest
 from torch.export import ExportedProgram
 
 from fastres.errors import CaptureError, FastresError
+from fastres.graph.export import example_shapes
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import with_sizes
-from fastres.graph.specs import Sym
+from fastres.graph.specs import Dim, Sym
 from fastres.graph.symbols import Place
 from fastres.options import Input, Sizes
 
@@ -49,7 +50,7 @@ def check_branches(
     from fastres.graph.guards import first_failure  # 0.3 s: sympy
 
     others: list[tuple[ExportedProgram, Mapping[Place, int]]] = []
-    usual = [(2, *entry.usual[1:]) for entry in inputs]
+    usual = example_shapes(inputs)
     while (failure := first_failure(program, others, inputs)) is not None:
         shapes = failure.shapes(usual)
         if len(others) == _EXPORTS or max(map(math.prod, shapes)) > _LARGEST:
@@ -75,12 +76,17 @@ def _is_read_as(
     read: Callable[[ExportedProgram, Mapping[Place, int]], Graph],
 ) -> bool:
     try:
-        return _are_same(graph, read(program, {}))
+        found = read(program, {})
     except CaptureError:  # its sizes do not go together but for the one that it was exported at
         return False
+    # two sizes of the model may be one there, as H and W of square pictures
+    ours, theirs = ([d for v in g.inputs for d in v.spec.shape] for g in (graph, found))
+    pairs = zip(ours, theirs, strict=True)
+    one = {a.symbol: b for a, b in pairs if isinstance(a, Sym) and isinstance(b, Sym)}
+    return _are_same(with_sizes(graph, one), found)
 
 
-def _letters(graph: Graph, at: Mapping[Place, int]) -> dict[str, int]:
+def _letters(graph: Graph, at: Mapping[Place, int]) -> dict[str, Dim]:
     dims = ((graph.inputs[i].spec.shape[dim], size) for (i, dim), size in at.items())
     return {dim.symbol: size for dim, size in dims if isinstance(dim, Sym)}
 

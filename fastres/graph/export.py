@@ -41,8 +41,8 @@ def export(
     """Exports a model with its batch size free, and H and W where the inputs range over them.
 
     Args:
-        shapes: of the examples that the exporter follows through the model; None takes the inputs'
-            usual sizes and a batch of two, which must come out free.
+        shapes: of the examples that the exporter follows through the model; None takes those of
+            `example_shapes`, whose batch must come out free.
 
     Raises:
         CaptureError: training mode, no export, a size that the model fixes but should be free, or a
@@ -56,21 +56,48 @@ def export(
             "Dropout would behave differently. Call model.eval() first"
         )
     renew_weights(model)
-    sizes = shapes or [(2, *spec.usual[1:]) for spec in inputs]
+    shown = to_trace(model)
+    if shapes is not None:
+        return _followed(shown, inputs, shapes)
+    try:
+        program = _followed(shown, inputs, example_shapes(inputs))
+    except CaptureError:  # it may take square pictures only
+        square = [(2, *spec.usual[1:]) for spec in inputs]
+        if square == example_shapes(inputs):
+            raise
+        program = _followed(shown, inputs, square)
+    _check_free(program, inputs)
+    return program
+
+
+def example_shapes(inputs: Sequence[Input]) -> list[Sizes]:
+    """The usual sizes and a batch of two; W is not H where both vary, as a model may compare them.
+
+    The exporter would take both for one size from there on.
+    """
+    shapes = []
+    for spec in inputs:
+        shape = [2, *spec.usual[1:]]
+        if {2, 3} <= set(spec.ranged) and shape[2] == shape[3]:
+            shape[3] += 1 if shape[3] < spec.largest[3] else -1
+        shapes.append(tuple(shape))
+    return shapes
+
+
+def _followed(
+    model: torch.nn.Module, inputs: Sequence[Input], shapes: Sequence[Sizes]
+) -> ExportedProgram:
     tensor = next(iter(model.parameters()), torch.empty(0))
     examples = tuple(  # without values: the exporter looks at sizes alone, and may get large ones
         torch.empty(shape, dtype=spec.dtype or tensor.dtype, device=tensor.device)
-        for shape, spec in zip(sizes, inputs, strict=True)
+        for shape, spec in zip(shapes, inputs, strict=True)
     )
     free = tuple({i: Dim.AUTO for i in (0, *spec.ranged)} for spec in inputs)
 
     def traced(model: torch.nn.Module) -> ExportedProgram:
         return _exported(model, examples, free)
 
-    program = whatever_the_layout(to_trace(model), traced)
-    if shapes is None:
-        _check_free(program, inputs)
-    return program
+    return whatever_the_layout(model, traced)
 
 
 def _exported(

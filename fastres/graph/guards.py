@@ -44,12 +44,17 @@ def noting_every_branch() -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Failure:
-    """A guard, how it reads, where it was noted, and sizes for which it does not hold."""
+    """A guard, how it reads, where it was noted, and sizes for which it does not hold.
+
+    Args:
+        equal: pairs of sizes that are one in the model, of which `at` has the first.
+    """
 
     text: str
     where: str
     at: Mapping[Place, int]
     names: Mapping[Place, str]
+    equal: Sequence[tuple[Place, Place]]
 
     def __str__(self) -> str:
         at = " and ".join(f"{self.names[place]} = {n}" for place, n in self.at.items())
@@ -61,7 +66,8 @@ class Failure:
     def shapes(self, usual: Sequence[Sizes]) -> list[Sizes]:
         """The shapes with these sizes in them."""
         changed = [list(shape) for shape in usual]
-        for place, size in self.at.items():
+        also = {other: self.at[one] for one, other in self.equal if one in self.at}
+        for place, size in {**self.at, **also}.items():
             changed[place.input][place.dim] = size
         return [tuple(shape) for shape in changed]
 
@@ -137,6 +143,7 @@ class _Path:
     def __init__(self, program: ExportedProgram, only: Mapping[Place, int] | None = None) -> None:
         self.only = only or {}
         self.symbols: dict[Any, Place] = {}
+        self.equal: list[tuple[Place, Place]] = []  # sizes that are one here
         self.names: dict[Place, str] = {}
         self.guards: dict[Any, str] = {}
         nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
@@ -148,7 +155,9 @@ class _Path:
                 self.guards.update((g, where) for g, where in noted if _NO_BRANCH not in where)
                 if not is_fixed(size):
                     place = Place(i, dim)
-                    self.symbols[expression(size)] = place
+                    first = self.symbols.setdefault(expression(size), place)
+                    if first != place:
+                        self.equal.append((first, place))
                     self.names[place] = f"{name}.shape[{dim}]"
 
     def places(self, guard: Any) -> set[Place]:
@@ -168,9 +177,10 @@ class _Path:
         return found.astype(bool)
 
     def covers(self, sizes: Mapping[Place, Array]) -> Array:
-        """Whether the path holds, for each combination of sizes."""
+        """Whether the path holds, for each combination of sizes, of which one may be two here."""
         every = [self.holds(guard, sizes) for guard in self.guards]
         every += [sizes[place] == size for place, size in self.only.items()]
+        every += [sizes[a] == sizes[b] for a, b in self.equal if a in sizes and b in sizes]
         return np.logical_and.reduce(np.broadcast_arrays(True, *every))  # type: ignore[no-any-return]
 
     def text(self, guard: Any) -> str:
@@ -182,6 +192,8 @@ def _first_failure(path: _Path, others: Sequence[_Path], inputs: Sequence[Input]
     rest = [guard for other in others for guard in other.guards]
     elsewhere = {p for o in others for g in o.guards for p in o.places(g)}
     elsewhere.update(place for other in others for place in other.only)
+    apart = [pair for other in others for pair in other.equal if pair not in path.equal]
+    elsewhere.update(place for pair in apart for place in pair)
     for guard, where in path.guards.items():
         places = path.places(guard)
         if not places:
@@ -193,7 +205,7 @@ def _first_failure(path: _Path, others: Sequence[_Path], inputs: Sequence[Input]
             for other in others:
                 failing = failing & ~other.covers(grid)
         if (at := _smallest(failing, grid)) is not None:
-            return Failure(path.text(guard), where, at, path.names)
+            return Failure(path.text(guard), where, at, path.names, path.equal)
     return None
 
 

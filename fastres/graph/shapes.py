@@ -63,8 +63,8 @@ def infer_shapes(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[st
     return shapes  # type: ignore[return-value]  # integers in, integers out
 
 
-def with_sizes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
-    """The graph where these symbols have these values, the calls that it keeps included."""
+def with_sizes(graph: Graph, sizes: Mapping[str, Dim]) -> Graph:
+    """The graph where these symbols have these values, or are others; its calls included."""
     inputs = tuple(Value(value.name, value.spec.at(sizes)) for value in graph.inputs)
     specs = {value.name: value.spec for value in inputs}
     nodes = []

@@ -66,17 +66,19 @@ class TensorSpec(msgspec.Struct, frozen=True):
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def at(self, sizes: Mapping[str, int]) -> TensorSpec:
-        """The same where these symbols have these values."""
-        known = (sizes.get(d.symbol) if isinstance(d, Sym) else None for d in self.shape)
-        shape = (
-            dim if size is None or not isinstance(dim, Sym) else dim.at(size)
-            for dim, size in zip(self.shape, known, strict=True)
-        )
+    def at(self, sizes: Mapping[str, Dim]) -> TensorSpec:
+        """The same where these symbols have these values, or are other symbols."""
+        shape = (_at(d, sizes.get(d.symbol)) if isinstance(d, Sym) else d for d in self.shape)
         return TensorSpec(tuple(shape), self.dtype)
 
     def __str__(self) -> str:
         return f"{_short(self.dtype)}[{', '.join(str(d) for d in self.shape)}]"
+
+
+def _at(size: Sym, value: Dim | None) -> Dim:
+    if isinstance(value, Sym):
+        return Sym(value.symbol, size.add, size.div)
+    return size if value is None else size.at(value)
 
 
 def _short(dtype: str) -> str:

@@ -20,6 +20,7 @@ ModelOf = Callable[..., nn.Module]
 Forward = Callable[[Any, Tensor], Any]
 LAST = torch.channels_last
 MAPS = Input(((1, 16, 16, 16), (1, 16, 16, 20), (2, 16, 24, 24)))
+SQUARE = Input(((1, 3, 6, 6), (1, 3, 8, 8), (4, 3, 40, 40)))
 FIXED = Input((1, 3, 8, 8))
 RANGED = Input(((1, 3, 6, 6), (1, 3, 8, 10), (4, 3, 40, 40)))
 
@@ -64,6 +65,7 @@ SETTLED: dict[str, tuple[Forward, Input]] = {
         lambda m, x: x.flatten(1) if x.shape[0] == 1 else x.reshape(x.shape[0], -1),
         FIXED,
     ),
+    "square or not": (lambda m, x: x * 2 if x.shape[2] == x.shape[3] else x * 2, SQUARE),
     "both sides together": (
         lambda m, x: x * 2 if x.shape[2] < 3 * x.shape[3] else x * 2,
         RANGED,
@@ -91,6 +93,11 @@ REFUSED: dict[str, tuple[Forward, Input, str]] = {
         lambda m, x: F.pad(x, (-8, 0)) if x.shape[3] < 8 else x * 2,
         Input(((1, 3, 6, 6), (1, 3, 10, 10), (1, 3, 12, 12))),
         "for .* = 6 it does",
+    ),
+    "square pictures alone": (
+        lambda m, x: x * 2 if x.shape[2] == x.shape[3] else x * 3,
+        SQUARE,
+        "for .* and .* it does something else",
     ),
     "an assertion": (lambda m, x: checked(x), RANGED, "it does not run"),
     "many branches": (
@@ -161,3 +168,35 @@ def test_what_has_a_number_for_a_size_is_the_same(model_of: ModelOf, agree: Agre
         graph = capture(model, [given]).graph
         for n in (1, 2, 5):
             agree(model, graph, [torch.randn(n, *given.usual[1:])])
+
+
+def test_a_model_for_square_pictures(model_of: ModelOf, agree: Agree) -> None:
+    """It does not run on others, so its engine takes no others."""
+    model = model_of(lambda m, x: x + x.transpose(2, 3))
+    graph = capture(model, [SQUARE]).graph
+    assert graph.inputs[0].spec.shape[2] == graph.inputs[0].spec.shape[3]
+    agree(model, graph, [torch.randn(3, 3, 11, 11)])
+
+
+def test_sizes_that_a_model_compares_stay_two(model_of: ModelOf, agree: Agree) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return x.relu() if x.shape[2] != x.shape[3] else x.relu()
+
+    model = model_of(forward)
+    graph = capture(model, [SQUARE]).graph
+    for height, width in ((8, 8), (9, 7), (40, 6)):
+        agree(model, graph, [torch.randn(2, 3, height, width)])
+
+
+def test_inputs_that_share_a_batch(model_of: ModelOf, agree: Agree) -> None:
+    """Two inputs whose batch is one size: both follow where a guard on it fails."""
+
+    def forward(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        z = x + y
+        return z.relu() if z.shape[0] > 4 else z.relu()
+
+    graph = capture(model_of(forward), [FIXED, FIXED]).graph
+    for n in (1, 3, 5, 9):
+        agree(model_of(forward), graph, [torch.randn(n, 3, 8, 8), torch.randn(n, 3, 8, 8)])
+    with pytest.raises(CaptureError, match="for .* = 5 it does something else"):
+        capture(model_of(lambda m, x, y: x + y if x.shape[0] > 4 else x - y), [FIXED, FIXED])
