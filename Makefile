@@ -70,7 +70,7 @@ report: dev  ## everything that a report shows, measured afresh: about half an h
 	$(BIN)/python bench/accuracy.py --parity --depths 18,50 -o build/report/parity.json
 	$(BIN)/fastres report build/report/*.json -o build/report/report.html
 
-zoo: dev  ## whether timm's residual networks compile and agree: the table bench/results/zoo.txt, an hour
+zoo: dev  ## whether timm's residual networks compile and agree: a table, an hour
 	mkdir -p build
 	$(BIN)/python bench/zoo.py -o build/zoo.json | tee build/zoo.txt
 

@@ -1,6 +1,6 @@
 """Networks that nobody here wrote: one of each kind among timm's residual ones, by bench/zoo.py.
 
-The whole family is in bench/results/zoo.txt.
+The whole family takes an hour: `make zoo`.
 """
 
 from __future__ import annotations
