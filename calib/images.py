@@ -79,7 +79,7 @@ class Preprocess(msgspec.Struct, frozen=True):
         pixels = self.pixels(image).permute(2, 0, 1).float()
         if self.channels == "BGR":
             pixels = pixels.flip(0)
-        mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (pixels.new_tensor(v).reshape(3, 1, 1) for v in (self.mean, self.std))
         return ((pixels * self.scale - mean) / std).contiguous()
 
     def pixels(self, image: ImageLike) -> torch.Tensor:

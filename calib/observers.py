@@ -87,7 +87,7 @@ class Observer:
     @property
     def largest_of_each(self) -> torch.Tensor:
         """Each image's largest magnitude: fp32 [images]."""
-        return torch.tensor(self._each)
+        return torch.tensor(self._each, dtype=torch.float32, device="cpu")
 
     @property
     def means(self) -> torch.Tensor:

@@ -84,8 +84,9 @@ def compile(
         model: an nn.Module in eval(), an ExportedProgram, or a Graph from `fastres.build`. What
             torch.compile and DataParallel put around a module is taken off.
         inputs: what the model is fed. A tensor is an example: its batch size is free, H and W are
-            fixed. An `Input` can give ranges. None takes (N, 3, 224, 224). Not for an
-            ExportedProgram, which brings the sizes that it was exported for.
+            fixed. An `Input` can give ranges. Several come in a sequence, or by the names that the
+            forward has for them. None takes (N, 3, 224, 224). Not for an ExportedProgram, which
+            brings the sizes that it was exported for.
         backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "tensorrt", "reference", or
             a list that is tried in order; what was passed over, and why, is in `engine.info`.
         precision: "fp32", "tf32", "fp16", "bf16", "int8", "fp8" (triton, sm_89 and newer); None

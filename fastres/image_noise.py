@@ -39,7 +39,7 @@ class Exact:
         """
         found: list[float] = []
         for number, (batch, n) in enumerate(zip(outputs, self._images, strict=True)):
-            worst = torch.full((n,), torch.inf, dtype=torch.float64)
+            worst = torch.full((n,), torch.inf, dtype=torch.float64, device="cpu")
             for i, y in enumerate(batch):
                 noise = _energy(_rows(y, n), self._rows[i][number])
                 sqnr = 10 * (self._signals[i][number].log10() - noise.log10())

@@ -283,7 +283,7 @@ def _precision(candidate: Any, output: Any) -> torch.dtype:
 
 
 def _tensors(output: Any) -> dict[str, torch.Tensor]:
-    """The tensors of an output by their place in it.
+    """The tensors of an output by their place in it; None is nothing to compare.
 
     Raises:
         InputError: something in it is no tensor.
@@ -291,6 +291,8 @@ def _tensors(output: Any) -> dict[str, torch.Tensor]:
     found = {}
     for path, leaf in pytree.tree_leaves_with_path(output):
         name = pytree.keystr(path) or "output"
+        if leaf is None:
+            continue
         if not isinstance(leaf, torch.Tensor):
             raise InputError(f"{name} is {type(leaf).__name__}; only tensors can be compared")
         found[name] = leaf

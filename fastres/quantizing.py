@@ -156,7 +156,7 @@ def opened(
             raise InputError(str(error)) from error
     usual = inputs
     if inputs is None and isinstance(model, torch.nn.Module):
-        usual = given_inputs(None)
+        usual = given_inputs(None, model)
     return _opened(calibration, model, usual, SAMPLES, None, 0)
 
 
@@ -224,6 +224,6 @@ def _inputs_of(model: Model, inputs: Inputs | None) -> tuple[tuple[Input, ...], 
     """What a model is fed, as far as it is known, and the names of that."""
     if isinstance(model, torch.nn.Module):
         names = list(inspect.signature(model.forward).parameters)
-        return () if inputs is None else given_inputs(inputs), names
+        return () if inputs is None else given_inputs(inputs, model), names
     entries = inputs_of(model) if isinstance(model, Graph | ExportedProgram) else ()
     return entries, [entry.name or "" for entry in entries]

@@ -78,7 +78,7 @@ class ModelReference:
         if any(module.training for module in model.modules()):
             raise InputError("the reference is in training mode: call model.eval() first")
         self.name = type(model).__name__
-        parameter = next(model.parameters(), torch.empty(0))
+        parameter = next(model.parameters(), torch.empty(0, device="cpu"))
         self.dtype, self._device = parameter.dtype, parameter.device
         self._model = model
         self._inputs = inputs

@@ -42,7 +42,7 @@ def settle(model: _Model, images: Tensor, *, seed: int = 0) -> _Model:
             norm.momentum = 1.0  # the running statistics become this batch's own
             norm.train()
             if norm.affine:
-                drawn = torch.empty(norm.num_features)
+                drawn = torch.empty(norm.num_features, dtype=torch.float32, device="cpu")
                 norm.weight.copy_(drawn.uniform_(0.5, 1.5, generator=generator))
                 norm.bias.copy_(drawn.normal_(0, _BETA_STD, generator=generator))
         try:

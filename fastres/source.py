@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,8 @@ from fastres.graph.specs import Sym, TensorSpec
 from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
 from fastres.weights import oddity
 
-Inputs = torch.Tensor | Input | Sequence[torch.Tensor | Input]
+_Example = torch.Tensor | Input
+Inputs = _Example | Sequence[_Example] | Mapping[str, _Example]
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,15 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
         raise InputError(f"a {type(model).__name__} has its inputs already; give them to {where}")
     if isinstance(model, Graph):
         return Source(model, inputs_of(model), model.constants.keys())
-    program = model if isinstance(model, ExportedProgram) else None
-    given = given_inputs(inputs) if program is None else inputs_of_program(program)
+    if isinstance(model, ExportedProgram):
+        given = inputs_of_program(model)
+    else:
+        given = given_inputs(inputs, model)
     captured = capture(model, given)
     graph = captured.graph
     weights = captured.program.state_dict.keys()
     ignored = tuple(k for k in weights if k not in graph.constants)
-    if program is not None:
+    if isinstance(model, ExportedProgram):
         limits = [i.largest[0] for i in given if i.smallest[0] < i.largest[0]]
         largest = min(limits, default=ANY_BATCH)
         return Source(graph, given, weights, ignored, None if largest == ANY_BATCH else largest)
@@ -114,7 +118,11 @@ def taking_pictures(source: Source, preprocess: Preprocess | None) -> Source:
     if not specs[0].torch_dtype.is_floating_point:
         raise InputError(f"the network takes {specs[0]} already: leave out io_dtype=torch.uint8")
     op = Normalize.of(preprocess)
-    numbers = torch.tensor([*op.mean, *op.std, op.scale, *op.factors[0], *op.factors[1]])
+    numbers = torch.tensor(
+        [*op.mean, *op.std, op.scale, *op.factors[0], *op.factors[1]],
+        dtype=torch.float32,
+        device="cpu",
+    )
     if not bool(numbers.isfinite().all()) or min(op.std) < torch.finfo(torch.float32).tiny:
         raise InputError(f"{op} does not normalise: its factors {op.factors} overflow in fp32")
     (value,) = graph.inputs
@@ -154,18 +162,33 @@ def examples(source: Source) -> list[tuple[torch.Tensor, ...]]:
 def _random(shape: Sizes, dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
     """Numbers around 0, bytes of any value, or 0 and 1 where they may be indices."""
     if dtype.is_floating_point:
-        return torch.randn(shape, generator=random).to(dtype)
-    return torch.randint(0, 256 if dtype == torch.uint8 else 2, shape, generator=random).to(dtype)
+        return torch.randn(shape, generator=random, device="cpu").to(dtype)
+    return torch.randint(
+        0, 256 if dtype == torch.uint8 else 2, shape, generator=random, device="cpu"
+    ).to(dtype)
 
 
-def given_inputs(inputs: Inputs | None) -> tuple[Input, ...]:
-    """What a caller gave, or None, as inputs of a module."""
+def given_inputs(inputs: Inputs | None, model: torch.nn.Module) -> tuple[Input, ...]:
+    """What a caller gave, or None, as inputs of a module, in the order of its forward."""
     if inputs is None:
         return (Input((1, 3, 224, 224)),)
     several: Iterable[object] = [inputs]
-    if isinstance(inputs, Iterable) and not isinstance(inputs, torch.Tensor):
+    if isinstance(inputs, Mapping):
+        several = _in_order(inputs, model)
+    elif isinstance(inputs, Iterable) and not isinstance(inputs, torch.Tensor):
         several = inputs
     return tuple(_as_input(item) for item in several)
+
+
+def _in_order(named: Mapping[str, _Example], model: torch.nn.Module) -> list[_Example]:
+    parameters = inspect.signature(model.forward).parameters
+    order = [name for name in parameters if name in named]
+    if len(order) < len(named) or order != list(parameters)[: len(order)]:
+        raise InputError(
+            f"inputs are given for {', '.join(map(repr, named))}; {type(model).__name__}.forward "
+            f"takes {', '.join(parameters)}: name the first of these, without a gap"
+        )
+    return [named[name] for name in order]
 
 
 def _as_input(item: object) -> Input:

@@ -40,7 +40,8 @@ class OnStreams:
             result = self._call(*(self._brought(x) for x in inputs))
         stream.synchronize()
         for tensor in pytree.tree_leaves(result):
-            tensor.record_stream(caller)  # its memory is not given out before that is done with it
+            if tensor is not None:  # its memory is not given out before the caller is done with it
+                tensor.record_stream(caller)
         return result
 
     def _stream(self) -> torch.cuda.Stream:

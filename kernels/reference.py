@@ -258,7 +258,7 @@ def global_avg_pool_int8(
         x: [N, C, H, W] int8, in units of scale.
     """
     acc = x.sum((2, 3), keepdim=keepdim, dtype=torch.int32)
-    mean = torch.tensor(scale / (x.shape[2] * x.shape[3]), dtype=torch.float32)
+    mean = acc.new_tensor(scale / (x.shape[2] * x.shape[3]), dtype=torch.float32)
     return finish_int8(acc, mean, None, None, 1.0, None, out_scale, dtype)
 
 
@@ -289,10 +289,10 @@ def finish_int8(
     if bias is not None:
         v = v + bias.to(torch.float32)
     if residual is not None:
-        v = v + residual.to(torch.float32) * torch.tensor(residual_scale, dtype=torch.float32)
+        v = v + residual.to(torch.float32) * v.new_tensor(residual_scale)
     v = _finish(v, activation)
     if out_scale != 1.0:
-        v = v * torch.tensor(out_scale, dtype=torch.float32)
+        v = v * v.new_tensor(out_scale)
     return requantise(v) if dtype == torch.int8 else v.to(dtype)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,53 @@ def test_constants_that_no_state_dict_holds_survive_new_weights() -> None:
         model.conv.weight.mul_(2)
         engine.update_weights(model.state_dict())
         assert torch.allclose(engine(x), model(x), atol=1e-5)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        lambda: torch.device("meta"),
+        lambda: default_dtype(torch.float64),
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["device", "dtype", "inference", "autocast"],
+)
+def test_the_callers_settings_change_nothing(
+    settings: Callable[[], AbstractContextManager[Any]], tmp_path: Path
+) -> None:
+    """A default device or dtype is for what the caller makes."""
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten())
+    model, x = nn.Sequential(*parts, nn.Linear(8, 5)).eval(), torch.randn(4, 3, 8, 8)
+    pictures = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+
+    def everything() -> list[Tensor]:
+        bytes_in = {"io_dtype": torch.uint8, "preprocess": fastres.Preprocess()}
+        with fastres.compile(model, x, backend="cpu", verify=True) as engine:
+            engine.save(tmp_path / "engine")
+            assert fastres.verify(model, engine, [x]).passed
+            found = [engine(x)]
+        with fastres.load(tmp_path / "engine") as loaded:
+            found.append(loaded(x))
+        with fastres.compile(model, x, backend="cpu", calibration=[x]) as engine:
+            assert engine.options.precision == "int8"
+            found.append(engine(x))
+        with fastres.compile(model, x, backend="cpu", **bytes_in) as engine:
+            found.append(engine(pictures))
+        return found
+
+    want = everything()
+    with settings():
+        found = everything()
+    assert all(map(torch.equal, found, want))

@@ -37,12 +37,20 @@ class InputOf(msgspec.Struct, frozen=True):
 
 
 class SizeOf(msgspec.Struct, frozen=True):
-    """Stands in a call for a size that depends on its inputs: floor((size + add) / div)."""
+    """Stands in a call for a size that depends on its inputs: floor((mul * size + add) / div)."""
 
     input: int
     dim: int
     add: int = 0
     div: int = 1
+    mul: int = 1
+
+    def at(self, size: int) -> int:
+        return (self.mul * size + self.add) // self.div
+
+    @property
+    def is_plain_batch(self) -> bool:
+        return (self.dim, self.add, self.div, self.mul) == (0, 0, 1, 1)
 
 
 def resolve(overload: str) -> torch._ops.OpOverload[..., Any]:
@@ -114,10 +122,11 @@ def with_known_sizes(
         if isinstance(arg, dict) and "input" in arg:
             return {"input": place(arg["input"])}
         if isinstance(arg, dict) and "size" in arg:
-            index, dim, add, div = arg["size"]
+            index, dim, *form = arg["size"]
             size = shapes[index][dim]
-            known = isinstance(size, int)
-            return (size + add) // div if known else {"size": [place(index), dim, add, div]}
+            if isinstance(size, int):
+                return SizeOf(index, dim, *form).at(size)
+            return {"size": [place(index), dim, *form]}
         return arg
 
     args = [written(arg) for arg in msgspec.json.decode(op.args)]
@@ -155,7 +164,7 @@ def reads_batch(op: Aten) -> bool:
 
 
 def _is_plain_batch(arg: Any) -> bool:
-    return isinstance(arg, dict) and "size" in arg and arg["size"][1:] == [0, 0, 1]
+    return isinstance(arg, dict) and "size" in arg and SizeOf(*arg["size"]).is_plain_batch
 
 
 def encode(
@@ -183,7 +192,8 @@ def _encode(overload: str, arg: Any) -> Any:
     if isinstance(arg, InputOf):
         return {"input": arg.input}
     if isinstance(arg, SizeOf):
-        return {"size": [arg.input, arg.dim, arg.add, arg.div]}
+        *form, mul = msgspec.structs.astuple(arg)
+        return {"size": form if mul == 1 else [*form, mul]}
     if isinstance(arg, float) and not math.isfinite(arg):
         return {"float": str(arg)}  # JSON has no such number
     if arg is None or isinstance(arg, bool | int | float | str):
@@ -200,7 +210,7 @@ def _encode(overload: str, arg: Any) -> Any:
         return {"layout": "strided"}
     raise CaptureError(
         f"{overload} is called with {arg!r} ({type(arg).__name__}), which cannot be written down; "
-        "supported are tensors, numbers, strings, dtypes, sizes of the form (N + a) // b, and "
+        "supported are tensors, numbers, strings, dtypes, sizes of the form (k*N + a) // b, and "
         "lists of these. Rewrite that line of the model: fix H and W where it computes with them, "
         "and take a tensor itself in place of its item()"
     )
@@ -216,8 +226,8 @@ def _decode(arg: Any, inputs: Sequence[torch.Tensor]) -> Any:
         case "input":
             return inputs[value]
         case "size":
-            index, dim, add, div = value
-            return (inputs[index].shape[dim] + add) // div
+            index, dim, *form = value
+            return SizeOf(index, dim, *form).at(inputs[index].shape[dim])
         case "float":
             return float(value)
         case "dtype":

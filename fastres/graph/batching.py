@@ -68,8 +68,8 @@ def _probe(
             return graph.constants[name].cpu()
         dtype = graph.spec(name).torch_dtype
         if dtype.is_floating_point:
-            return (scale * torch.randn(sizes[name], generator=random)).to(dtype)
-        return torch.randint(0, 2, sizes[name], generator=random).to(dtype)
+            return (scale * torch.randn(sizes[name], generator=random, device="cpu")).to(dtype)
+        return torch.randint(0, 2, sizes[name], generator=random, device="cpu").to(dtype)
 
     operands = [operand(name) for name in node.inputs]
     count = next(len(x) for name, x in zip(node.inputs, operands, strict=True) if name in images)

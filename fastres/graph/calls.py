@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 
 from fastres.errors import CaptureError
 from fastres.graph.ir import Op
+from fastres.graph.names import place_of
 from fastres.kernels.geometry import Pair
 
 
@@ -49,7 +50,11 @@ class Call:
         self.is_fixed = is_fixed
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
-            raise CaptureError(f"{target} ({node.name}) is no operator of PyTorch")
+            raise CaptureError(
+                f"{getattr(target, '__name__', target)} in {place_of(node)} is no operator of "
+                "PyTorch but a function, as torch.vmap and torch.func leave them in a program. "
+                "Write that part with operations on the whole batch"
+            )
         self.schema = target._schema
         self.tags = target.tags
         self.overload = str(target)

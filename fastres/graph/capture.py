@@ -25,7 +25,7 @@ from fastres.graph.names import Namer, place_of, wanted_name
 from fastres.graph.readers import read, read_part
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import DTYPE_NAMES, GIVEN_DTYPES, Dim, Shape, Sym, TensorSpec
-from fastres.graph.symbols import Place, Symbols, depends_on_values
+from fastres.graph.symbols import Place, Symbols
 from fastres.options import Input, Sizes
 
 
@@ -50,35 +50,38 @@ def capture(model: torch.nn.Module | ExportedProgram, inputs: Sequence[Input]) -
 
     Args:
         model: in eval() mode, with finite weights; or a program already exported.
-        inputs: one per positional argument of the model; ignored for an ExportedProgram.
+        inputs: one per positional argument of the model; of an ExportedProgram, what it says that
+            it takes.
 
     Raises:
         CaptureError: training mode, non-finite weights, no export, or a call that cannot be kept.
     """
     if isinstance(model, ExportedProgram):
         check_finite(model)
-        return _read(model)
+        return _read(model, inputs)
     program = export(model, inputs)
     check_finite(program)
-    captured = _read(program)
+    captured = _read(program, inputs)
 
     def again(shapes: Sequence[Sizes]) -> ExportedProgram:
         return export(model, inputs, shapes)
 
     def graph_of(program: ExportedProgram, pins: Mapping[Place, int]) -> Graph:
-        return _read(program, pins).graph
+        return _read(program, inputs, pins).graph
 
     check_branches(program, captured.graph, inputs, again, graph_of)
     return captured
 
 
-def _read(program: ExportedProgram, pins: Mapping[Place, int] | None = None) -> Captured:
+def _read(
+    program: ExportedProgram, inputs: Sequence[Input], pins: Mapping[Place, int] | None = None
+) -> Captured:
     try:
-        return _Reader(program, pins).read()
+        return _Reader(program, inputs, pins).read()
     except NeedsFunctional:
         pass
     try:
-        return _Reader(functional(program), pins).read()
+        return _Reader(functional(program), inputs, pins).read()
     except NeedsFunctional as error:
         raise CaptureError(
             f"{error} changes tensors in place, or decides by values, in a way that PyTorch's "
@@ -91,12 +94,18 @@ class _Reader:
     """One walk over the program's nodes.
 
     Args:
+        inputs: what it is fed, which its sizes range over.
         pins: sizes of inputs that the graph is to have as numbers.
     """
 
-    def __init__(self, program: ExportedProgram, pins: Mapping[Place, int] | None = None) -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        inputs: Sequence[Input],
+        pins: Mapping[Place, int] | None = None,
+    ) -> None:
         self.program = program
-        self.symbols = Symbols(pins)
+        self.symbols = Symbols(inputs, pins)
         self.env: dict[torch.fx.Node, str] = {}  # program node → value or constant
         self.aliases = Aliases()
         self.fixed: set[torch.fx.Node] = set()  # the constants, and what is computed of them alone
@@ -111,7 +120,7 @@ class _Reader:
 
     def read(self) -> Captured:
         values: dict[str, str] = {}
-        outputs: tuple[str, ...] = ()
+        outputs: tuple[str | None, ...] = ()
         self._placeholders()
         if not self.inputs:
             raise CaptureError("the model takes no tensor: what it returns never changes")
@@ -128,9 +137,9 @@ class _Reader:
         graph = Graph(
             inputs=tuple(self.inputs),
             nodes=tuple(self.nodes),
-            outputs=outputs,
+            outputs=tuple(name for name in outputs if name is not None),
             constants={name: t for name, t in self.constants.items() if name in used},
-            output_tree=trees.of_program(self.program.call_spec.out_spec),
+            output_tree=trees.of_program(self.program.call_spec.out_spec, outputs),
         )
         return Captured(laws.check(graph, "capture"), self.program, values)
 
@@ -156,7 +165,7 @@ class _Reader:
     def _user_input(self, node: torch.fx.Node) -> None:
         self.symbols.name_sizes(node.meta["val"], node.name, len(self.inputs))
         spec = TensorSpec(
-            self._shape(node), _dtype_name(node.meta["val"].dtype, f"input {node.name}")
+            self.symbols.shape(node), _dtype_name(node.meta["val"].dtype, f"input {node.name}")
         )
         value = Value(self.namer.name(node.name), spec)
         self.inputs.append(value)
@@ -276,7 +285,9 @@ class _Reader:
             dim = self.symbols.dim(arg) if isinstance(arg, torch.SymInt) else None
             return arg if dim is None else self._size_of(dim, names)
 
-        result = TensorSpec(self._shape(node), _dtype_name(node.meta["val"].dtype, node.name))
+        result = TensorSpec(
+            self.symbols.shape(node), _dtype_name(node.meta["val"].dtype, node.name)
+        )
         given = list(call.node.args), dict(call.node.kwargs)
         args, kwargs = pytree.tree_map(written, given)
         return Emit(aten.encode(call.functional, args, kwargs, result, index), tuple(names))
@@ -284,7 +295,7 @@ class _Reader:
     def _in_memory(self, call: Call, operand: torch.fx.Node) -> str:
         """The operand with its dimensions in the order in which the model has them in memory."""
         name, order = self.env[operand], memory_order(operand.meta["val"])
-        shape = self._shape(operand)
+        shape = self.symbols.shape(operand)
         if order is None or (order != tuple(range(len(shape))) and "scatter" in call.short_name):
             raise CaptureError(
                 f"{call.overload} in {place_of(call.node)} reads the memory of {name}, a part of "
@@ -305,13 +316,14 @@ class _Reader:
         if isinstance(size, int):
             return size
         bare = Sym(size.symbol)
-        for wanted, add, div in ((size, 0, 1), (bare, size.add, size.div)):
+        form = size.add, size.div, size.mul
+        for wanted, of_it in ((size, ()), (bare, form)):
             for i, name in enumerate(names):
                 if wanted in self.shapes.get(name, ()):
-                    return aten.SizeOf(i, self.shapes[name].index(wanted), add, div)
+                    return aten.SizeOf(i, self.shapes[name].index(wanted), *of_it)
         source = next(value for value in self.inputs if bare in value.spec.shape)
         names.append(source.name)
-        return aten.SizeOf(len(names) - 1, source.spec.shape.index(bare), size.add, size.div)
+        return aten.SizeOf(len(names) - 1, source.spec.shape.index(bare), *form)
 
     def _infer(self, draft: Node) -> Shape:
         if isinstance(draft.op, Aten):
@@ -333,33 +345,12 @@ class _Reader:
             self.dtypes[name] = _dtype_name(self.constants[name].dtype, name)
         return self.dtypes[name]
 
-    def _shape(self, node: torch.fx.Node) -> Shape:
-        dims: list[Dim] = []
-        for size, dim in zip(
-            node.meta["val"].shape, self.symbols.shape(node.meta["val"]), strict=True
-        ):
-            if dim is None and depends_on_values(size):
-                raise CaptureError(
-                    f"{node.target} in {place_of(node)} has a size that depends on the numbers in "
-                    "a tensor, or on where a slice ends; an engine's sizes follow from those of "
-                    "its inputs. Use a mask, or torch.where, in place of what picks some of the "
-                    "elements; fix H and W if a slice is taken by them"
-                )
-            if dim is None:
-                raise CaptureError(
-                    f"{node.target} in {place_of(node)} has a size of {self.symbols.text(size)}, "
-                    "which is not of the form (N + a) // b. Fix H and W if they are in it; write "
-                    "x.size(0) where the batch is meant; where the model joins the batch with "
-                    "something else, compile torch.export.export(model, (x,)) for that batch size"
-                )
-            dims.append(dim)
-        return tuple(dims)
-
     def _value_of(self, node: torch.fx.Node) -> str:
         return self.env[node]
 
-    def _outputs(self, node: torch.fx.Node) -> tuple[str, ...]:
-        names = []
+    def _outputs(self, node: torch.fx.Node) -> tuple[str | None, ...]:
+        """The value at each leaf of what the model returns, or None, which it may return, too."""
+        names: list[str | None] = []
         leaves = pytree.tree_leaves(node.args[0])
         specs = self.program.graph_signature.output_specs
         for leaf, spec in zip(leaves, specs, strict=True):
@@ -367,6 +358,9 @@ class _Reader:
                 continue  # the caller's tensor, see `capture`
             if spec.kind != OutputKind.USER_OUTPUT:
                 raise _keeps_state(str(spec.target))
+            if leaf is None:
+                names.append(None)
+                continue
             name = self.env.get(leaf) if isinstance(leaf, torch.fx.Node) else None
             if name is None or name in self.constants:
                 what = name or repr(leaf)
@@ -375,6 +369,8 @@ class _Reader:
                     "gives nothing else. Wrap the model in a module whose forward leaves it out"
                 )
             names.append(name)
+        if set(names) <= {None}:
+            raise CaptureError("the model returns no tensor; let its forward return what it found")
         return tuple(names)
 
 

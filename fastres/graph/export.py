@@ -87,7 +87,7 @@ def example_shapes(inputs: Sequence[Input]) -> list[Sizes]:
 def _followed(
     model: torch.nn.Module, inputs: Sequence[Input], shapes: Sequence[Sizes]
 ) -> ExportedProgram:
-    tensor = next(iter(model.parameters()), torch.empty(0))
+    tensor = next(iter(model.parameters()), torch.empty(0, device="cpu"))
     examples = tuple(  # without values: the exporter looks at sizes alone, and may get large ones
         torch.empty(shape, dtype=spec.dtype or tensor.dtype, device=tensor.device)
         for shape, spec in zip(shapes, inputs, strict=True)
@@ -166,8 +166,9 @@ def _check_free(program: ExportedProgram, inputs: Sequence[Input]) -> None:
         fixed = [i for i in (0, *spec.ranged) if is_fixed(shape[i])]
         if 0 in fixed:
             raise CaptureError(
-                f"the model only takes batches of {shape[0]} in {name}: a line of it names that "
-                "number, or makes one of the batch size. Write x.size(0), or -1, in its place"
+                f"the model only takes batches of {shape[0]} in {name}: a line of it, or an "
+                "operator that it calls, makes one number of the batch size. Write x.size(0), or "
+                "-1, in its place; or compile torch.export.export(model, (x,)) for that batch size"
             )
         if fixed:
             raise CaptureError(

@@ -24,6 +24,7 @@ _BY_VALUES = (
     "Unsupported",
 )
 _AMBIGUOUS = "Boolean value of Tensor"
+_HIDDEN = "fake tensor in the exported program"  # made where the exporter does not look
 _OUTSIDE = (".numpy()", "data pointer")  # of a RuntimeError where a model leaves PyTorch
 _UNKNOWN_TYPE = "not a known type"
 _LONGEST = 160  # characters of somebody else's message
@@ -76,13 +77,18 @@ def _advice(model: nn.Module, examples: Sequence[torch.Tensor], error: Exception
     """What to do about an error of a known kind; empty for the others."""
     said = str(error)
     if type(error).__name__ in _BY_VALUES or _AMBIGUOUS in said:
-        parts = _parts(model, examples) or "Rewrite that line, or compile the part before it"
+        parts = _parts(model, examples) or (
+            "Rewrite that line (a number that a buffer holds can be an attribute, as a float), or "
+            "compile the part before it"
+        )
         return f"It decides by values; an engine's control flow does not depend on values. {parts}"
     if _UNKNOWN_TYPE in said:
         return (
             "Return tensors in tuples, lists, dicts or namedtuples, or register the class, such as "
             "by torch.export.register_dataclass"
         )
+    if _HIDDEN in said:
+        return "It takes a tensor out of PyTorch's sight, as x.data does: write x.detach()"
     if any(sign in said for sign in _OUTSIDE):
         return "There the model leaves PyTorch: write that part with operations of PyTorch"
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

@@ -273,7 +273,7 @@ def _specs(entry: GraphEntry) -> Iterator[tuple[str, TensorSpec]]:
 def _smallest(dim: Dim) -> int:
     """A lower bound of a size; negative for a form that is no size at all."""
     if isinstance(dim, Sym):
-        return 0 if dim.div > 0 else -1
+        return 0 if dim.div > 0 and dim.mul > 0 else -1
     return dim
 
 

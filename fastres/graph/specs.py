@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -24,29 +25,40 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 GIVEN_DTYPES = frozenset(DTYPE_NAMES) - {torch.float8_e4m3fn}  # what models and inputs may be of
 
 
-class Sym(msgspec.Struct, frozen=True, tag=True):
-    """A size that is not known yet: floor((symbol + add) / div), with symbol one of N, H, W.
+class Sym(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A size that is not known yet: floor((mul * symbol + add) / div), symbol one of N, H, W.
 
     Convolution and pooling sizes are closed under this form, because
-    floor((x + a)/d) + b = floor((x + a + b*d)/d) and floor(floor(x/a)/b) = floor(x/(a*b)),
-    so two sizes are equal exactly when their forms are.
+    floor((x + a)/d) + b = floor((x + a + b*d)/d) and floor(floor(x/a)/b) = floor(x/(a*b)); and
+    since `mul` and `div` share no factor, two sizes are equal exactly when their forms are. `mul`
+    is not 1 where a model joins the batch with heads or windows.
     """
 
     symbol: str
-    add: int = 0
-    div: int = 1
+    # factories, since files hold these two always, and `mul` where it is not 1
+    add: int = msgspec.field(default_factory=lambda: 0)
+    div: int = msgspec.field(default_factory=lambda: 1)
+    mul: int = 1
 
     def plus(self, n: int) -> Sym:
-        return Sym(self.symbol, self.add + n * self.div, self.div)
+        return Sym(self.symbol, self.add + n * self.div, self.div, self.mul)
 
     def floordiv(self, n: int) -> Sym:
-        return Sym(self.symbol, self.add, self.div * n)
+        shared = math.gcd(self.mul, n)  # floor((g*x + a) / (g*d)) = floor((x + floor(a/g)) / d)
+        return Sym(self.symbol, self.add // shared, self.div * n // shared, self.mul // shared)
+
+    def times(self, n: int) -> Sym | None:
+        """None where the product has no such form: of a quotient, or by a number below 1."""
+        if self.div > 1 or n < 1:
+            return None
+        return Sym(self.symbol, n * self.add, 1, n * self.mul)
 
     def at(self, value: int) -> int:
-        return (value + self.add) // self.div
+        return (self.mul * value + self.add) // self.div
 
     def __str__(self) -> str:
-        text = self.symbol if not self.add else f"{self.symbol}{self.add:+d}"
+        text = self.symbol if self.mul == 1 else f"{self.mul}*{self.symbol}"
+        text = text if not self.add else f"{text}{self.add:+d}"
         if self.div == 1:
             return text
         return f"({text})//{self.div}" if self.add else f"{text}//{self.div}"
@@ -77,7 +89,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 def _at(size: Sym, value: Dim | None) -> Dim:
     if isinstance(value, Sym):
-        return Sym(value.symbol, size.add, size.div)
+        return Sym(value.symbol, size.add, size.div, size.mul)
     return size if value is None else size.at(value)
 
 

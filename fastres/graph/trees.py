@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
@@ -22,6 +22,14 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from fastres.errors import GraphError
 
 LEAF = pytree.tree_structure(0)
+
+
+class _Nothing:
+    """Stands for None in a tree: PyTorch takes None for a leaf, and an engine's are tensors."""
+
+
+pytree.register_pytree_node(_Nothing, lambda _: ([], None), lambda *_: None)
+_NONE = pytree.TreeSpec(_Nothing, None, [])
 _PROTOCOL = 1  # of PyTorch's JSON
 _DEEPEST = 100  # containers in each other
 _NAMEDTUPLE = "collections.namedtuple"
@@ -32,6 +40,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "builtins.dict": dict,
     "collections.OrderedDict": OrderedDict,
     "collections.deque": deque,
+    "builtins.NoneType": _Nothing,
 }
 _TRACED: dict[Any, Any] = {immutable_dict: dict, immutable_list: list}  # torch.fx's own containers
 
@@ -56,12 +65,20 @@ class _Node(msgspec.Struct, forbid_unknown_fields=True):
     names: Any = msgspec.UNSET
 
 
-def of_program(spec: pytree.TreeSpec | None) -> pytree.TreeSpec:
-    """The tree that a program returns; torch.fx's dicts and lists were plain ones."""
+def of_program(spec: pytree.TreeSpec | None, returned: Iterable[object]) -> pytree.TreeSpec:
+    """The tree that a program returns; torch.fx's dicts and lists were plain ones.
+
+    Args:
+        returned: what stands at its leaves, of which those that are None become part of the tree.
+    """
     assert spec is not None  # every exported program has one
+    return _traced(spec, iter(returned))
+
+
+def _traced(spec: pytree.TreeSpec, returned: Iterator[object]) -> pytree.TreeSpec:
     if spec.type is None:
-        return spec
-    parts = [of_program(part) for part in spec.children()]
+        return _NONE if next(returned) is None else spec
+    parts = [_traced(part, returned) for part in spec.children()]
     return pytree.TreeSpec(_TRACED.get(spec.type, spec.type), spec.context, parts)
 
 
@@ -167,6 +184,8 @@ def _plain(node: _Node, parts: list[Any]) -> Any:
         return make(zip(context, parts, strict=True))
     if make in (tuple, list) and context is None:
         return make(parts)
+    if make is _Nothing and context is None and not parts:
+        return _Nothing()
     longest = len(parts) if context is None else context
     if make is deque and isinstance(longest, int) and longest >= len(parts):
         return deque(parts, maxlen=context)

@@ -174,6 +174,7 @@ def test_says_where_and_what_to_do(name: str) -> None:
 
 def test_the_parts_that_it_names_compile() -> None:
     """A whole detection network does not; what is said of its parts is so."""
+    torch.manual_seed(0)
     model = torchvision.models.detection.retinanet_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=3
     ).eval()
@@ -182,8 +183,6 @@ def test_the_parts_that_it_names_compile() -> None:
     with pytest.raises(CaptureError, match="'backbone' takes one picture.*or 'backbone.body'"):
         fastres.compile(model, x, backend="reference")
     assert torch.nn.modules.module._global_forward_pre_hooks == hooks
-    with fastres.compile(model.backbone, x, backend="reference") as engine, torch.no_grad():
-        want, got = model.backbone(x), engine(x)
-        assert list(want) == list(got)
-        for level in want:
-            torch.testing.assert_close(got[level], want[level], rtol=1e-3, atol=1e-4)
+    with fastres.compile(model.backbone, x, backend="reference") as engine:
+        assert fastres.verify(model.backbone, engine, [x]).passed
+        assert list(engine(x)) == ["0", "1", "2", "p6", "p7"]

@@ -181,6 +181,13 @@ MUTATIONS: dict[str, tuple[Callable[[Json], None], str]] = {
         put("graph/inputs/x/spec/shape/0", {"type": "Sym", "symbol": "N", "add": 0, "div": 0}),
         "impossible size",
     ),
+    "none of each image": (
+        put(
+            "graph/inputs/x/spec/shape/0",
+            {"type": "Sym", "symbol": "N", "add": 0, "div": 1, "mul": 0},
+        ),
+        "impossible size",
+    ),
     "huge size": (put("graph/inputs/x/spec/shape", [2, 3, 2**62, 8]), "impossible size"),
     "huge product": (put("graph/inputs/x/spec/shape", [2, 3, 2**30, 2**30]), "any memory"),
     "huge constant": (put("source/constants/fc.weight/shape", [2**40, 2**40]), "any memory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -53,7 +54,7 @@ def rule(op: Op, inputs: list[Shape], params: dict[str, tuple[int, ...]] | None 
     return node_shape(graph, node, dict(zip(names, inputs, strict=True)))
 
 
-# (x + n) or x // n, any number of times
+# (x + n) or x // n, any number of times; and before them x * n, any number of times
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("plus"), st.integers(-40, 40)),
@@ -61,39 +62,57 @@ steps = st.lists(
     ),
     max_size=8,
 )
+factors = st.lists(st.integers(1, 12), max_size=2)
+
+
+def multiple(numbers: list[int]) -> Sym:
+    """H times these numbers."""
+    size: Sym | None = H
+    for n in numbers:
+        assert size is not None
+        size = size.times(n)
+    assert size is not None
+    return size
 
 
 class TestSym:
-    @given(steps, st.integers(-50, 5000))
-    def test_a_chain_is_one_form(self, chain: list[tuple[str, int]], value: int) -> None:
-        size, want = H, value
+    @given(factors, steps, st.integers(-50, 5000))
+    def test_a_chain_is_one_form(
+        self, first: list[int], chain: list[tuple[str, int]], value: int
+    ) -> None:
+        size, want = multiple(first), value * math.prod(first)
         for name, n in chain:
             size = getattr(size, name)(n)
             want = want + n if name == "plus" else want // n
         assert size.at(value) == want
 
-    @given(steps, steps)
+    @given(factors, steps, factors, steps)
     def test_equal_forms_are_equal_sizes(
-        self, a: list[tuple[str, int]], b: list[tuple[str, int]]
+        self, i: list[int], a: list[tuple[str, int]], j: list[int], b: list[tuple[str, int]]
     ) -> None:
-        left, right = H, H
+        left, right = multiple(i), multiple(j)
         for name, n in a:
             left = getattr(left, name)(n)
         for name, n in b:
             right = getattr(right, name)(n)
         # two periods of both: forms that agree there agree everywhere
         values = range(2 * max(left.div, right.div) + 1)
-        same = all(left.at(v) == right.at(v) for v in values) and left.div == right.div
+        grow_alike = left.mul * right.div == right.mul * left.div
+        same = all(left.at(v) == right.at(v) for v in values) and grow_alike
         assert (left == right) == same
 
-    @given(st.integers(-9, 9), st.integers(1, 5), st.integers(0, 99))
-    def test_its_text_is_its_meaning(self, add: int, div: int, value: int) -> None:
-        size = Sym("H", add, div)
+    @given(st.integers(-9, 9), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
+    def test_its_text_is_its_meaning(self, add: int, div: int, mul: int, value: int) -> None:
+        size = Sym("H", add, div, mul)
         assert eval(str(size), {"H": value}) == size.at(value)
 
     def test_text(self) -> None:
-        forms = (Sym("N"), Sym("H", 1), Sym("H", -1, 2), Sym("W", 0, 4))
-        assert [str(s) for s in forms] == ["N", "H+1", "(H-1)//2", "W//4"]
+        forms = (Sym("N"), Sym("H", 1), Sym("H", -1, 2), Sym("W", 0, 4), Sym("N", 2, 3, 4))
+        assert [str(s) for s in forms] == ["N", "H+1", "(H-1)//2", "W//4", "(4*N+2)//3"]
+
+    def test_products_without_such_a_form(self) -> None:
+        assert H.floordiv(2).times(2) is None
+        assert H.times(0) is None and H.times(-1) is None
 
 
 windows = st.tuples(

@@ -194,6 +194,8 @@ FORGED: dict[str, tuple[Any, str]] = {
     "keys that are no JSON": ([1, node("builtins.dict", "[", LEAF)], "does not fit"),
     "keys that are no text": ([1, node("builtins.dict", ["a"], LEAF)], "does not fit"),
     "a tuple with a context": ([1, node("builtins.tuple", '"x"', LEAF)], "does not fit"),
+    "None with parts": ([1, node("builtins.NoneType", "null", LEAF)], "does not fit"),
+    "None with a context": ([1, node("builtins.NoneType", "1")], "does not fit"),
     "a deque too short": ([1, node("collections.deque", "1", LEAF, LEAF)], "does not fit"),
     "a deque below 0": ([1, node("collections.deque", "-1")], "does not fit"),
     "unknown, without names": ([1, node("os.system", None, LEAF)], "does not fit"),

@@ -66,7 +66,9 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> to
     """weight * scale in float64, a few channels at a time: a copy in float64 is twice the weight,
     and what the allocator keeps of it is half the memory of compiling."""
     rows = max(1, _AT_ONCE // weight[0].numel())
-    result = torch.empty(weight.shape, dtype=dtype)  # contiguous, whatever the weight is
+    result = torch.empty(
+        weight.shape, dtype=dtype, device="cpu"
+    )  # contiguous, whatever the weight is
     pieces = (torch.split(x, rows) for x in (weight, scale, result))
     for part, factors, done in zip(*pieces, strict=True):
         done.copy_(part.double() * factors.view(-1, *[1] * (weight.dim() - 1)))

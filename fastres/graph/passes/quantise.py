@@ -194,10 +194,11 @@ def _with_quantised_weight(
                 f"which has {groups * weight.shape[1]} channels. Make it again with "
                 "fastres.quantize"
             )
-        mean = torch.tensor(means, dtype=torch.float64).repeat_interleave(pixels).view(groups, -1)
+        mean = torch.tensor(means, dtype=torch.float64, device="cpu")
+        mean = mean.repeat_interleave(pixels).view(groups, -1)
         parts = zip(moved.double().chunk(groups), mean, strict=True)
         shift = torch.cat([rows @ m for rows, m in parts])
         params["bias"] = f"{name}.corrected_bias"
-        bias = constants[node.params["bias"]] if "bias" in node.params else torch.zeros(len(weight))
-        constants[params["bias"]] = (bias.double() - shift).to(constants[name].dtype)
+        bias = constants[node.params["bias"]].double() if "bias" in node.params else 0.0
+        constants[params["bias"]] = (bias - shift).to(constants[name].dtype)
     return node.with_(params=params)
