@@ -220,22 +220,24 @@ def build(
 
 
 def optimised(source: Graph, error: type[FastresError]) -> Graph:
-    """The graph that is to be lowered, with constants of its own that are all finite."""
-    _check_variances(source, error)
+    """The graph that is to be lowered, with constants of its own; all its layers' are finite."""
+    _check_statistics(source, error)
     graph = optimise(source)
+    weights = graph.taken_as_weights
     for name, tensor in graph.constants.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
+        if name in weights and tensor.is_floating_point() and not is_finite(tensor):
             raise error(
-                f"{name} overflows {tensor.dtype} when BatchNorm is folded into it: the model's "
-                "weights or statistics are out of any sensible range. Load sound weights first"
+                f"{name} is infinite, or overflows {tensor.dtype} when BatchNorm is folded into "
+                "it: the model's weights or statistics are out of any sensible range. Load sound "
+                "weights first"
             )
     return _detached(graph, source)
 
 
-def _check_variances(graph: Graph, error: type[FastresError]) -> None:
+def _check_statistics(graph: Graph, error: type[FastresError]) -> None:
     norms = [node for node in graph.nodes if isinstance(node.op, BatchNorm)]
     if any(node.params["var"] not in graph.constants for node in norms):  # computed, of weights
-        _check_variances(fold_constants(graph), error)
+        _check_statistics(fold_constants(graph), error)
         return
     for node in norms:
         assert isinstance(node.op, BatchNorm)
@@ -245,6 +247,9 @@ def _check_variances(graph: Graph, error: type[FastresError]) -> None:
                 f"{node.params['var']} holds {negative} variances that are negative, or zero "
                 "without an eps: BatchNorm gives NaN for them. Load sound weights first"
             )
+        infinite = [n for n in node.params.values() if not is_finite(graph.constants[n])]
+        if infinite:
+            raise error(f"{infinite[0]} holds infinite values. Load sound weights first")
 
 
 def _detached(graph: Graph, source: Graph) -> Graph:

@@ -214,7 +214,9 @@ def test_verify_of_bytes_and_of_indices() -> None:
 
 UNSOUND: dict[str, tuple[str, float, str]] = {
     "a negative variance": ("bn1.running_var", -1.0, "bn1.running_var holds 1 variances"),
-    "statistics out of range": ("bn1.weight", 1e38, "conv1.folded_weight overflows"),
+    "statistics out of range": ("bn1.weight", 1e38, "conv1.folded_weight .*overflows"),
+    "an infinite variance": ("bn1.running_var", torch.inf, "bn1.running_var .*infinite"),
+    "an infinite mean": ("layer1.0.bn2.running_mean", -torch.inf, "bn2.running_mean .*infinite"),
 }
 
 

@@ -227,8 +227,15 @@ def _range_of(program: ExportedProgram, size: Any) -> range:
 
 
 def check_finite(program: ExportedProgram) -> None:
-    """Raises CaptureError if a weight is NaN or infinite, or has no values at all."""
+    """Refuses weights that are NaN or infinite, or have no values at all.
+
+    A buffer's infinities may be meant: a mask of classes that are ruled out adds -inf to them.
+
+    Raises:
+        CaptureError: names the weight.
+    """
     tensors = {**program.state_dict, **program.constants}
+    parameters = set(program.graph_signature.parameters)
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
@@ -236,7 +243,7 @@ def check_finite(program: ExportedProgram) -> None:
             continue  # refused by name if anything reads it
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device: it has no values to compile")
-        if not is_finite(tensor):
+        if not is_finite(tensor) and (name in parameters or bool(tensor.isnan().any())):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CaptureError(
                 f"{name} {list(tensor.shape)} holds {bad} values that are NaN or infinite; the "

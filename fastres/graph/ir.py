@@ -296,6 +296,11 @@ class Graph:
         """The node that normalises decoded pictures; None where the model is fed as it was."""
         return next((node for node in self.nodes if isinstance(node.op, Normalize)), None)
 
+    @property
+    def taken_as_weights(self) -> set[str]:
+        """What layers take as their weights, biases, statistics and scales."""
+        return {name for node in self.nodes for name in node.params.values()}
+
     def users(self) -> dict[str, list[Node]]:
         """Which nodes read each value; a graph output is not a user (see `outputs`)."""
         users: dict[str, list[Node]] = {}

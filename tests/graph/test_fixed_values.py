@@ -266,3 +266,44 @@ def test_a_returned_weight_that_is_computed_with(agree: Agree) -> None:
     with fastres.compile(model, x, on_unsupported="fallback") as engine:
         for got, want in zip(engine(x), model(x), strict=True):
             assert torch.allclose(got, want, atol=1e-5)
+
+
+class RuledOut(nn.Module):
+    """Adds -inf to the logits of some classes, from a buffer or computed from one."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.net, self.computed = Net(), computed
+        out = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0])
+        self.register_buffer("out", out if computed else torch.where(out > 0, -torch.inf, 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.out.masked_fill(self.out > 0, -torch.inf) if self.computed else self.out
+        return self.net(x) + mask  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_infinities_that_are_meant(computed: bool, backend: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, x = RuledOut(computed).eval(), torch.randn(3, 3, 12, 12)
+    options: dict[str, Any] = {"backend": backend, "on_unsupported": "fallback"}
+    with fastres.compile(model, x, **options) as engine:
+        assert fastres.verify(model, engine, [x]).passed
+        assert (
+            engine(x)[:, [1, 4]].eq(-torch.inf).all() and engine(x)[:, [0, 2, 3]].isfinite().all()
+        )
+        engine.save(tmp_path / "engine")
+        with fastres.load(tmp_path / "engine") as loaded:
+            assert torch.equal(loaded(x), engine(x))
+        model.out = model.out.flip(0)
+        engine.update_weights(model.state_dict())
+        assert fastres.verify(model, engine, [x]).passed
+
+
+def test_infinite_weights_in_a_buffer() -> None:
+    model = Net()
+    del model.fc.weight
+    model.fc.register_buffer("weight", torch.full((5, 6), torch.inf))
+    with pytest.raises(CaptureError, match="fc.weight is infinite.*Load sound weights first"):
+        fastres.compile(model.eval(), torch.randn(1, 3, 12, 12), backend="reference")
