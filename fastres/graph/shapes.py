@@ -263,14 +263,19 @@ def _(op: Concat, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape
     for shape in inputs[1:]:
         if (shape[: op.dim], shape[op.dim + 1 :]) != (before, after):
             raise GraphError("inputs must agree in every other dimension")
-        size = shape[op.dim]
-        if isinstance(size, int):
-            total = _plus(total, size)
-        elif isinstance(total, int):
-            total = _plus(size, total)
-        else:
-            raise GraphError("two variable sizes cannot be joined: pass a fixed Input")
+        total = _joined(total, shape[op.dim])
     return (*before, total, *after)
+
+
+def _joined(a: Dim, b: Dim) -> Dim:
+    if isinstance(b, int):
+        return _plus(a, b)
+    if isinstance(a, int):
+        return _plus(b, a)
+    total = a.joined(b)
+    if total is None:
+        raise GraphError(f"{a} and {b} cannot be joined: pass a fixed Input")
+    return total
 
 
 @_rule.register

@@ -53,6 +53,12 @@ class Sym(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
             return None
         return Sym(self.symbol, n * self.add, 1, n * self.mul)
 
+    def joined(self, other: Sym) -> Sym | None:
+        """The sum; None where it has no such form: of quotients, or of two symbols."""
+        if self.symbol != other.symbol or self.div > 1 or other.div > 1:
+            return None
+        return Sym(self.symbol, self.add + other.add, 1, self.mul + other.mul)
+
     def at(self, value: int) -> int:
         return (self.mul * value + self.add) // self.div
 

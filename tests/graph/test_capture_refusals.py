@@ -182,8 +182,8 @@ REFUSED: dict[str, tuple[Case, str]] = {
         "needs fixed H and W: pass a fixed Input",
     ),
     "two pictures above each other": (
-        forwards(lambda m, x: torch.cat((x, x), 2), RANGED),
-        "two variable sizes cannot be joined",
+        forwards(lambda m, x: torch.cat((x, x[:, :, ::2]), 2), RANGED),
+        r"H and \(H\+1\)//2 cannot be joined: pass a fixed Input",
     ),
     "a size returned": (forwards(lambda m, x: (x * 2, x.size(0))), "returns sym_size.* no tensor"),
     "a number returned": (

@@ -59,6 +59,11 @@ JOINED: dict[str, tuple[Callable[[Any, Tensor], Tensor], set[Sym]]] = {
         {Sym("N", mul=4), Sym("N", 1, mul=4)},
     ),
     "every third channel": (lambda m, x: x.flatten(0, 1)[::3] * 2, {Sym("N", 2, 3, 4)}),
+    "mirrored pictures": (lambda m, x: m.net(torch.cat((x, x.flip(3)))), {Sym("N", mul=2)}),
+    "mirrored, and their mean": (
+        lambda m, x: m.net(torch.cat((x, x.flip(3)))).view(2, x.shape[0], -1).mean(0),
+        {Sym("N", mul=2)},
+    ),
     "a number written out": (lambda m, x: x.view(2, -1) * 2, {Sym("N", mul=128)}),
     "pictures cut in two": (lambda m, x: x.reshape(-1, 4, 4, 8) * 2, {Sym("N", mul=2)}),
     "a size that is computed": (
@@ -71,7 +76,8 @@ JOINED: dict[str, tuple[Callable[[Any, Tensor], Tensor], set[Sym]]] = {
 @pytest.mark.parametrize("name", JOINED)
 def test_any_batch(name: str, agree: Agree, model_of: ModelOf) -> None:
     forward, sizes = JOINED[name]
-    model = model_of(forward)
+    head = (nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    model = model_of(forward, net=nn.Sequential(*head))
     graph = graph_of(model)
     found = {d for node in graph.nodes for d in node.spec.shape if isinstance(d, Sym)}
     assert sizes <= found

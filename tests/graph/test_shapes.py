@@ -114,6 +114,12 @@ class TestSym:
         assert H.floordiv(2).times(2) is None
         assert H.times(0) is None and H.times(-1) is None
 
+    @given(*(st.integers(1, 9) for _ in range(4)), st.integers(0, 99))
+    def test_joined(self, mul: int, add: int, mul2: int, add2: int, value: int) -> None:
+        total = Sym("H", add, 1, mul).joined(Sym("H", add2, 1, mul2))
+        assert total is not None and total.at(value) == (mul + mul2) * value + add + add2
+        assert H.joined(W) is None and H.joined(H.floordiv(2)) is None
+
 
 windows = st.tuples(
     st.integers(1, 7),  # kernel
@@ -203,6 +209,7 @@ class Case:
 
 
 IMAGE: Shape = (N, 6, H, W)
+HALF: Shape = (N, 6, H.floordiv(2), W)
 ALL = (0, 0, 0, 0)
 CASES = {
     "conv": Case(Conv2d(), (IMAGE,), {"weight": (4, 6, 1, 1), "bias": (4,)}),
@@ -295,7 +302,7 @@ BAD = {
     "flatten": (Flatten(), [IMAGE], {}, "flattening needs fixed sizes"),
     "concat": (Concat(1), [IMAGE, (N, 6, H, 3)], {}, "agree in every other dimension"),
     "concat ranks": (Concat(1), [IMAGE, (N, 6)], {}, "agree in every other dimension"),
-    "concat variables": (Concat(2), [IMAGE, IMAGE], {}, "two variable sizes"),
+    "concat variables": (Concat(2), [IMAGE, HALF], {}, "H and H//2 cannot be joined"),
     "concat nothing": (Concat(1), [], {}, "cannot take"),
     "pad rank": (Pad((1,), (1,)), [IMAGE], {}, "cannot take"),
     "slice rank": (Slice((0,), (None,), (1,)), [IMAGE], {}, "cannot take"),

@@ -10,7 +10,8 @@ from fastres import models
 from fastres.errors import ParityError
 from fastres.timing.benchmark import Target
 from fastres.timing.checks import Reference, check_target, judge, reference, rows_to_judge
-from fastres.tolerances import Errors
+from fastres.references import InChains
+from fastres.tolerances import Errors, errors
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,17 @@ def model(x: Tensor) -> nn.Module:
 def test_returns_the_error(model: nn.Module, x: Tensor) -> None:
     want = reference(model, x, "fp32")
     found = check_target(Target("eager", model), want, x, "fp32")
-    assert (found.rms, found.largest) == (want.baseline.rms, want.baseline.largest)
+    own = errors(model(x).detach(), want.oracle)
+    assert (found.rms, found.largest) == (own.rms, own.largest)
     assert found.allowed_rms >= 2 * found.rms and not found.wrong
+
+
+def test_in_fp32_the_larger_of_pytorchs_own_errors_counts(model: nn.Module, x: Tensor) -> None:
+    want = reference(model, x, "fp32")
+    with torch.no_grad(), InChains():
+        chained = errors(model(x), want.oracle)
+    usual = errors(model(x).detach(), want.oracle)
+    assert want.baseline.rms == max(chained.rms, usual.rms) and chained.rms != usual.rms
 
 
 @pytest.mark.parametrize(
