@@ -134,9 +134,7 @@ def _slice(call: Call) -> Emit | Alias | None:
     start, stop, step = call.args["start"] or 0, call.args["end"], call.args["step"]
     if not all(isinstance(s, int | None) for s in (start, stop, step)):
         return None
-    to_end = stop is None or stop >= torch.iinfo(torch.int32).max
-    if isinstance(shape[dim], int) and stop is not None:
-        to_end = to_end or stop >= shape[dim]
+    to_end = _is_end(stop, shape[dim])
     if (start, step) == (0, 1) and to_end:
         return Alias(call.args["self"])
     if not isinstance(shape[dim], int) and (start < 0 or not to_end):
@@ -144,6 +142,23 @@ def _slice(call: Call) -> Emit | Alias | None:
     starts, stops, steps = [0] * len(shape), [None] * len(shape), [1] * len(shape)
     starts[dim], stops[dim], steps[dim] = start, None if to_end else stop, step
     return Emit(Slice(tuple(starts), tuple(stops), tuple(steps)), (call.value("self"),))
+
+
+def _is_end(stop: int | None, size: int | torch.SymInt) -> bool:
+    """Whether a slice that stops there goes to the end of a dimension."""
+    beyond = size if isinstance(size, int) else torch.iinfo(torch.int32).max
+    return stop is None or stop >= beyond
+
+
+def _slice_scatter(call: Call) -> Alias | None:
+    """Writes into a slice; functionalisation writes whole tensors so, too, but single images."""
+    shape, dim = call.shape("self"), call.args["dim"] % len(call.shape("self"))
+    start, stop, step = call.args["start"] or 0, call.args["end"], call.args["step"]
+    numbers = all(isinstance(s, int | None) for s in (start, stop, step))
+    whole = numbers and (start, step) == (0, 1) and _is_end(stop, shape[dim])
+    source = call.args["src"]
+    same = source.meta["val"].dtype == call.node.meta["val"].dtype
+    return Alias(source, copies=True) if whole and same else None
 
 
 def _piece(call: Call, index: int) -> Emit | None:
@@ -238,6 +253,7 @@ READERS: dict[str, Reader] = {
     "aten.pad.default": _pad,
     "aten.constant_pad_nd.default": _pad,
     "aten.slice.Tensor": _slice,
+    "aten.slice_scatter.default": _slice_scatter,
     "aten.squeeze.default": _squeeze,
     "aten.squeeze.dim": _squeeze,
     "aten.squeeze.dims": _squeeze,

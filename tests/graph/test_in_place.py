@@ -55,6 +55,25 @@ def through_slice(m: Any, x: Tensor) -> Any:
     return y
 
 
+def through_slices_in_turn(m: Any, x: Tensor) -> Any:
+    y = x * 1.0
+    y[:, :, ::2] *= 3.0
+    y[..., 0] += 1.0
+    y[:, 1:3].clamp_(max=0.2)
+    y[:, 0] = y[:, 1]
+    y[:] = y + 1.0
+    return y
+
+
+def into_whole_slices(m: Any, x: Tensor) -> Any:
+    y = torch.slice_scatter(x, x * 2.0, 1, 0, 3)
+    z = torch.slice_scatter(x, x * 2.0, 0)
+    part = torch.slice_scatter(x, x[:, :2] * 2.0, 1, 1)
+    steps = torch.slice_scatter(x, x[:, :, ::2] * 2.0, 2, 0, 8, 2)
+    z.mul_(3.0)  # in memory of its own
+    return y, z, part, steps, torch.slice_scatter(x, (x * 9.0).int(), 1)
+
+
 def through_chunk(m: Any, x: Tensor) -> Any:
     y = x * 1.0
     y.chunk(3, 1)[1].relu_()
@@ -155,6 +174,8 @@ IN_PLACE = [
     through_view,
     through_reshape,
     through_slice,
+    through_slices_in_turn,
+    into_whole_slices,
     through_chunk,
     through_dropout,
     through_detach,

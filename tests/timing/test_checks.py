@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from fastres import models
 from fastres.errors import ParityError
+from fastres.references import InChains
 from fastres.timing.benchmark import Target
 from fastres.timing.checks import Reference, check_target, judge, reference, rows_to_judge
-from fastres.references import InChains
 from fastres.tolerances import Errors, errors
 
 
