@@ -1,24 +1,30 @@
-"""From image files to the tensor a network was trained on: decode, resize, crop, normalise."""
+"""From image files to the tensor a network was trained on: decode, resize, crop, normalise.
+
+Pillow is imported where a picture is decoded: engines fed tensors run without it.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 
 import msgspec
 import numpy as np
 import torch
 from msgspec.structs import force_setattr
-from PIL import Image, UnidentifiedImageError
 
-ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 _LARGEST = 2**16  # pixels of a side; Pillow takes no picture that is larger
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_FILTERS = ("bilinear", "bicubic")
 
 
 class Preprocess(msgspec.Struct, frozen=True):
@@ -64,7 +70,7 @@ class Preprocess(msgspec.Struct, frozen=True):
         if scale == 0:
             raise ValueError(f"scale is {self.scale!r}; give a finite number other than 0")
         force_setattr(self, "scale", scale)
-        if self.channels not in ("RGB", "BGR") or self.interpolation not in tuple(_FILTERS):
+        if self.channels not in ("RGB", "BGR") or self.interpolation not in _FILTERS:
             raise ValueError(
                 f"channels={self.channels!r}, interpolation={self.interpolation!r}: supported are "
                 "RGB, BGR and bilinear, bicubic"
@@ -102,13 +108,15 @@ class Preprocess(msgspec.Struct, frozen=True):
         return torch.stack(tensors)
 
     def _resized(self, picture: Image.Image) -> Image.Image:
+        from PIL.Image import Resampling
+
         if 0 in picture.size:
             raise ValueError(f"the image is {picture.width}x{picture.height}: it has no pixels")
         if self.resize is not None:
             width, height = picture.size
             short = min(width, height)
             size = (self.resize * width // short, self.resize * height // short)
-            picture = picture.resize(size, _FILTERS[self.interpolation])
+            picture = picture.resize(size, Resampling[self.interpolation.upper()])
         if self.crop is not None:
             width, height = picture.size
             if min(width, height) < self.crop:
@@ -133,6 +141,12 @@ def _numbers(values: object) -> tuple[float, ...]:
     return tuple(found) if sound else ()
 
 
+def is_picture(value: object) -> TypeGuard[Image.Image]:
+    """Whether it is one of Pillow's, which there are none of where nobody has imported it."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
+
+
 def decode(image: ImageLike) -> Image.Image:
     """A path, PIL image or uint8 [H, W, 3] array → RGB picture.
 
@@ -140,6 +154,8 @@ def decode(image: ImageLike) -> Image.Image:
         ValueError: it is none of these, the file is no image, or the array has another shape or
             dtype.
     """
+    from PIL import Image, UnidentifiedImageError
+
     if isinstance(image, Image.Image):
         return _rgb(image)
     if isinstance(image, np.ndarray):
@@ -164,6 +180,8 @@ def decode(image: ImageLike) -> Image.Image:
 
 def _rgb(picture: Image.Image) -> Image.Image:
     """8 bits a channel. Pillow's own conversion cuts whatever is above 255 to white."""
+    from PIL import Image
+
     if picture.mode.startswith("I;16"):
         values = np.asarray(picture).astype(np.uint32)
         picture = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

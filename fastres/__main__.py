@@ -1,6 +1,24 @@
-"""`python -m fastres` is the command `fastres`."""
+"""`fastres` and `python -m fastres`: the command line, or what it lacks."""
 
-from fastres.cli.main import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; where a package for it is missing, says which and exits with 3."""
+    try:
+        from fastres.cli.main import main
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "fastres":
+            raise
+        from fastres.installed import look_around
+
+        print(f"error: the command line needs {error.name}, which is not installed")
+        print(look_around().plain())
+        sys.exit(3)
+    main()
+
 
 if __name__ == "__main__":
     main()

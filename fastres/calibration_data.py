@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch.utils.data import Dataset
 
-from fastres.calib.images import ImageLike, Preprocess, find_images
+from fastres.calib.images import ImageLike, Preprocess, find_images, is_picture
 from fastres.calib.images import batches as picture_batches
 from fastres.data_kinds import listed
 from fastres.errors import InputError
@@ -131,7 +130,7 @@ class Batches:
         found = []
         for part in parts[: self._inputs]:
             tensor = _tensor(part)
-            if isinstance(part, str | os.PathLike | Image):
+            if isinstance(part, str | os.PathLike) or is_picture(part):
                 raise InputError(
                     f"batch {number} {_WHERE} is {_called(part)}: give a list of pictures alone, "
                     f"and {_PICTURES}"
@@ -192,17 +191,17 @@ def _pictures(data: object) -> Sequence[ImageLike] | None:
             return find_images(data)
         except ValueError as error:
             raise InputError(f"the calibration data: {error}") from error
-    if isinstance(data, Image):
+    if is_picture(data):
         return [data]
     if not isinstance(data, list | tuple) or not data:
         return None
-    return data if all(isinstance(d, str | os.PathLike | Image) for d in data) else None
+    return data if all(isinstance(d, str | os.PathLike) or is_picture(d) for d in data) else None
 
 
 def _called(data: object) -> str:
     if isinstance(data, str | os.PathLike):
         return f"the path {os.fspath(data)}"
-    if isinstance(data, Image):
+    if is_picture(data):
         return f"a picture, {type(data).__name__}"
     return f"a {type(data).__name__} of pictures or of paths"
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.table import Table
 
 from fastres.backends.base import Account, Choice, KernelInfo, Refusal
 from fastres.graph.ir import Conv2d, Dequantize, Graph, Linear, Quantize, op_name
 from fastres.options import EIGHT_BITS
-from fastres.text import json_text, render
+from fastres.text import empty_table, json_text, render
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _NUMBERS = ("regs", "spill", "shared", "us")
 MERGED = "merged"  # the runtime folded the node into its neighbour and no longer lists it
@@ -75,7 +77,7 @@ class EngineInfo:
         return json_text(self.to_dict())
 
     def __str__(self) -> str:
-        table = Table(title=f"{len(self.nodes)} nodes on {self.backend} in {self.precision}")
+        table = empty_table(title=f"{len(self.nodes)} nodes on {self.backend} in {self.precision}")
         for column in ("node", "op", "fused", "output", "backend", "precision"):
             table.add_column(column, overflow="fold")
         for node in self.nodes:
@@ -97,7 +99,7 @@ class EngineInfo:
 
 def choice_table(choices: Sequence[Choice]) -> Table:
     """One row for each choice; us: estimated, or measured where a star stands."""
-    table = Table(title="what runs in which form, and what else there was (us; * measured)")
+    table = empty_table(title="what runs in which form, and what else there was (us; * measured)")
     table.add_column("nodes", overflow="fold")
     table.add_column("taken")
     table.add_column("us", justify="right")
@@ -114,7 +116,7 @@ def choice_table(choices: Sequence[Choice]) -> Table:
 def kernel_table(kernels: Sequence[KernelInfo]) -> Table:
     """One row for each distinct kernel; us: of one launch, if only the limiting rate counted."""
     title = f"{len(kernels)} kernels, {sum(len(k.nodes) for k in kernels)} launches"
-    table = Table(title=title)
+    table = empty_table(title=title)
     for column in ("kernel", "for", "tile", "regs", "spill", "shared", "code", "us", "bound"):
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for k in kernels:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 
 from fastres.errors import ParityError
-from fastres.text import json_text, render
+from fastres.text import empty_table, json_text, render
 from fastres.tolerances import Distance, allowed
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WEAK_SPREAD = 0.05  # below this share, an output says more about the network than the images
 
@@ -226,7 +228,7 @@ def notes_on(outputs: tuple[Comparison, ...], images: int) -> tuple[str, ...]:
 
 
 def _output_table(rows: tuple[Comparison, ...]) -> Table:
-    table = Table(title="outputs")
+    table = empty_table(title="outputs")
     for column in ("output", "max abs", "max rel", *_ERRORS, "cosine", "top-1", "spread", ""):
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -237,7 +239,7 @@ def _output_table(rows: tuple[Comparison, ...]) -> Table:
 
 
 def _layer_table(rows: tuple[Comparison, ...]) -> Table:
-    table = Table(title="layers")
+    table = empty_table(title="layers")
     for column in ("layer", "op", *_ERRORS, ""):
         table.add_column(column, overflow="fold")
     for row in rows:

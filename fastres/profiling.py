@@ -8,17 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 
 from fastres.backends.base import NodeTime
 from fastres.errors import InputError
 from fastres.graph.cost import Shapes, multiply_adds, traffic
 from fastres.graph.ir import Graph, op_name
 from fastres.options import PathLike
-from fastres.text import json_text, render
+from fastres.text import empty_table, json_text, render
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _ITEMSIZE = {"fp64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _STAGE = re.compile(r"(?:.*?\.)??(?:layer|stages?[._]?|blocks?[._]?)\d+(?=\.|$)")
@@ -203,7 +205,7 @@ def _rate(amount: int, milliseconds: float) -> float:
 
 
 def _table(first: str, rows: Sequence[Row], texts: Sequence[str] = ()) -> Table:
-    table = Table()
+    table = empty_table()
     table.add_column(first, no_wrap=True)
     known = any(row.least for row in rows)  # without a GPU the column would be empty
     for heading in ("ms", "share", "GFLOP/s", "GB/s", *(("roofline",) if known else ())):

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from fastres.engine import Engine
 from fastres.errors import InputError
@@ -18,7 +17,7 @@ from fastres.graph.serial import same_tensors
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input, Sizes
 from fastres.source import inputs_of
-from fastres.text import json_text, render
+from fastres.text import empty_table, json_text, render
 
 _STATISTICS = ("mean", "var")
 
@@ -56,7 +55,7 @@ class Summary:
         return json_text(self.to_dict())
 
     def __str__(self) -> str:
-        table = Table()
+        table = empty_table()
         for heading in ("layer", "operation"):
             table.add_column(heading, no_wrap=True)
         for heading in ("output", "parameters", "multiply-adds"):

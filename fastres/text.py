@@ -1,18 +1,20 @@
-"""What reports look like as text: tables without colours, JSON, and bars for long work."""
+"""What reports look like as text: tables without colours, JSON, and bars for long work.
+
+Rich is imported where something is shown: an engine runs, and its tests run, without it.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.console import Console, RenderableType
-from rich.errors import LiveError
-from rich.measure import Measurement
-from rich.progress import Progress
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 
 @contextmanager
@@ -21,6 +23,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
     Without a terminal, or where a display of the caller's is live already, there is none.
     """
+    from rich.console import Console
+    from rich.errors import LiveError
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not console.is_interactive)
     task = bar.add_task(what, total=None)
@@ -35,8 +41,17 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         bar.stop()
 
 
+def empty_table(*columns: str, title: str | None = None, **options: Any) -> Table:
+    """A table of rich's, to be filled row by row and given to `render`."""
+    from rich.table import Table
+
+    return Table(*columns, title=title, **options)
+
+
 def render(renderable: RenderableType, width: int = 120) -> str:
     """The text of a table without colours, trailing blanks stripped."""
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
@@ -45,6 +60,9 @@ def render(renderable: RenderableType, width: int = 120) -> str:
 
 def render_whole(table: Table) -> str:
     """The same as wide as it takes to cut nothing off: a figure without its end is another one."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
     console = Console(width=10_000)
     return render(table, width=max(80, Measurement.get(console, console.options, table).maximum))
 

@@ -53,6 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.deploy",
         "fastres.deploy_triton",
         "fastres.deploy_weights",
+        "fastres.installed",
     ),
     ("fastres.report",),
     ("fastres.cli",),

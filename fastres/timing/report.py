@@ -8,10 +8,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from fastres.errors import InputError
-from fastres.text import json_text, render_whole
+from fastres.text import empty_table, json_text, render_whole
 from fastres.timing.machine import Machine
 from fastres.timing.statistics import Ratio, estimate
 from fastres.timing.turns import Rounds
@@ -110,7 +109,7 @@ class BenchReport:
 
     def __str__(self) -> str:
         shown = self.measurements[0].latency_ms
-        table = Table(
+        table = empty_table(
             title=f"latency in ms; speed is that over {self.baseline}, of paired rounds, with its "
             "95 % interval"
         )

@@ -15,9 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.table import Table
-
-from fastres.text import render_whole
+from fastres.text import empty_table, render_whole
 from fastres.timing.rates import Rates
 from fastres.timing.report import Measurement, paired
 from fastres.timing.statistics import Ratio, estimate
@@ -126,7 +124,7 @@ def table(found: Sequence[Versions]) -> str:
         "ratios: v1.5 over v1; speed with its 95 % interval; differences: what v1.5 takes longer, "
         "the median of profiles made in turns, least and most"
     )
-    shown = Table(title="v1.5 beside v1", caption=caption)
+    shown = empty_table(title="v1.5 beside v1", caption=caption)
     left = ("net", "precision")
     columns = ("net", "precision", "batch", "v1 img/s", "v1.5 img/s", "speed", "multiply-adds")
     for column in (*columns, "least time", "where the difference is"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import Result
 
+from fastres import installed
 from fastres.backends import cpu, openvino_runtime, select
-from fastres.cli import doctor
 
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
@@ -56,8 +56,10 @@ def test_no_backend_at_all_is_3(run_json: RunJson, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_torch_it_still_answers(run_json: RunJson, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = doctor.Package("torch", "2.15.0", "torch>=2.11", "required", "cannot be imported: x")
-    monkeypatch.setattr(doctor, "_package", lambda *_: broken)
+    broken = installed.Package(
+        "torch", "2.15.0", "torch>=2.11", "required", "cannot be imported: x"
+    )
+    monkeypatch.setattr(installed, "_package", lambda *_: broken)
     document = run_json("doctor", status=3)
     assert document["gpu"] == {} and document["backends"][0]["problem"] == "torch does not work"
 
@@ -69,5 +71,5 @@ def test_gpus_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(doctor, "_backends", lambda: [doctor.BackendState("triton", None)])
+    monkeypatch.setattr(installed, "_backends", lambda: [installed.BackendState("triton", None)])
     assert "GPU: NVIDIA X (sm_90, 80.0 GiB)" in run("doctor").stdout
