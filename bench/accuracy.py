@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import numpy as np
 from accuracy_engines import (
     BACKENDS,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 from pictures import photographs

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import checkout  # noqa: F401
 import torch
 from fits import linear_fit
 from rich.table import Table

@@ -22,6 +22,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import checkout  # noqa: F401
 import torch
 from gpu_bench import SPARE_S
 from gpu_sections import NETS, PRECISIONS, SECTIONS, Row, Run, latest

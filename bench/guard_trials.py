@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import checkout  # noqa: F401
 import msgspec
 import torch
 from outputs import check_output, headed

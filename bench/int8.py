@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 from outputs import check_output, headed

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import checkout  # noqa: F401
 import torch
 from quantised import in_precision
 from rates import Rates, rates
@@ -157,7 +158,7 @@ def _calls(
     for step in plan.steps:
         if isinstance(step, LoadInput):
             given = torch.empty(next(shapes), device="meta")
-            yield step, [load_launch(step, given, tensors[step.target], constants)]
+            yield step, [load_launch(plan, step, given, tensors[step.target], constants)]
         else:
             yield step, bind(plan, step, tensors, constants, target)
 

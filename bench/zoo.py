@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import timm
 import torch
 from outputs import check_output, headed

@@ -3,29 +3,61 @@
 Pictures, because noise hides errors that photographs show.
 """
 
+from __future__ import annotations
+
 import random
 import signal
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import fastres
 from fastres import models
-from fastres.backends.cpu import CpuBackend
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+HERE = Path(__file__).parent
+GPU_FOLDERS = {  # that have tests of a GPU, and what those need
+    "kernels": "triton",
+    "backends/triton": "triton",
+    "backends/tensorrt": "onnx",
+}
 LONG_FILES = ("test_networks.py", "test_bench.py")  # begun first: none is waited for in the end
+
+if find_spec("hypothesis") is None:
+    run_path(str(HERE / "without_hypothesis.py"))["stand_in"]()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup, and then for all children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+PHOTOS = HERE.parent / "examples" / "photos"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """What pyproject.toml sets for plugins: the tests of a GPU need not have them."""
+    if not pluginmanager.hasplugin("benchmark"):
+        parser.addoption("--benchmark-disable", action="store_true")
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds that a test may take; without pytest-timeout, any")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Asked for the tests of a GPU alone, no other file is imported, and nothing that it needs."""
+    if not config.option.markexpr.startswith("gpu"):
+        return None
+    there = [HERE / folder for folder, needs in GPU_FOLDERS.items() if find_spec(needs)]
+    holds = any(collection_path == at or collection_path in at.parents for at in there)
+    return None if holds or any(at in collection_path.parents for at in there) else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +72,8 @@ def _normalised(picture: Image.Image) -> Tensor:  # -> [3, H, W] fp32
 @pytest.fixture(scope="session")
 def pictures() -> tuple[Image.Image, ...]:
     """The three example photographs, decoded."""
+    from PIL import Image
+
     names = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg")
     return tuple(Image.open(PHOTOS / name).convert("RGB") for name in names)
 
@@ -47,6 +81,8 @@ def pictures() -> tuple[Image.Image, ...]:
 @pytest.fixture(scope="session")
 def photos(pictures: tuple[Image.Image, ...]) -> Tensor:
     """[3, 3, 224, 224] fp32: centre crops of the photographs, normalised as ImageNet's."""
+    from PIL import Image, ImageOps
+
     size = (224, 224)
     crops = [ImageOps.fit(picture, size, Image.Resampling.BILINEAR) for picture in pictures]
     return torch.stack([_normalised(crop) for crop in crops])
@@ -58,6 +94,8 @@ def photo_batch(pictures: tuple[Image.Image, ...]) -> Callable[[int, int], Tenso
 
     The first pictures of a longer batch are those of a shorter one.
     """
+
+    from PIL import Image, ImageOps
 
     def batch(n: int, size: int) -> Tensor:
         out = torch.empty(n, 3, size, size)
@@ -90,6 +128,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def bf16() -> None:
     """Skips the test where the CPU backend cannot run in bf16."""
+    from fastres.backends.cpu import CpuBackend
+
     if CpuBackend().precision("bf16") is not None:
         pytest.skip("this processor has no bf16 instructions")
 
