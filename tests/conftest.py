@@ -5,9 +5,11 @@ Pictures, because noise hides errors that photographs show.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
@@ -43,11 +45,11 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
-def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
     """What pyproject.toml sets for plugins: the tests of a GPU need not have them."""
-    if not pluginmanager.hasplugin("benchmark"):
+    if find_spec("pytest_benchmark") is None:
         parser.addoption("--benchmark-disable", action="store_true")
-    if not pluginmanager.hasplugin("timeout"):
+    if find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds that a test may take; without pytest-timeout, any")
 
 
@@ -58,6 +60,30 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     there = [HERE / folder for folder, needs in GPU_FOLDERS.items() if find_spec(needs)]
     holds = any(collection_path == at or collection_path in at.parents for at in there)
     return None if holds or any(at in collection_path.parents for at in there) else True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """What a kernel does wrong shows when it is waited for: each test waits for its own."""
+    yield
+    if item.get_closest_marker("gpu"):
+        torch.cuda.synchronize()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
+    """Ends a process whose GPU answers no more: every later test in it would fail, too."""
+    done = yield
+    if item.get_closest_marker("gpu") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            said = f"the GPU answers no more after {item.nodeid}: {error}".splitlines()[0]
+            if hasattr(item.config, "workerinput"):  # of xdist, which starts another
+                print(said, file=sys.__stderr__, flush=True)
+                os._exit(3)
+            item.session.shouldstop = said
+    return done
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
