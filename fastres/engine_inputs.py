@@ -16,6 +16,7 @@ from fastres.options import Input, Options, Sizes
 from fastres.weights import oddity
 
 _NHWC = (0, 2, 3, 1)
+_NONE = type(None)
 Kind = tuple[torch.Size, torch.dtype, torch.layout, torch.device]
 
 
@@ -63,9 +64,12 @@ class EngineInputs:
     def in_order(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """The inputs as the model's forward lists them, of which some were given by name.
 
+        None is no input: so models are called that take labels, too.
+
         Raises:
             InputError: a name is unknown, missing, or that of one given by its place.
         """
+        named = {name: given for name, given in named.items() if given is not None}
         names = [taken.name for taken in self.taken]
         rest = names[len(inputs) :]
         wrong = [
@@ -92,6 +96,8 @@ class EngineInputs:
         """
         if named:
             inputs = self.in_order(inputs, named)
+        elif len(inputs) > len(self.taken) and set(map(type, inputs[len(self.taken) :])) == {_NONE}:
+            inputs = inputs[: len(self.taken)]
         refuse_tracers(inputs)
         kind = _kind(inputs)
         if kind is not None and kind == self._accepted:
@@ -152,7 +158,11 @@ class EngineInputs:
             elif i > 0:
                 fits = fits and taken.smallest[i] <= size <= taken.largest[i]
         if not fits:
-            raise InputError(f"{taken.name}: expected [{taken.sizes}], got {list(given.shape)}")
+            help = "; a fastres.Input with three shapes, compiled with, lets H and W vary"
+            other = given.dim() == len(spec.shape) == 4 and given.shape[1] == spec.shape[1]
+            raise InputError(
+                f"{taken.name}: expected [{taken.sizes}], got {list(given.shape)}{help * other}"
+            )
 
     def _taken(self, value: Value, allowed: Input) -> Taken:
         order = _NHWC if self.pictures else range(len(value.spec.shape))

@@ -180,7 +180,8 @@ def given_inputs(inputs: Inputs | None, model: torch.nn.Module) -> tuple[Input, 
     return tuple(_as_input(item) for item in several)
 
 
-def _in_order(named: Mapping[str, _Example], model: torch.nn.Module) -> list[_Example]:
+def _in_order(given: Mapping[str, _Example], model: torch.nn.Module) -> list[_Example]:
+    named = {name: example for name, example in given.items() if example is not None}
     parameters = inspect.signature(model.forward).parameters
     order = [name for name in parameters if name in named]
     if len(order) < len(named) or order != list(parameters)[: len(order)]:

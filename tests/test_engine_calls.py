@@ -118,6 +118,19 @@ class TestNames:
                 e(*inputs, **named)
             assert says in str(caught.value)
 
+    def test_none_is_no_input(self) -> None:
+        given: dict[str, Any] = {"pixel_values": X, "labels": None}
+        with fastres.compile(Pictures().eval(), given, backend="reference") as engine:
+            want = engine(X)
+            for found in (engine(**given), engine(X, None), engine(X, labels=None)):
+                assert torch.equal(found, want)
+            with pytest.raises(InputError, match="expected 1 inputs .*, got 2"):
+                engine(X, X)
+            with pytest.raises(InputError, match="'pixel_values' is missing"):
+                engine(pixel_values=None)
+            with pytest.raises(InputError, match="a fastres.Input with three shapes.* lets H and"):
+                engine(torch.randn(1, 3, 9, 8))
+
     def test_examples_by_name(self) -> None:
         model, shift = Two().eval(), torch.randn(2, 4, 4, 4)
         with fastres.compile(model, {"shift": shift, "input": A}, backend="reference") as engine:

@@ -95,6 +95,8 @@ def _advice(model: nn.Module, examples: Sequence[torch.Tensor], error: Exception
     other = [e.dtype for e in examples if e.is_floating_point() and e.dtype != dtype]
     if other and dtype is not None:
         return f"The example is {other[0]}, the weights are {dtype}: give an example in theirs"
+    if any(e.dim() == _IMAGE - 1 for e in examples) and _takes_pictures(model):
+        return "The example has no batch dimension: give x[None]"
     size = _made_for(model)
     if size and examples[0].dim() == _IMAGE and tuple(examples[0].shape[2:]) != size:
         shape = (1, examples[0].shape[1], *size)
@@ -103,6 +105,10 @@ def _advice(model: nn.Module, examples: Sequence[torch.Tensor], error: Exception
             f"of that size, torch.randn{shape}"
         )
     return _parts(model, examples) if isinstance(error, TypeError) else ""
+
+
+def _takes_pictures(model: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) for part in model.modules())
 
 
 def _signature(model: nn.Module) -> str:

@@ -9,6 +9,8 @@ a guard fails for a size that the engine would accept, and compares.
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -151,7 +153,7 @@ class _Path:
             for dim, size in enumerate(nodes[str(name)].meta["val"].shape):
                 if isinstance(size, int):
                     continue
-                noted = ((g.expr, str(g.sloc)) for g in size.node.shape_env.guards)
+                noted = ((g.expr, _whole(str(g.sloc))) for g in size.node.shape_env.guards)
                 self.guards.update((g, where) for g, where in noted if _NO_BRANCH not in where)
                 if not is_fixed(size):
                     place = Place(i, dim)
@@ -186,6 +188,17 @@ class _Path:
     def text(self, guard: Any) -> str:
         names = {s: sympy.Symbol(self.names[place]) for s, place in self.symbols.items()}
         return str(guard.xreplace(names))
+
+
+def _whole(where: str) -> str:
+    """A place in the code with its whole path.
+
+    PyTorch cuts off what the path shares with its own, and one character more: "mp/model.py".
+    """
+    cut = re.match(r"\((.+\.py):\d", where)
+    files = (getattr(module, "__file__", None) or "" for module in list(sys.modules.values()))
+    whole = next((file for file in files if cut and file[2:] == cut[1]), None)
+    return where if cut is None or whole is None else where.replace(cut[1], whole, 1)
 
 
 def _first_failure(path: _Path, others: Sequence[_Path], inputs: Sequence[Input]) -> Failure | None:

@@ -172,6 +172,12 @@ def test_says_where_and_what_to_do(name: str) -> None:
     assert all(part in said for part in parts), said
 
 
+def test_a_picture_without_a_batch() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(CaptureError, match=r"no batch dimension: give x\[None\]"):
+        fastres.compile(model, torch.randn(3, 8, 8), backend="reference")
+
+
 def test_the_parts_that_it_names_compile() -> None:
     """A whole detection network does not; what is said of its parts is so."""
     torch.manual_seed(0)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import sys
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +187,21 @@ def test_programs_that_do_not_take_tensors_by_place(name: str, model_of: ModelOf
     make, message = PROGRAMS[name]
     with pytest.raises(CaptureError, match=message):
         inputs_of_program(make(model_of))
+
+
+def test_a_place_in_the_model_is_named_with_its_whole_path(tmp_path: Path) -> None:
+    """PyTorch cuts it: "/tmp/model.py" becomes "mp/model.py"."""
+    path = tmp_path / "deciding_model.py"
+    path.write_text("def forward(m, x):\n    return x * 2 if x.shape[0] > 4 else x\n")
+    spec = spec_from_file_location("deciding_model", path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["deciding_model"] = module
+    try:
+        spec.loader.exec_module(module)
+        model = nn.Conv2d(3, 4, 1).eval()
+        model.forward = functools.partial(module.forward, model)  # type: ignore[method-assign]
+        with pytest.raises(CaptureError, match=re.escape(f"({path}:2 in forward)")):
+            capture(model, [Input((1, 3, 8, 8))])
+    finally:
+        del sys.modules["deciding_model"]
