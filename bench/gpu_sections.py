@@ -20,6 +20,7 @@ import kernel_cases
 import questions
 import torch
 import torch.nn.functional as F
+from answers import answer
 from gpu_bench import peers, power, report
 from gpu_pytest import kernels, tests
 from gpu_tensorrt import tensorrt
@@ -190,7 +191,8 @@ def _compile(job: Job) -> int:
     known: dict[str, KernelFacts] = {}
     launches = launches_of(plan, constants, target)
     for key, launch in {key_of(launch): launch for _, launch in launches}.items():
-        known[key] = compile_launch(launch, target.sm)
+        with suppress(Exception):  # of Triton's, of many kinds; the plan itself will say which
+            known[key] = compile_launch(launch, target.sm)
     return len(known)
 
 
@@ -204,11 +206,16 @@ def parity(run: Run) -> Iterator[Row]:
                 name = f"{net} {version} {precision}"
                 if (yield {"name": name, "asked": True}):
                     continue
-                model = made()
-                more = {"calibration": [x]} if precision == "int8" else {}
-                with _engine(model, x, precision, run, **more) as engine:
-                    report = fastres.verify(model, engine, [x])
-                    yield {"name": name, "right": report.passed, "report": str(report)}
+                work = partial(_parity, made, x, precision, run)
+                yield from answer(name, run.device, work, right=False)  # so are refusals here
+
+
+def _parity(made: Callable[[], nn.Module], x: Tensor, precision: Precision, run: Run) -> Row:
+    model = made()
+    more = {"calibration": [x]} if precision == "int8" else {}
+    with _engine(model, x, precision, run, **more) as engine:
+        report = fastres.verify(model, engine, [x])
+    return {"right": report.passed, "report": str(report)}
 
 
 def tuning(run: Run) -> Iterator[Row]:
@@ -221,7 +228,11 @@ def tuning(run: Run) -> Iterator[Row]:
             for problem in _problems(version, batch, run):
                 if problem.key in table.entries:
                     continue
-                yield _tuned(problem, table, path, run)
+                if (yield {"name": problem.key, "asked": True}):
+                    continue
+                yield from answer(
+                    problem.key, run.device, partial(_tuned, problem, table, path, run)
+                )
 
 
 def _tuned(problem: Problem, table: Table, path: Path, run: Run) -> Row:
@@ -229,14 +240,13 @@ def _tuned(problem: Problem, table: Table, path: Path, run: Run) -> Row:
     tried = [
         {"tile": str(a.tile), "ms": a.milliseconds, "why": a.reason} for a in attempts[problem]
     ]
-    wrong = [a for a in tried if "wrong" in a["why"] or "not written" in a["why"]]
+    row: Row = {"attempts": tried}
     best = table.entries.get(problem.key)
-    return {
-        "name": problem.key,
-        "us": None if best is None else best.microseconds,
-        "right": not wrong,
-        "attempts": tried,
-    }
+    if best is not None:
+        row["us"] = best.microseconds
+    if best is not None or any(a.wrong for a in attempts[problem]):
+        return row | {"right": not any(a.wrong for a in attempts[problem])}
+    return row | {"refused": tried[0]["why"] if tried else "no tile fits"}
 
 
 def _problems(version: str, batch: int, run: Run) -> list[Problem]:
@@ -267,10 +277,8 @@ def stem(run: Run) -> Iterator[Row]:
             name = f"stem batch {batch}, {form}"
             if (yield {"name": name, "asked": True}):
                 continue
-            try:
-                yield {"name": name, **_stem(form, x, weight, bias, exact, run)}
-            except Exception as error:  # a driver that refuses is an answer
-                yield {"name": name, "refused": f"{type(error).__name__}: {str(error)[:300]}"}
+            work = partial(_stem, form, x, weight, bias, exact, run)
+            yield from answer(name, run.device, work)
 
 
 def _stem(form: str, x: Tensor, weight: Tensor, bias: Tensor, exact: Tensor, run: Run) -> Row:

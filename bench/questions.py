@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from answers import answer
 from questions_case import Case, compiled
 from questions_gemm import layouts, peaks
 from questions_system import chains, launches, loads
@@ -47,13 +49,8 @@ def questions(run: Run) -> Iterator[Row]:
     for case in cases(tiles, small=run.device.type != "cuda"):
         if (yield {"name": case.name, "asked": True}):
             continue
-        try:
-            row = _answer(case, run.device)
-        except Exception as error:  # of Triton, its compiler or the driver: a refusal is an answer
-            row = {"refused": f"{type(error).__name__}: {str(error).strip()[:300]}"}
-        yield {"name": case.name, "group": case.group, **row}
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)  # a lost context ends the section, not its rows
+        work = partial(_answer, case, run.device)
+        yield from answer(case.name, run.device, work, group=case.group)
     kept = [row for row in run.rows("questions") if "group" in row]
     yield {"name": f"the fastest of {len(kept)} cases", "table": "\n" + _table(kept)}
 

@@ -11,6 +11,7 @@ what the cost model expects of one.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rates import rates
 from rotation import in_turn, one_pass, operand_bytes, rotation
 
+from fastres.backends.triton.answering import check_answers
 from fastres.backends.triton.choosing import tiles_for
 from fastres.backends.triton.table import Tiles
 from fastres.backends.triton.timing import REPEATS, stopwatch
+from fastres.errors import DeviceLost
 from fastres.options import Options
 from fastres.timing.machine import machine
 
@@ -66,6 +69,20 @@ def here() -> dict[str, Any]:
 
 def device() -> torch.device:
     return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def still_answers(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    end_if_lost(request.node.name)
+
+
+def end_if_lost(test: str) -> None:
+    """Ends the run where a test was the GPU's last: those behind it could only fail."""
+    try:
+        check_answers(device(), test)
+    except DeviceLost as error:
+        pytest.exit(str(error), returncode=1)
 
 
 @pytest.mark.benchmark(timer=CLOCK.read)

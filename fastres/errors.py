@@ -38,6 +38,10 @@ class OutOfMemory(FastresError):
     """A device has no room for what a call needs; a smaller batch may still run."""
 
 
+class DeviceLost(FastresError):
+    """A GPU has reported an error that stays: only a new process can use it again."""
+
+
 class ArtifactError(FastresError):
     """A saved engine is damaged, incomplete, or written by a newer version."""
 

@@ -153,6 +153,7 @@ class Options:
     target: str | None = None
     cuda_graph: bool | None = None
     dependent_launch: bool | None = None
+    sync_launches: bool | None = None
     tune: bool = False
     cache_dir: str | None = None
     promised_batch: int | None = None  # the largest of the inputs; set where they are lowered
@@ -176,7 +177,7 @@ class Options:
             raise InputError(f"tuning needs a {self.target} GPU: leave out target= or tune=")
         if self.cache_dir is not None:
             object.__setattr__(self, "cache_dir", _folder(self.cache_dir))
-        for name in ("cuda_graph", "dependent_launch"):
+        for name in ("cuda_graph", "dependent_launch", "sync_launches"):
             if not isinstance(getattr(self, name), bool | None):
                 raise InputError(f"{name} is {getattr(self, name)!r}; give True, False or None")
         _one_of("precision", self.precision, (None, *get_args(Precision)))

@@ -26,7 +26,7 @@ Argument: TypeAlias = Any  # torch.Tensor | TensorDescriptor (untyped) | int | f
 
 
 class LaunchError(RuntimeError):
-    """A kernel does not compile for this GPU, or asks for more of it than there is."""
+    """A kernel does not compile for this GPU, asks for more of it than there is, or is refused."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Launch:
         """Launches on the current stream of the first tensor's device.
 
         Raises:
-            LaunchError: the kernel cannot be compiled or loaded; another tile may do.
+            LaunchError: the kernel cannot be compiled, loaded or launched; another tile may do,
+                unless an earlier launch broke the GPU's context, which synchronising tells.
             RuntimeError: tensors on the CPU while Triton's interpreter is off.
         """
         first = next(self.tensors())
@@ -116,7 +117,9 @@ class Launch:
         with alone, torch.cuda.device_of(first):
             try:
                 self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
-            except (CompilationError, OutOfResources, PTXASError) as error:
+            # plain RuntimeErrors are a compiler pass that fails, a tensor map or a launch that the
+            # driver refuses: Triton 3.6, ir.cc and backends/nvidia/driver.c
+            except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
                 blocks = {k: v for k, v in self.constants.items() if k.startswith(_SIDES)}
                 raise LaunchError(
                     f"{self.kernel.__name__} with {blocks}, {self.num_warps} warps and "

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastres.backends.triton.plan import Plan
 
 _OLDEST = 80
+_ONE_BY_ONE = "each launch is waited for and named on stderr (sync_launches): all times are longer"
 _BUILT_FOR = (80, 86, 87, 89, 90, 100, 103, 120, 121)  # the compiler aborts at numbers between
 
 
@@ -131,6 +132,7 @@ class TritonExecutable:
         shapes: Shapes,
         compiled: CompiledParts | None = None,
     ) -> None:
+        from fastres.backends.triton.answering import launched_one_by_one
         from fastres.backends.triton.choosing import ban, tiles_for, tuned
         from fastres.backends.triton.lower import make_plan
         from fastres.backends.triton.machine_code import ready_code
@@ -152,7 +154,8 @@ class TritonExecutable:
         self._parts = compiled or CompiledParts()
         self._target = f"sm_{tiles.target.sm}"
         stored = recorded(self._parts.files, self._target)
-        self._notes: list[str] = []
+        one_by_one = launched_one_by_one(options)
+        self._notes = [_ONE_BY_ONE] if one_by_one else []
         code = ready_code(graph, self._precision, self._parts, self._target, device, self._notes)
 
         def make(shapes: Shapes) -> Runner:
@@ -171,7 +174,12 @@ class TritonExecutable:
                 ban(tiles, plan, step.node, str(error))
                 given = None
 
-        self._runners = ShapeCache(make, options.cache_size)
+        def switched(shapes: Shapes) -> Runner:
+            runner = make(shapes)
+            runner.one_by_one = one_by_one
+            return runner
+
+        self._runners = ShapeCache(switched, options.cache_size)
         self._runner(shapes)
 
     def account(self) -> Account:

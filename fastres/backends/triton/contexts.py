@@ -18,6 +18,7 @@ import torch
 from torch.profiler import record_function
 
 from fastres.backends.base import NodeTime
+from fastres.backends.triton.answering import answering, check_answers
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
 from fastres.backends.triton.timing import milliseconds
@@ -35,6 +36,17 @@ class Bound(NamedTuple):
     step: AnyStep
     calls: tuple[Call, ...]
     cost: Cost | None
+
+    def launch_one_by_one(self, device: torch.device, tell: bool = False) -> None:
+        """Makes each call and waits for it.
+
+        Raises:
+            DeviceLost: the GPU answers no more; says after which.
+        """
+        for number, call in enumerate(self.calls, start=1):
+            name = f"{title(self.step)}, launch {number} of {len(self.calls)}"
+            with answering(device, name, tell):
+                call()
 
 
 class Context:
@@ -72,6 +84,7 @@ class Runner(ABC):
     """
 
     failures: ClassVar[tuple[type[Exception], ...]]  # what a launch that cannot be made raises
+    one_by_one = False  # whether calls wait for each launch, and say on stderr which it is
 
     def __init__(
         self,
@@ -104,19 +117,22 @@ class Runner(ABC):
         with self.context() as context:
             self._load(inputs, context)
             if context.replay is None:
-                context.replay = self._record(context.launch) if self._record else context.launch
+                context.replay = self._replay_of(context)
             context.replay()
             return self._outputs(context, inputs[0].shape[0])
 
     def failing(self) -> tuple[AnyStep, Exception] | None:
-        """Launches each step once on what the arena holds; the first that cannot, and why."""
+        """Launches each step once on what the arena holds; the first that cannot, and why.
+
+        Raises:
+            DeviceLost: the GPU answers no more: no other tile would do.
+        """
         with self.context() as context:
-            for step, calls, _ in context.bound:
+            for bound in context.bound:
                 try:
-                    for call in calls:
-                        call()
+                    bound.launch_one_by_one(self._device)
                 except self.failures as error:
-                    return step, error
+                    return bound.step, error
         return None
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
@@ -132,7 +148,7 @@ class Runner(ABC):
                     for call in calls:
                         call()
 
-                with record_function(step.node):
+                with record_function(step.node), answering(self._device, title(step)):
                     spent = milliseconds(work, self._device)
                 name = type(step).__name__
                 if cost is None:
@@ -171,10 +187,19 @@ class Runner(ABC):
 
     def _load(self, inputs: Sequence[torch.Tensor], context: Context) -> None:
         for step in self._loads:
-            self._load_one(step, inputs, context)
+            if self.one_by_one:
+                with answering(self._device, title(step), tell=True):
+                    self._load_one(step, inputs, context)
+            else:
+                self._load_one(step, inputs, context)
 
     def _load_one(self, step: LoadInput, inputs: Sequence[torch.Tensor], context: Context) -> None:
         self.load(step, inputs[self._loads.index(step)], context.tensors[step.target])
+
+    def _replay_of(self, context: Context) -> Call:
+        if self.one_by_one:
+            return lambda: _launch_one_by_one(context.bound, self._device)
+        return self._record(context.launch) if self._record else context.launch
 
     def _outputs(self, context: Context, batch: int) -> list[torch.Tensor]:
         return [
@@ -191,6 +216,7 @@ class Runner(ABC):
         try:
             return torch.zeros(size, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            check_answers(self._device, "something before memory was asked for")
             shapes = ", ".join(str(list(shape)) for shape in self.plan.input_shapes)
             weights = self._constants.nbytes
             raise OutOfMemory(
@@ -199,6 +225,16 @@ class Runner(ABC):
                 "weights: use smaller batches (max_batch_size runs larger ones in parts), a "
                 "16-bit precision, or free memory on the device"
             ) from error
+
+
+def title(step: AnyStep) -> str:
+    """A step in an error: its node, and what kind of launch it is."""
+    return f"{step.node} ({type(step).__name__})"
+
+
+def _launch_one_by_one(bound: Sequence[Bound], device: torch.device) -> None:
+    for step in bound:
+        step.launch_one_by_one(device, tell=True)
 
 
 def total(costs: Iterable[Cost | None]) -> Cost | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastres.backends.base import CompiledParts
+from fastres.backends.triton.answering import check_answers
 from fastres.backends.triton.contexts import Record
 from fastres.backends.triton.eight_bits import FLOAT_OF
 from fastres.backends.triton.linked import LinkedPlan
@@ -41,6 +42,7 @@ class ReadyCode:
 
         Raises:
             ArtifactError: the linked plan is not what this plan links to.
+            DeviceLost: the GPU answers no more: what is compiled here would not run either.
         """
         linked = next((x for x in self.code.plans if x.input_shapes == plan.input_shapes), None)
         if linked is None:
@@ -53,6 +55,7 @@ class ReadyCode:
                 return runner
             reason = f"{failed[0].node}: {failed[1]}"
         except RuntimeError as error:  # the driver refuses a tensor map
+            check_answers(self.device, "machine code being loaded")
             reason = str(error)
         self.notes.append(f"machine code not used, compiled here instead: {reason}")
         return None

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
+from fastres.backends.triton.answering import check_answers
 from fastres.backends.triton.bind import bind, load
-from fastres.backends.triton.contexts import Bound, Runner, total
+from fastres.backends.triton.contexts import Bound, Runner, title, total
 from fastres.backends.triton.plan import LoadInput
 from fastres.errors import UnsupportedError
 from fastres.kernels.cost import target_of
@@ -33,5 +34,6 @@ class PlanRunner(Runner):
         try:
             load(step, given, target, self._constants)
         except LaunchError as error:
+            check_answers(self._device, title(step))
             what = f"the input {step.source} cannot be brought into the kernels' layout"
             raise UnsupportedError(f"{what}: {error}") from error

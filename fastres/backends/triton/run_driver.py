@@ -12,7 +12,8 @@ from typing import Protocol
 
 import torch
 
-from fastres.backends.triton.contexts import Bound, Call, Record, Runner, total
+from fastres.backends.triton.answering import answering
+from fastres.backends.triton.contexts import Bound, Call, Record, Runner, title, total
 from fastres.backends.triton.eight_bits import inverse
 from fastres.backends.triton.link import check_linked, takes_pictures
 from fastres.backends.triton.linked import LinkedLaunch, LinkedPlan, values
@@ -122,7 +123,8 @@ class DriverRunner(Runner):
                 given = torch.zeros((1, *sizes), dtype=torch.uint8, device=self._device)
                 with self.context() as context:
                     try:
-                        self.load(step, given, context.tensors[step.target])
+                        with answering(self._device, title(step)):
+                            self.load(step, given, context.tensors[step.target])
                     except self.failures as error:
                         return step, error
         return super().failing()

@@ -11,12 +11,12 @@ import torch
 
 REPEATS = 20  # in one graph: what a replay costs by itself is spread over them
 _ROUNDS = 7
-_recording = threading.Lock()
+recording = threading.RLock()  # held while a graph is captured: none may wait for a whole GPU
 
 
 def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
     """Runs the work once, so that its kernels are compiled, then records it; returns the replay."""
-    with _recording:  # one capture at a time; other threads may go on launching
+    with recording:  # one capture at a time; other threads may go on launching
         work()
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fastres.backends.triton.answering import answering
 from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.backends.triton.table import Entry, Table
 from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.trial import Trial
 from fastres.backends.triton.trial_eight_bits import make_trial
+from fastres.errors import DeviceLost
 from fastres.kernels.cost import Target, target_of
 
 _TRIED = 16  # tiles a problem: the best by estimate
@@ -29,6 +31,7 @@ class Attempt:
     tile: AnyTile
     milliseconds: float | None
     reason: str = ""
+    wrong: bool = False  # it ran, and the result is not the oracle's
 
 
 def tune(
@@ -50,6 +53,9 @@ def tune(
 
     Returns:
         Every attempt, by problem.
+
+    Raises:
+        DeviceLost: the GPU answers no more; says with which tile of which problem that was.
     """
     target = target_of(device) if device.type == "cuda" else Target(90, 1)
     missing = [problem for problem in problems if problem.key not in table.entries]
@@ -88,27 +94,38 @@ def precompile(problem: Problem, target: Target, tried: int = _TRIED) -> int:
 def measure(
     problem: Problem, device: torch.device, target: Target, tried: int = _TRIED
 ) -> list[Attempt]:
-    """Tries the best tiles by estimate, one after the other."""
+    """Tries the best tiles by estimate, one after the other.
+
+    Raises:
+        DeviceLost: the GPU answers no more.
+    """
     trial = make_trial(problem, device)
-    return [_attempt(trial, tile, target) for tile in problem.candidates(target)[:tried]]
+    attempts = []
+    for tile in problem.candidates(target)[:tried]:
+        try:
+            with answering(device, f"{problem.key} with {tile}"):
+                attempts.append(_attempt(trial, tile, target))
+        except DeviceLost:
+            raise
+        except Exception as error:  # of Triton, its compiler or the driver: they raise many kinds
+            reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            attempts.append(Attempt(tile, None, reason))
+    return attempts
 
 
 def _attempt(trial: Trial, tile: AnyTile, target: Target) -> Attempt:
-    try:
-        trial.poison()
-        launches = trial.launches(tile, target)
+    trial.poison()
+    launches = trial.launches(tile, target)
 
-        def work() -> None:
-            for launch in launches:
-                launch.run()
+    def work() -> None:
+        for launch in launches:
+            launch.run()
 
-        work()
-        wrong = trial.difference()
-        if wrong is not None:
-            return Attempt(tile, None, wrong)
-        return Attempt(tile, milliseconds(work, trial.device))
-    except Exception as error:  # of Triton, its compiler or the driver: they raise many kinds
-        return Attempt(tile, None, f"{type(error).__name__}: {str(error).strip()[:200]}")
+    work()
+    wrong = trial.difference()
+    if wrong is not None:
+        return Attempt(tile, None, wrong, wrong=True)
+    return Attempt(tile, milliseconds(work, trial.device))
 
 
 def _fields(tile: AnyTile) -> dict[str, object]:
