@@ -115,9 +115,8 @@ def compile(
         dependent_launch: whether they are programmatic dependent launches, whose blocks may start
             before the kernel in front has ended (sm_90 and newer); None decides by how short they
             are.
-        sync_launches: whether each launch on a GPU is named on stderr and waited for, which is slow
-            and finds the one that breaks the GPU, or hangs (triton). None asks the environment, as
-            loaded engines do: FASTRES_SYNC_LAUNCHES=1.
+        sync_launches: whether each launch on a GPU is named on stderr and waited for, which finds
+            the one that breaks it, or hangs; None asks the environment: FASTRES_SYNC_LAUNCHES=1.
         tune: measure the kernels' tiles on this GPU for the usual input shapes, which takes minutes
             once; what is measured is kept, and an interrupted run goes on where it was.
         cache_dir: where measurements are kept; None takes `fastres` in the user's cache folder.
