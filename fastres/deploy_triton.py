@@ -13,7 +13,7 @@ import safetensors.numpy
 from fastres.backends.tensorrt.plan import Range
 from fastres.backends.triton.linked import InArena, InConstant, LinkedLaunch, LinkedPlan, values
 from fastres.backends.triton.stored_kernels import CODE, KERNELS, MachineCode, read_code
-from fastres.deploy_weights import PackedArrays, bf16
+from fastres.deploy_weights import PackedArrays, bf16, tf32
 from fastres.errors import ArtifactError, BackendUnavailable, InputError
 from fastres.kernels.binary import KernelBinary, KernelHeader, pack
 from fastres.kernels.device_memory import DeviceMemory, Stream
@@ -96,6 +96,7 @@ class _Place(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    tf32: bool = False
 
 
 class _Plan(msgspec.Struct, frozen=True):
@@ -334,6 +335,8 @@ def as_stored(x: Array, place: _Place, *, folded: bool, scale: float | None) -> 
         whole = x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
     if place.dtype == "bfloat16":
         return np.ascontiguousarray(bf16(whole))
+    if place.tf32:
+        return np.ascontiguousarray(tf32(whole))
     with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN, as anywhere
         return np.ascontiguousarray(whole.astype(_ELEMENTS[place.dtype]))
 

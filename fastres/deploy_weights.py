@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastres.errors import ArtifactError
+from fastres.kernels.epilogue import TF32_LIMIT
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _TAPS, _FOLDED = 4, 16  # of a folded stem, as in fastres.kernels.folding
@@ -23,9 +24,17 @@ def bf16(values: Array) -> Array:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def tf32(values: Array) -> Array:
+    """The nearest numbers of 10 bits behind the point: `fastres.kernels.reference.round_tf32`."""
+    single = np.ascontiguousarray(values, np.float32)
+    bits = single.view(np.uint32)
+    nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000
+    return np.where(np.abs(single) < TF32_LIMIT, nearest.view(np.float32), single)
+
+
 ROUND: Mapping[str, Callable[[Array], Array]] = {
     "fp32": lambda values: values.astype(np.float32),
-    "tf32": lambda values: values.astype(np.float32),
+    "tf32": tf32,
     "fp16": lambda values: values.astype(np.float16),
     "bf16": bf16,
     "int8": lambda values: values.astype(np.float16),  # of the layers that stay

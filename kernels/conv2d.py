@@ -74,6 +74,7 @@ def _conv2d_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     await_predecessor(DEPENDENT)
@@ -173,7 +174,7 @@ def _conv2d_kernel(
         residual = tl.load(r_rows[:, None] + r_channels[None, :], mask=r_ok, other=0.0)
     y = apply_epilogue(acc, bias, residual, ACTIVATION, scale, residual_scale, out_scale)
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * (GROUPS * K) + channels[None, :]
-    tl.store(y_tile, round_to(y, y_ptr.dtype.element_ty), mask=y_ok)
+    tl.store(y_tile, round_to(y, y_ptr.dtype.element_ty, ROUND_TF32), mask=y_ok)
 
 
 def conv2d_cost(
@@ -248,9 +249,8 @@ def conv2d(
     n, h, w, c = x.shape
     k, r, s, _ = weight.shape
     shape = ConvShape(n, h, w, c, k, r, s, stride, padding, dilation, groups)
-    y_shape = (shape.n, shape.p, shape.q, shape.k)
     if out is None:
-        out = torch.empty(y_shape, dtype=x.dtype, device=x.device)
+        out = torch.empty((n, shape.p, shape.q, k), dtype=x.dtype, device=x.device)
     launch = conv2d_launch(
         x,
         weight,
@@ -374,6 +374,7 @@ def conv2d_launch(
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
+            "ROUND_TF32": False,
             "DEPENDENT": False,
         },
         num_warps=tile.num_warps,

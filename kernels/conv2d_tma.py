@@ -302,6 +302,7 @@ def conv2d_tma_launches(
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
             "SPLIT_K": tile.split_k,
+            "ROUND_TF32": False,
             "DEPENDENT": False,
         },
         num_warps=tile.num_warps,

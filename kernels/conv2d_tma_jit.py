@@ -60,6 +60,7 @@ def conv2d_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     await_predecessor(DEPENDENT)
@@ -126,6 +127,6 @@ def conv2d_tma_kernel(
             if residual is not None:
                 r = residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N)
             v = apply_epilogue(total.T, bias, r, ACTIVATION, scale, residual_scale, out_scale)
-            v = round_to(v, y.dtype)
+            v = round_to(v, y.dtype, ROUND_TF32)
             y.store([n0, p0, q0, k0], v.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
         tile += tl.num_programs(0)

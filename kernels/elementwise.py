@@ -53,6 +53,7 @@ def _elementwise_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     await_predecessor(DEPENDENT)
@@ -84,7 +85,7 @@ def _elementwise_kernel(
     if out_scale is not None:
         v *= out_scale
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(y_tile, round_to(v, y_ptr.dtype.element_ty), mask=ok)
+    tl.store(y_tile, round_to(v, y_ptr.dtype.element_ty, ROUND_TF32), mask=ok)
 
 
 def elementwise_cost(
@@ -268,6 +269,7 @@ def elementwise_launch(
             "ACTIVATION": activation,
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,
+            "ROUND_TF32": False,
             "DEPENDENT": False,
         },
         num_warps=tile.num_warps,

@@ -7,6 +7,9 @@ from typing import Literal
 import msgspec
 
 ActivationKind = Literal["relu", "silu", "sigmoid", "gelu", "hardswish"]
+# Finite numbers from here on, and NaN and infinities, are left as they are by rounding to TF32,
+# which would make them infinite; what the tensor cores see of them is the largest TF32 number.
+TF32_LIMIT = (2 - 2.0**-11) * 2.0**127
 
 
 class Epilogue(msgspec.Struct, frozen=True):

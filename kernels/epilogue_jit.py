@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from fastres.kernels.epilogue import TF32_LIMIT
+
+_TF32_LIMIT = tl.constexpr(TF32_LIMIT)
+
 
 @triton.jit
 def apply_activation(v, ACTIVATION: tl.constexpr):
@@ -64,8 +68,27 @@ def saturate(v, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def round_to(v, DTYPE: tl.constexpr):
-    """An fp32 tile in the type it is stored in; 8-bit ones saturate, int8 rounds half to even."""
+def nearest_tf32(v):
+    """`reference.round_tf32` of an fp32 tile, which is fp32 still.
+
+    In integers, the same on every GPU: `cvt.rna.tf32` takes ties away from zero, and `cvt.rn.tf32`
+    is of sm_90 and newer.
+    """
+    bits = v.to(tl.int32, bitcast=True)
+    nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+    return tl.where(tl.abs(v) < _TF32_LIMIT, nearest.to(tl.float32, bitcast=True), v)
+
+
+@triton.jit
+def round_to(v, DTYPE: tl.constexpr, ROUND_TF32: tl.constexpr = False):
+    """An fp32 tile in the type it is stored in; 8-bit ones saturate, int8 rounds half to even.
+
+    Args:
+        ROUND_TF32: whether fp32 is rounded to TF32, for products that read it.
+    """
+    if ROUND_TF32:
+        tl.static_assert(DTYPE == tl.float32, "TF32 is stored as fp32")
+        v = nearest_tf32(v)
     return saturate(v, DTYPE).to(DTYPE)
 
 

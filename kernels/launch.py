@@ -98,6 +98,18 @@ class Launch:
             return self
         return replace(self, dependent=True, constants={**self.constants, "DEPENDENT": True})
 
+    def rounded(self) -> "Launch":
+        """The same with its fp32 result rounded to TF32 (`reference.round_tf32`).
+
+        For what a product in TF32 reads: the tensor cores cut off what they do not take.
+
+        Raises:
+            ValueError: the kernel has no results of fp32.
+        """
+        if "ROUND_TF32" not in self.constants:
+            raise ValueError(f"{self.kernel.__name__} does not round to TF32")
+        return replace(self, constants={**self.constants, "ROUND_TF32": True})
+
     def run(self) -> None:
         """Launches on the current stream of the first tensor's device.
 

@@ -59,6 +59,7 @@ def _layout_kernel(
     ROWS_APART: tl.constexpr,  # whether x's rows do not follow each other
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
 ):
     TILES_C: tl.constexpr = (Y_CHANNELS + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -79,7 +80,7 @@ def _layout_kernel(
     y_pixels = pixel.to(tl.int64) * stride_yw
     y_tile = y_ptr + n * stride_yn + y_pixels[:, None] + c.to(tl.int64)[None, :] * stride_yc
     y_ok = pixel_ok & (c < Y_CHANNELS)[None, :]
-    tl.store(y_tile, round_to(v, y_ptr.dtype.element_ty), mask=y_ok)
+    tl.store(y_tile, round_to(v, y_ptr.dtype.element_ty, ROUND_TF32), mask=y_ok)
 
 
 def normalisation(
@@ -350,6 +351,7 @@ def _layout_launch(
             "ROWS_APART": x.stride(1) != w * x.stride(2),
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,
+            "ROUND_TF32": False,
         },
         num_warps=tile.num_warps,
         num_stages=1,

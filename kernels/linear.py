@@ -31,6 +31,7 @@ def _global_avg_pool_kernel(
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     await_predecessor(DEPENDENT)
@@ -52,7 +53,7 @@ def _global_avg_pool_kernel(
         mean = tl.sum(total, 0).to(tl.float32) * scale
     if out_scale is not None:
         mean *= out_scale
-    mean = round_to(mean, y_ptr.dtype.element_ty)
+    mean = round_to(mean, y_ptr.dtype.element_ty, ROUND_TF32)
     tl.store(y_ptr + n.to(tl.int64) * C + c, mean, mask=c < C)
 
 
@@ -146,6 +147,7 @@ def global_avg_pool_launch(
             "C": c,
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,
+            "ROUND_TF32": False,
             "DEPENDENT": False,
         },
         num_warps=tile.num_warps,

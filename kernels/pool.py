@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastres.kernels.cost import Cost
 from fastres.kernels.dependent import await_predecessor
-from fastres.kernels.epilogue_jit import lowest
+from fastres.kernels.epilogue_jit import lowest, nearest_tf32, round_to
 from fastres.kernels.geometry import Pair, PoolShape, max_pool_cost
 from fastres.kernels.launch import Launch, check_like, check_nhwc
 from fastres.kernels.quantised import ANY_DTYPES
@@ -38,6 +38,7 @@ def _max_pool_kernel(
     DILATION_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     await_predecessor(DEPENDENT)
@@ -69,6 +70,8 @@ def _max_pool_kernel(
             # v != v: a NaN wins, and then stays, since nothing compares greater than it
             best = tl.where((v > best) | (v != v), v, best)
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :]
+    if ROUND_TF32:
+        best = nearest_tf32(best)
     tl.store(y_tile, best.to(y_ptr.dtype.element_ty), mask=ok)
 
 
@@ -155,6 +158,7 @@ def max_pool_launch(
             "DILATION_W": shape.dilation[1],
             "BLOCK_M": tile.block_m,
             "BLOCK_C": tile.block_c,
+            "ROUND_TF32": False,
             "DEPENDENT": False,
         },
         num_warps=tile.num_warps,
@@ -186,6 +190,7 @@ def _avg_pool_kernel(
     DIVISOR: tl.constexpr,  # 0 for the size of the window
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     await_predecessor(DEPENDENT)
@@ -223,7 +228,7 @@ def _avg_pool_kernel(
         # a window of padding alone has the sum 0 and, without padding, the count 0
         mean = total / tl.maximum(high * wide, 1).to(tl.float32)[:, None]
     y_tile = y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(y_tile, mean.to(y_ptr.dtype.element_ty), mask=ok)
+    tl.store(y_tile, round_to(mean, y_ptr.dtype.element_ty, ROUND_TF32), mask=ok)
 
 
 def avg_pool_cost(shape: PoolShape, itemsize: int) -> Cost:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.epilogue import TF32_LIMIT, ActivationKind
 
 Pair = tuple[int, int]
 
@@ -163,6 +163,20 @@ def slice_(
 def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
     """y = exp(x) / sum(exp(x)) along `dim`."""
     return x.softmax(dim)
+
+
+def round_tf32(x: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers of 10 bits behind the point, ties to even, as fp32; NaN stays.
+
+    What a product in TF32 is given: tensor cores cut the other 13 bits off. Finite numbers stay
+    finite: those that would become infinite are left to be cut off.
+
+    Args:
+        x: fp32, any strides.
+    """
+    bits = x.view(torch.int32)
+    nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+    return torch.where(x.abs() < TF32_LIMIT, nearest.view(torch.float32), x)
 
 
 def quantise(x: torch.Tensor, scale: float) -> torch.Tensor:

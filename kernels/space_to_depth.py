@@ -39,6 +39,7 @@ def _space_to_depth_kernel(
     AFTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tiles = tl.cdiv(PH * PW, BLOCK_M)
@@ -61,7 +62,7 @@ def _space_to_depth_kernel(
     v = normalised(v, normalise_ptr, out_scale, c, c < C, C)
     v = tl.where(ok, v, 0.0)  # the padding is of the normalised picture
     y_pixels = y_ptr + (n * PH * PW + pixel) * BLOCK_C
-    y = round_to(v, y_ptr.dtype.element_ty)
+    y = round_to(v, y_ptr.dtype.element_ty, ROUND_TF32)
     tl.store(y_pixels[:, None] + j[None, :], y, mask=pixel_ok[:, None])
 
 
@@ -155,6 +156,7 @@ def space_to_depth_launch(
             "AFTER": MARGIN[1],
             "BLOCK_M": tile.block_m,
             "BLOCK_C": FOLDED,
+            "ROUND_TF32": False,
         },
         num_warps=tile.num_warps,
         num_stages=1,

@@ -33,6 +33,7 @@ def _sum_parts_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     await_predecessor(DEPENDENT)
@@ -58,7 +59,7 @@ def _sum_parts_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
     y = apply_epilogue(acc, bias, residual, ACTIVATION, scale, residual_scale, out_scale)
-    tl.store(y_ptr + offsets, round_to(y, y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + offsets, round_to(y, y_ptr.dtype.element_ty, ROUND_TF32), mask=inside)
 
 
 def sum_parts_cost(parts: int, m: int, k: int, itemsize: int, *, residual: bool = False) -> Cost:
@@ -160,6 +161,7 @@ def sum_parts_launch(
             "ACTIVATION": activation,
             "BLOCK_M": _BLOCK_M,
             "BLOCK_N": _BLOCK_N,
+            "ROUND_TF32": False,
             "DEPENDENT": False,
         },
         num_warps=4,

@@ -117,6 +117,8 @@ def operands(case: Case, device: torch.device, embed: Callable[..., torch.Tensor
 
     def draw(*sizes: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> torch.Tensor:
         values = torch.randn(sizes, generator=random) * scale
+        if case.allow_tf32:  # as plans store it: tensor cores would cut off what is not rounded
+            values = reference.round_tf32(values)
         return embed(values.to(dtype).to(device))
 
     depth = shape.gemm.k

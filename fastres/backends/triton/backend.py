@@ -143,7 +143,9 @@ class TritonExecutable:
         self._graph = graph
         self._batched = is_batched(graph)
         self._precision: Precision = options.precision or "fp32"
-        constants = Packed(graph, FLOAT_OF[self._precision], device)
+        precision = self._precision
+        narrow = precision == "tf32"
+        constants = Packed(graph, FLOAT_OF[precision], device, tf32=narrow)
         asked = options.dependent_launch
         tiles = tiles_for(options, device)
         if options.tune:

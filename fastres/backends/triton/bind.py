@@ -39,6 +39,7 @@ from fastres.kernels.launch import Launch
 from fastres.kernels.layout import PICTURE_DTYPES, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import avg_pool_launch, max_pool_launch
+from fastres.kernels.reference import round_tf32
 from fastres.kernels.space_to_depth import space_to_depth_launch
 from fastres.kernels.stem import stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
@@ -58,6 +59,8 @@ def bind(
         target: the GPU they are meant for.
     """
     launches = _launches(step, at, constants, target, plan.allow_tf32)
+    if plan.places[step.target].tf32:
+        launches = tuple(launch.rounded() for launch in launches)
     return tuple(launch.overlapping() for launch in launches) if plan.dependent else launches
 
 
@@ -87,25 +90,29 @@ def _launches(
     return ()
 
 
-def load(step: LoadInput, given: torch.Tensor, target: torch.Tensor, constants: Packed) -> None:
+def load(
+    plan: Plan, step: LoadInput, given: torch.Tensor, target: torch.Tensor, constants: Packed
+) -> None:
     """Brings an input of the caller's into the plan's memory; `given` may have fewer images."""
     if given.dim() != 4:
-        target[: given.shape[0]].copy_(given)
+        rounded = round_tf32(given.float()) if plan.places[step.target].tf32 else given
+        target[: given.shape[0]].copy_(rounded)
         return
     if given.dtype not in PICTURE_DTYPES:
         given = given.float()  # of a model in float64, which runs in fp32
     if step.normalize is not None and step.normalize.flip:
         given = given.flip(1)
-    load_launch(step, given, target, constants).run()
+    load_launch(plan, step, given, target, constants).run()
 
 
 def load_launch(
-    step: LoadInput, given: torch.Tensor, target: torch.Tensor, constants: Packed
+    plan: Plan, step: LoadInput, given: torch.Tensor, target: torch.Tensor, constants: Packed
 ) -> Launch:
     """The call that brings in pictures, their channels in the network's order."""
-    launch = space_to_depth_launch if step.folded else to_nhwc_launch
+    build = space_to_depth_launch if step.folded else to_nhwc_launch
     factors = None if step.normalize is None else constants.factors(step.normalize)
-    return launch(given, target, normalise=factors, out_scale=inverse(step.scale))
+    launch = build(given, target, normalise=factors, out_scale=inverse(step.scale))
+    return launch.rounded() if plan.places[step.target].tf32 else launch
 
 
 def _conv2d(

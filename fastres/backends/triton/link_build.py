@@ -52,7 +52,7 @@ def numbered(
                 n, c, h, w = shape
                 given = torch.empty((n, h, w, c), dtype=torch.uint8, device=arena.device)
                 planar = given.permute(0, 3, 1, 2)
-                yield number, load_launch(step, planar, tensors[step.target], constants)
+                yield number, load_launch(plan, step, planar, tensors[step.target], constants)
         for launch in bind(plan, step, tensors, constants, target):
             yield number, launch
 

@@ -36,6 +36,7 @@ from fastres.backends.triton.regions import (
     ShortcutA,
     boundaries,
     entries,
+    factors,
     pool_of,
     projections,
     shortcuts,
@@ -126,7 +127,8 @@ class _Planner:
         self.pooled: dict[str, tuple[Node, StemPoolTile]] = {}  # stems, by the name of a max pool
         self.chains: dict[str, tuple[Boundary, ChainTile]] = {}  # by the name of conv3
         self.merged: dict[str, Node] = {}  # by the name of a convolution: its projection
-        self.tensors = Tensors(self.shapes, self.scales, graph.outputs, precision)
+        narrow = factors(graph) if precision == "tf32" else ()
+        self.tensors = Tensors(self.shapes, self.scales, graph.outputs, precision, narrow)
 
     def plan(self) -> Plan:
         self._decide_regions()
@@ -148,7 +150,7 @@ class _Planner:
         return Plan(
             input_shapes=self.input_shapes,
             places={
-                name: Place(shape, DTYPE_NAMES[dtype], offsets[name])
+                name: Place(shape, DTYPE_NAMES[dtype], offsets[name], name in self.tensors.rounded)
                 for name, (shape, dtype) in self.tensors.places.items()
             },
             steps=tuple(self.tensors.steps),
@@ -219,7 +221,7 @@ class _Planner:
         assert isinstance(op, Linear)
         scales, tile = self._layer(node), self.reckoner.linear(node)
         weight, bias = node.params["weight"], node.params.get("bias")
-        source = self.tensors.read(node.inputs[0], is_whole(node))
+        source = self.tensors.factor(node.inputs[0], is_whole(node))
         return LaunchLinear(name, source, name, weight, bias, op.activation, tile, scales)
 
     def _stem(self, node: Node) -> LaunchStem | LaunchStemPool:
@@ -227,7 +229,7 @@ class _Planner:
         stem, together = self.pooled.get(node.name, (node, None))
         assert isinstance(stem.op, Conv2d)
         scales = self._layer(stem, target=node.name)
-        source = self.tensors.read(stem.inputs[0], is_whole(stem))
+        source = self.tensors.factor(stem.inputs[0], is_whole(stem))
         weight, bias = stem.params["weight"], stem.params.get("bias")
         activation = stem.op.epilogue.activation
         operands = node.name, source, node.name, weight, bias, activation
@@ -274,7 +276,7 @@ class _Planner:
         assert isinstance(form.tile, ConvTile)
         return LaunchConv2d(
             node=node.name,
-            source=self.tensors.read(node.inputs[0], is_whole(node)),
+            source=self.tensors.factor(node.inputs[0], is_whole(node)),
             target=node.name,
             weight=node.params["weight"],
             bias=node.params.get("bias"),
@@ -300,7 +302,7 @@ class _Planner:
         residual = node.inputs[1] if op.epilogue.residual and not projection else None
         return LaunchBoxConv2d(
             node=node.name,
-            source=self.tensors.read(node.inputs[0], is_whole(node)),
+            source=self.tensors.factor(node.inputs[0], is_whole(node)),
             target=node.name,
             weight=node.params["weight"],
             biases=_biases(node, projection),
@@ -308,7 +310,7 @@ class _Planner:
             stride=op.stride,
             padding=op.padding,
             dilation=op.dilation,
-            projected=None if projection is None else self.tensors.read(projection.inputs[0]),
+            projected=None if projection is None else self.tensors.factor(projection.inputs[0]),
             projection=None if projection is None else projection.params["weight"],
             projection_stride=(1, 1) if projection is None else _stride(projection),
             residual=None if residual is None else self.tensors.read(residual, is_whole(node)),

@@ -15,6 +15,7 @@ from fastres.errors import UnsupportedError
 from fastres.graph.ir import Graph, Normalize
 from fastres.kernels.folding import pack_stem_weight
 from fastres.kernels.geometry import mergeable
+from fastres.kernels.reference import round_tf32
 from fastres.weights import is_finite
 
 _RANKS = dict.fromkeys(("filters", "grouped", "matrix", "stem"), 4) | {"rows": 2}
@@ -29,14 +30,18 @@ class Packed:
 
     Args:
         device: where the tensors are to lie; "meta" for tensors that are only to be compiled for.
+        tf32: whether fp32 weights are rounded to TF32, for products of that.
 
     Raises:
         UnsupportedError: a weight is beyond fp16's range.
     """
 
-    def __init__(self, graph: Graph, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, graph: Graph, dtype: torch.dtype, device: torch.device, *, tf32: bool = False
+    ) -> None:
         self._constants = graph.constants
         self._dtype = dtype
+        self._tf32 = tf32
         self._device = device
         self._made: dict[Key, torch.Tensor] = {}
         self._lock = threading.Lock()
@@ -198,7 +203,8 @@ class Packed:
 
     def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
         dtype = weight.dtype if weight.dtype.itemsize == 1 else self._dtype
-        return weight.to(self._device, dtype).contiguous()
+        packed = weight.to(self._device, dtype).contiguous()
+        return round_tf32(packed) if self._tf32 and dtype == torch.float32 else packed
 
     def _once(self, key: Key, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         with self._lock:

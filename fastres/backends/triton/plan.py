@@ -20,11 +20,17 @@ from fastres.options import Sizes
 
 
 class Place(msgspec.Struct, frozen=True):
-    """A tensor in the arena: element type, packed shape, and its first byte."""
+    """A tensor in the arena: element type, packed shape, and its first byte.
+
+    Args:
+        tf32: whether its fp32 values are rounded to TF32 as they are stored: products read it, and
+            the caller does not get it.
+    """
 
     shape: Sizes
     dtype: str
     offset: int
+    tf32: bool = False
 
 
 class Shortcut(msgspec.Struct, frozen=True):
@@ -311,7 +317,7 @@ class Plan(msgspec.Struct, frozen=True):
         steps: in order of execution.
         outputs: tensor and logical NCHW shape of each output.
         arena_bytes: size of the one buffer that holds all places.
-        allow_tf32: whether fp32 products may be rounded to TF32.
+        allow_tf32: whether fp32 products are those of TF32, on tensor cores.
         dependent: whether a kernel's blocks may start before the kernel in front has ended.
         choices: for people: what is run in which form, and why.
     """

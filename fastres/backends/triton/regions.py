@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastres.graph.ir import Conv2d, Graph, MaxPool, Node, Pad, Slice, Value
+from fastres.graph.ir import Conv2d, Flatten, Graph, Linear, MaxPool, Node, Pad, Slice, Value
 from fastres.kernels.epilogue import Epilogue
 
 
@@ -58,6 +58,22 @@ def _subsamples(op: Slice) -> bool:
     """x[:, :, ::s, ::s]"""
     whole = op.starts == (0, 0, 0, 0) and op.stops == (None, None, None, None)
     return whole and op.steps[:2] == (1, 1) and op.steps[2] == op.steps[3]
+
+
+def factors(graph: Graph) -> set[str]:
+    """What convolutions and linear layers multiply, and the caller of the network does not get.
+
+    A Flatten is another name of the value that it flattens, which is the one given.
+    """
+    names: dict[str, str] = {}
+    read = set()
+    for node in graph.nodes:
+        source = names.get(node.inputs[0], node.inputs[0])
+        if isinstance(node.op, Flatten):
+            names[node.name] = source
+        elif isinstance(node.op, Conv2d | Linear):
+            read.add(source)
+    return read - {names.get(name, name) for name in graph.outputs}
 
 
 def entries(graph: Graph) -> list[Node | Value]:

@@ -32,7 +32,7 @@ class PlanRunner(Runner):
 
     def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
         try:
-            load(step, given, target, self._constants)
+            load(self.plan, step, given, target, self._constants)
         except LaunchError as error:
             check_answers(self._device, title(step))
             what = f"the input {step.source} cannot be brought into the kernels' layout"

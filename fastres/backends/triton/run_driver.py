@@ -29,7 +29,7 @@ from fastres.kernels.driver import (
     use_device,
 )
 from fastres.kernels.folding import MARGIN
-from fastres.kernels.reference import saturated
+from fastres.kernels.reference import round_tf32, saturated
 from fastres.kernels.tensor_map import TensorMap
 
 
@@ -139,6 +139,8 @@ class DriverRunner(Runner):
             given = given.float()
         if step.scale is not None:
             given = saturated(given.float() * inverse(step.scale), target.dtype)
+        if self.plan.places[step.target].tf32:
+            given = round_tf32(given.float())
         if not step.folded:
             target[: given.shape[0]].copy_(given.permute(0, 2, 3, 1) if given.dim() == 4 else given)
             return

@@ -7,7 +7,7 @@ where somebody wants it in floating point after all, it is turned back once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -25,6 +25,7 @@ class Tensors:
         scales: of the values that are read in 8 bits.
         outputs: values that the network's caller gets, in floating point.
         precision: of the network.
+        factors: in TF32: values that are rounded where they are stored, as products read them.
     """
 
     def __init__(
@@ -33,11 +34,14 @@ class Tensors:
         scales: Mapping[str, float],
         outputs: Sequence[str],
         precision: Precision,
+        factors: Collection[str] = (),
     ) -> None:
         self.steps: list[AnyStep] = []
         self.places: dict[str, tuple[Sizes, torch.dtype]] = {}
         self._shapes, self._scales, self._outputs = shapes, scales, outputs
         self._dtype, self._eight = FLOAT_OF[precision], OPERAND_OF[precision]
+        self._narrow = precision == "tf32"
+        self.rounded = set(factors)  # tensors of TF32
         self._real: dict[str, str] = {}  # a value → the tensor it was written to
         self._whole: dict[str, str] = {}  # a value that is read in 8 bits → the tensor of that
 
@@ -108,6 +112,21 @@ class Tensors:
             self.places[real] = self.places[source][0], self._dtype
             self._cast(source, real, Scales(self._scales[value]))
         return real
+
+    def factor(self, value: str, whole: bool = False) -> str:
+        """The tensor in which a product reads a value: of TF32 in a network of that.
+
+        Where that is no other's, as of a value that the caller gets in full, it is one more.
+        """
+        source = self.read(value, whole)
+        if not self._narrow or source in self.rounded:
+            return source
+        narrow = f"{source}.rounded"
+        if narrow not in self.places:
+            self.places[narrow] = self.places[source]
+            self.rounded.add(narrow)
+            self.steps.append(LaunchElementwise(narrow, source, narrow, None, None, None))
+        return narrow
 
     def lifetimes(self) -> list[Lifetime]:
         """From which step to which each tensor is needed."""

@@ -18,6 +18,7 @@ from fastres.kernels.cost import Target
 from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import Launch
+from fastres.kernels.reference import round_tf32
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
@@ -31,13 +32,15 @@ _IMAGES = 2  # compared with the oracle, from each end of the batch
 class Trial:
     """One problem on one device; on "meta" its launches can be compiled, and nothing more.
 
-    Values are scaled as in a trained network: products neither vanish nor overflow.
+    Values are scaled as in a trained network: products neither vanish nor overflow. In TF32 they
+    are rounded to that, and so is what comes out, as between the kernels of a plan.
     """
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
         self.problem = problem
         self.device = device
         self._dtype = OPERAND_OF[problem.precision]
+        self._narrow = problem.precision == "tf32"
         self._scales: dict[str, Any] = {}  # further arguments of the kernels
         self._residual: torch.Tensor | None = None
         self._generator = None
@@ -58,6 +61,10 @@ class Trial:
 
     def launches(self, tile: AnyTile, target: Target) -> tuple[Launch, ...]:
         """The calls that compute the outputs."""
+        launches = self._launches(tile, target)
+        return tuple(launch.rounded() for launch in launches) if self._narrow else launches
+
+    def _launches(self, tile: AnyTile, target: Target) -> tuple[Launch, ...]:
         shape = self.problem.shape
         if isinstance(shape, ChainShape):
             assert isinstance(tile, ChainTile)
@@ -68,10 +75,9 @@ class Trial:
             operands = self._folded, self._matrix, self._bias, self._outputs[0]
             return (stem_pool_launch(*operands, tile=tile, **self._scales),)
         assert isinstance(tile, ConvTile)
-        narrow = self.problem.precision == "tf32"
         if self.problem.kind == "folded stem":
             operands = self._folded, self._matrix, self._bias, self._outputs[0]
-            more = {"tile": tile, "target": target, "allow_tf32": narrow, **self._scales}
+            more = {"tile": tile, "target": target, "allow_tf32": self._narrow, **self._scales}
             return (stem_launch(*operands, **more),)
         launch = conv2d_launch(
             self._x,
@@ -84,7 +90,7 @@ class Trial:
             merged=self.problem.merged,
             activation="relu",
             tile=tile,
-            allow_tf32=narrow,
+            allow_tf32=self._narrow,
             **self._scales,
         )
         return (launch,)
@@ -102,6 +108,8 @@ class Trial:
             oracle, baseline = (
                 self._reference(chosen, dtype) for dtype in (torch.float64, self._dtype)
             )
+        if self._narrow:
+            baseline = [round_tf32(usual) for usual in baseline]
         for i, (out, exact, usual) in enumerate(zip(self._outputs, oracle, baseline, strict=True)):
             found = errors(out[chosen], exact)
             if not found.within(errors(usual, exact), self._dtype):
@@ -186,7 +194,7 @@ class Trial:
             activation="relu",
             tile=tile,
             workspace=workspace,
-            allow_tf32=self.problem.precision == "tf32",
+            allow_tf32=self._narrow,
             **self._scales,
         )
 
@@ -215,18 +223,17 @@ class Trial:
         shape = self.problem.shape
         if isinstance(shape, ChainShape):
             return self._chain_reference(shape, chosen, dtype)
-        narrow = self.problem.precision == "tf32"
         x = self._x[chosen]
         if self._is_stem:
-            y = _conv(x, self._filters, dtype, (2, 2), (3, 3), narrow=narrow)
+            y = _conv(x, self._filters, dtype, (2, 2), (3, 3))
             y = (y + self._bias.to(dtype)).relu()
             if self.problem.kind == "folded stem":
                 return [y]
             return [F.max_pool2d(y.permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)]
-        y = _conv(x, self._filters, dtype, shape.stride, shape.padding, shape, narrow)
+        y = _conv(x, self._filters, dtype, shape.stride, shape.padding, shape)
         if self._x2 is not None:
             weight2 = self._weight2[:, None, None, :]
-            y = y + _conv(self._x2[chosen], weight2, dtype, self._stride2, narrow=narrow)
+            y = y + _conv(self._x2[chosen], weight2, dtype, self._stride2)
         y = y + self._bias.to(dtype)
         if self._residual is not None:
             y = y + self._residual[chosen].to(dtype)
@@ -262,7 +269,8 @@ class Trial:
         values = torch.randn(sizes, generator=self._generator, device=self.device)
         if depth is not None:
             values *= (2 / depth) ** 0.5
-        return (values.relu_() if positive else values).to(dtype or self._dtype)
+        values = (values.relu_() if positive else values).to(dtype or self._dtype)
+        return round_tf32(values) if self._narrow and dtype is None else values
 
 
 def _conv(
@@ -272,22 +280,9 @@ def _conv(
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
     shape: ConvShape | None = None,
-    narrow: bool = False,
 ) -> torch.Tensor:
-    """The convolution of NHWC pixels with KRSC weights, in PyTorch.
-
-    Args:
-        narrow: whether fp32 operands are rounded to TF32 first, as tensor cores do.
-    """
+    """The convolution of NHWC pixels with KRSC weights, in PyTorch."""
     dilation, groups = (shape.dilation, shape.groups) if shape is not None else ((1, 1), 1)
-    if dtype == torch.float32 and narrow:
-        x, weight = _tf32(x), _tf32(weight)
     planes, filters = x.to(dtype).permute(0, 3, 1, 2), weight.to(dtype).permute(0, 3, 1, 2)
     y = F.conv2d(planes, filters, None, stride, padding, dilation, groups)
     return y.permute(0, 2, 3, 1)
-
-
-def _tf32(x: torch.Tensor) -> torch.Tensor:
-    """The nearest values of ten bits behind the point."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0x1000) & -0x2000).view(torch.float32)

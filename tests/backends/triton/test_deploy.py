@@ -25,7 +25,7 @@ from torch import Tensor
 import fastres
 from fastres import container, deploy, deploy_triton
 from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import Norm, Place
+from fastres.backends.triton.plan import LoadInput, Norm, Place, Plan
 from fastres.backends.triton.run_driver import DriverRunner
 from fastres.backends.triton.stored import PLANS
 from fastres.backends.triton.stored_kernels import CODE, KERNELS, read_code
@@ -38,7 +38,12 @@ from fastres.kernels.folding import packed_shape
 from fastres.manifest import WEIGHTS
 
 CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 compiles = [
     pytest.mark.compile,
     pytest.mark.skipif(
@@ -88,7 +93,8 @@ class TestWeights:
         ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else str(x),
     )
     def test_bits_are_those_of_pytorch(self, precision: str, key: Any) -> None:
-        packed = Packed(Graph((), (), (), self.CONSTANTS, ""), DTYPES[precision], CPU)
+        graph, tf32 = Graph((), (), (), self.CONSTANTS, ""), precision == "tf32"
+        packed = Packed(graph, DTYPES[precision], CPU, tf32=tf32)
         arrays = PackedArrays(lambda name: self.CONSTANTS[name].numpy(), precision)
         if key[0] == "matrix" and len(key) == 2:
             wanted = packed.matrix(key[1])
@@ -123,18 +129,20 @@ class TestWeights:
 
 class TestInputs:
     @pytest.mark.parametrize("folded", [False, True])
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "tf32", "int8"])
     def test_bits_are_those_of_pytorch(self, folded: bool, dtype: str) -> None:
         x = 3 * draw(2, 3, 8, 12)
         x[0, 0, 0, :3] = torch.tensor([0.5, 1.5, 900.0]) * 0.02
         shape = packed_shape(2, 8, 12) if folded else (2, 8, 12, 3)
+        dtype, tf32 = ("float32", True) if dtype == "tf32" else (dtype, False)
         wanted = torch.full(shape, 99, dtype=getattr(torch, dtype))
         scale = 0.02 if dtype == "int8" else None
-        from fastres.backends.triton.plan import LoadInput
-
         step = LoadInput("x", "x", "x", folded=folded, scale=scale)
-        DriverRunner.load(object.__new__(DriverRunner), step, x, wanted)
-        place: Any = Place(shape, dtype, 0)
+        place: Any = Place(shape, dtype, 0, tf32)
+        runner = object.__new__(DriverRunner)
+        runner.plan = Plan((), {"x": place}, (), (), 0)
+        runner.load(step, x, wanted)
+        assert tf32 == (dtype == "float32" and not (wanted.view(torch.int32) & 0x1FFF).any())
         assert as_stored(x.numpy(), place, folded=folded, scale=scale).tobytes() == raw(wanted)
 
 

@@ -44,7 +44,7 @@ def poison(engine: fastres.Engine, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 def test_cifar_resnet20(photo_batch: PhotoBatch, shortcut: Any, precision: Precision) -> None:
     model = fastres.models.cifar_resnet(20, shortcut=shortcut, seed=0)
     model = fastres.models.settle(model, photo_batch(32, 32))
@@ -210,7 +210,7 @@ def test_profile_names_every_launch(photo_batch: PhotoBatch, tmp_path: Path) -> 
 
 @pytest.mark.skipif(INTERPRETING, reason="hours in the interpreter")
 @pytest.mark.parametrize("version", ["v1", "v1.5"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 def test_resnet50(photo_batch: PhotoBatch, version: Any, precision: Precision) -> None:
     model = fastres.models.settle(
         fastres.models.resnet50(version=version, seed=0), photo_batch(8, 224)

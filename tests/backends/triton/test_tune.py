@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastres.backends.triton import trial as trial_module
 from fastres.backends.triton import trial_eight_bits as eight_bits
 from fastres.backends.triton import tune as tuning
 from fastres.backends.triton.problems import Problem
@@ -34,6 +33,7 @@ from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import stem_shape
 from fastres.kernels.geometry import ConvShape
+from fastres.kernels.reference import round_tf32
 from fastres.kernels.tiles import ConvTile
 
 CPU = torch.device("cpu")
@@ -277,12 +277,19 @@ class TestTrials:
             assert f"1 values of output {i} are not the reference's" == trial.difference()
             out[-1, -1, -1, 0] -= 1
 
-
-def test_tf32_is_measured_by_its_own_rounding() -> None:
-    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -3.1415927, 0.0])
-    rounded = trial_module._tf32(x)
-    assert rounded[:4].tolist() == [1.0, 1 + 2**-10, 1 + 2**-10, 1.0]
-    assert torch.all((rounded - x).abs() <= x.abs() * 2**-11) and rounded[5] == 0
+    @pytest.mark.parametrize("problem", [POINTERS, FOLDED, BOXES, MERGED], ids=lambda p: p.kind)
+    def test_in_tf32_all_is_rounded_as_in_a_plan(self, problem: Problem) -> None:
+        """Tensor cores that cut operands off leave these as they are."""
+        trial = Trial(replace(problem, precision="tf32"), CPU)
+        for launch in trial.launches(trial.problem.candidates(HOPPER)[0], HOPPER):
+            assert launch.constants["ROUND_TF32"] is True
+            launch.run()
+        operands = [*trial._outputs, trial._matrix, trial._x]
+        assert all(torch.equal(x, round_tf32(x)) and x.any() for x in operands)
+        assert trial._bias.ne(round_tf32(trial._bias)).any()
+        assert trial.difference() is None
+        trial._outputs[0] += trial._outputs[0] * 2**-8
+        assert "output 0 is wrong" in str(trial.difference())
 
 
 class TestFp8Trials:
