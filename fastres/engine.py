@@ -92,6 +92,7 @@ class Engine:
         self._tree = self.graph.output_tree
         self._gives_one = self._tree.is_leaf()
         self._given = EngineInputs(self.graph, self.inputs, self.options)
+        self._streams = OnStreams(self.device) if self.device.type == "cuda" else None
 
     @property
     def graph(self) -> Graph:
@@ -204,12 +205,12 @@ class Engine:
 
     def _map(self, batches: Iterator[Batch], depth: int) -> Iterator[Any]:
         pending: deque[Future[Any]] = deque()
-        streams = OnStreams(self, self.device) if self.device.type == "cuda" else None
+        streams = self._streams
         with ThreadPoolExecutor(depth, thread_name_prefix="fastres") as pool:
             try:
                 for batch in batches:
                     inputs = self.in_order(batch)
-                    work = partial(self, *inputs) if streams is None else streams.submission(inputs)
+                    work = streams.submission(self, inputs) if streams else partial(self, *inputs)
                     pending.append(pool.submit(work))
                     if len(pending) > depth:
                         yield pending.popleft().result()

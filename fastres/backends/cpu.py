@@ -132,17 +132,17 @@ class CpuExecutable:
         self._config = cpu_config(precision, options.hint, options.num_threads)
         self._reshaping = threading.Lock()
         self._model = _read(graph)
-        self._plans = ShapeCache(self._compile, options.cache_size)
+        self._plans: ShapeCache[_Plan] = ShapeCache(options.cache_size)
 
     def prepare(self, shapes: Shapes) -> None:
         """Compiles for these input shapes now, so that the first call does not wait."""
-        self._plans.get(shapes)
+        self._plans.get(shapes, self._compile)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # Nothing here may be a parallel operation of PyTorch: its threads would then spin for 2 ms
         # on the cores that OpenVINO is about to use.
         given = onnx_form.inputs_for(self._graph, inputs)
-        outputs = self._plans.get(_shapes(inputs)).run(given)
+        outputs = self._plans.get(_shapes(inputs), self._compile).run(given)
         if outputs is None:
             # OpenVINO's ReLU and max pool turn NaN into a number; PyTorch's keep it
             return ReferenceExecutable(self._graph, torch.float32).run(inputs)

@@ -11,6 +11,7 @@ from fastres.backends.base import Backend, CompiledParts
 from fastres.errors import BackendUnavailable, InputError, UnsupportedError
 from fastres.graph.ir import Graph
 from fastres.options import Options, Precision
+from fastres.streams import current
 
 
 def _reference() -> Backend:
@@ -100,7 +101,7 @@ def choose(
     runnable, advice = False, "Choose another backend, precision or device"
     for name in order(options.backend, options.device, options.target):
         candidate = BACKENDS[name]()
-        why = candidate.unavailable(options.target, compiled)
+        why = _unavailable(candidate, options, compiled)
         if why is not None:
             reasons.append(f"{name} cannot {task}: {why}")
             continue
@@ -128,6 +129,20 @@ def choose(
     if not runnable:
         raise BackendUnavailable(f"no backend of {list(options.backend)} can {task}\n{text}")
     raise UnsupportedError(f"{text}\n{advice}")
+
+
+def _unavailable(
+    candidate: Backend, options: Options, compiled: CompiledParts | None
+) -> str | None:
+    """What the backend says of the GPU that was asked for, whichever is the current one."""
+    device = options.device
+    named = device is not None and device.type == "cuda" and device.index is not None
+    if device is None or not named or options.target is not None or not torch.cuda.is_available():
+        return candidate.unavailable(options.target, compiled)
+    if device.index >= (count := torch.cuda.device_count()):
+        return f"device is {str(device)!r}, and PyTorch sees {count} GPU{'s'[: count > 1]}"
+    with current(device):
+        return candidate.unavailable(None, compiled)
 
 
 def _misplaced(candidate: Backend, options: Options) -> str | None:

@@ -17,20 +17,23 @@ class ShapeCache(Generic[T]):
     """Keeps the `limit` entries used last; the others are dropped and made again on demand.
 
     Args:
-        make: makes an entry for input shapes; never called twice at a time. Meanwhile `get` goes on
-            serving what is there.
         limit: how many entries to keep.
     """
 
-    def __init__(self, make: Callable[[Shapes], T], limit: int) -> None:
-        self._make = make
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._entries: OrderedDict[Shapes, T] = OrderedDict()
         self._lock = threading.Lock()  # of the table, held for moments
         self._making = threading.Lock()
         self._last: tuple[Shapes, T] | None = None  # for the usual case, without the lock
 
-    def get(self, shapes: Shapes) -> T:
+    def get(self, shapes: Shapes, make: Callable[[Shapes], T]) -> T:
+        """The entry of these input shapes.
+
+        Args:
+            make: makes it; never called twice at a time, and meanwhile others get what is there. It
+                is not kept: what an owner made goes with him, at once.
+        """
         last = self._last
         if last is not None and last[0] == shapes:
             return last[1]
@@ -39,7 +42,7 @@ class ShapeCache(Generic[T]):
             with self._making:
                 entry = self._find(shapes)  # another thread may have made it meanwhile
                 if entry is None:
-                    entry = self._make(shapes)
+                    entry = make(shapes)
                     self._keep(shapes, entry)
         self._last = shapes, entry
         return entry

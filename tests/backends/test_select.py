@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastres
 from fastres.backends.onnx_runtime import OnnxRuntimeBackend
-from fastres.backends.select import order
+from fastres.backends.select import choose, order
 from fastres.errors import BackendUnavailable, InputError, UnsupportedError
+from fastres.options import Options
+from fastres.source import source_of
 
 IMAGE = fastres.Input((2, 3, 16, 16))
 
@@ -48,6 +52,36 @@ def test_precision_that_no_backend_takes() -> None:
     assert "fallback" not in str(caught.value)  # it could not help
     with pytest.raises(UnsupportedError, match="reference computes in .* and fp8, not bf16"):
         fastres.compile(Rolled().eval(), IMAGE, backend="reference", precision="bf16")
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:0", "the GPU is sm_75; the kernels need"), ("cuda:2", "'cuda:2', and PyTorch sees 2")],
+)
+def test_the_gpu_that_was_asked_for_is_looked_at(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch, device: str, message: str, current: int
+) -> None:
+    """Whichever is the current one; the second would do."""
+    gpus.now = current
+    kinds = [(7, 5), (9, 0)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: kinds[gpus.index(device)]
+    )
+
+    def chosen(device: str) -> str:
+        graph = source_of(Rolled().eval(), IMAGE).graph
+        options = Options(
+            backend=("triton",), device=torch.device(device), on_unsupported="fallback"
+        )
+        return choose(graph, options, "fp16").backend.name
+
+    assert chosen("cuda:1") == "triton"
+    with pytest.raises(BackendUnavailable, match=message):
+        chosen(device)
 
 
 def test_device_that_the_backend_does_not_have() -> None:

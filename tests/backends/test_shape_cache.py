@@ -15,9 +15,14 @@ def shapes(n: int) -> Shapes:
 
 def test_drops_what_was_used_least_recently() -> None:
     made: list[Shapes] = []
-    cache = ShapeCache(lambda s: made.append(s) or s, 2)
+
+    def make(given: Shapes) -> Shapes:
+        made.append(given)
+        return given
+
+    cache: ShapeCache[Shapes] = ShapeCache(2)
     for n in (1, 2, 1, 3, 1, 2):
-        assert cache.get(shapes(n)) == shapes(n)
+        assert cache.get(shapes(n), make) == shapes(n)
     assert made == [shapes(n) for n in (1, 2, 3, 2)] and len(cache) == 2
     assert cache.latest() == shapes(2)
 
@@ -34,9 +39,9 @@ def test_an_entry_is_made_once_however_many_ask() -> None:
         inside.release()
         return given
 
-    cache = ShapeCache(make, 4)
+    cache: ShapeCache[Shapes] = ShapeCache(4)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(cache.get, [shapes(1 + i % 2) for i in range(32)]))
+        list(pool.map(lambda i: cache.get(shapes(1 + i % 2), make), range(32)))
     assert made == 2
 
 
@@ -49,11 +54,11 @@ def test_what_is_there_is_served_while_another_is_made() -> None:
             assert go_on.wait(10)
         return given
 
-    cache = ShapeCache(make, 4)
-    cache.get(shapes(1))
+    cache: ShapeCache[Shapes] = ShapeCache(4)
+    cache.get(shapes(1), make)
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(cache.get, shapes(2))
+        slow = pool.submit(cache.get, shapes(2), make)
         assert started.wait(10)
-        assert cache.get(shapes(1)) == shapes(1) and len(cache) == 1
+        assert cache.get(shapes(1), make) == shapes(1) and len(cache) == 1
         go_on.set()
         assert slow.result() == shapes(2)

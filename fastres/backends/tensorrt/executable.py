@@ -61,14 +61,14 @@ class TensorRtExecutable:
         self._pictures = () if graph.normalize is None else graph.normalize.inputs
         self._onnx = onnx_form.to_bytes(graph, half=self._half)
         self._network = digest(self._onnx)
-        self._engines = ShapeCache(self._engine, options.cache_size)
-        self._engines.get(self._largest(shapes))
+        self._engines: ShapeCache[_Engine] = ShapeCache(options.cache_size)
+        self._engine(shapes)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         shapes = tuple(tuple(x.shape) for x in inputs)
-        engine = self._engines.get(self._largest(shapes))
+        engine = self._engine(shapes)
         given = onnx_form.inputs_for(self._graph, inputs)
-        return engine.runner().run(given, self._output_shapes(shapes))
+        return engine.runner(self._runner).run(given, self._output_shapes(shapes))
 
     def precisions(self) -> dict[str, str]:
         """As TensorRT's layers have them.
@@ -83,9 +83,9 @@ class TensorRtExecutable:
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         shapes = tuple(tuple(x.shape) for x in inputs)
-        engine = self._engines.get(self._largest(shapes))
+        engine = self._engine(shapes)
         given, outputs = onnx_form.inputs_for(self._graph, inputs), self._output_shapes(shapes)
-        return engine.runner().profile(given, outputs, engine.built.layers)
+        return engine.runner(self._runner).profile(given, outputs, engine.built.layers)
 
     def account(self) -> Account:
         layers = self._engines.latest().built.layers
@@ -93,7 +93,7 @@ class TensorRtExecutable:
         return Account(notes=(*self._notes, made, *notes_on(self._graph, layers)))
 
     def compiled(self) -> CompiledParts:
-        engine = self._engines.get(self._largest(self._usual))
+        engine = self._engine(self._usual)
         return CompiledParts(write_plan(engine.origin, engine.built), trusted=True)
 
     @property
@@ -116,7 +116,10 @@ class TensorRtExecutable:
             n *= 2
         return tuple((n, *shape[1:]) for shape in shapes)
 
-    def _engine(self, largest: Shapes) -> _Engine:
+    def _engine(self, shapes: Shapes) -> _Engine:
+        return self._engines.get(self._largest(shapes), self._make)
+
+    def _make(self, largest: Shapes) -> _Engine:
         ranges = self._ranges(largest)
         origin = self._origin(ranges)
         target = self._options.target
@@ -136,19 +139,19 @@ class TensorRtExecutable:
             )
             if cache is not None and built.timing_cache:
                 _keep(cache, built.timing_cache)
-        engine = _Engine(origin, built, self._runner)
+        engine = _Engine(origin, built)
         if target is None:
-            layers = engine.runner().layers()
+            layers = engine.runner(self._runner).layers()
             engine.built = replace(built, layers=layers or built.layers)
         return engine
 
     def _runner(self, plan: bytes) -> TensorRtRunner:
         if self._options.target is not None:
             raise elsewhere(self._options.target)
-        from fastres.backends.triton.timing import record_cuda_graph
+        from fastres.backends.triton.timing import recorder
 
         names = [value.name for value in self._graph.inputs], output_names(self._graph)
-        record = None if self._options.cuda_graph is False else record_cuda_graph
+        record = None if self._options.cuda_graph is False else recorder(self._device)
         limit = self._options.cache_size
         return TensorRtRunner(self._api, plan, names, self._device, record, limit)
 
@@ -193,19 +196,16 @@ def architecture_of(device: torch.device) -> str:
 class _Engine:
     """A built engine, and its runner once it is to run."""
 
-    def __init__(
-        self, origin: Origin, built: Built, make: Callable[[bytes], TensorRtRunner]
-    ) -> None:
+    def __init__(self, origin: Origin, built: Built) -> None:
         self.origin = origin
         self.built = built
-        self._make = make
         self._making = threading.Lock()
         self._runner: TensorRtRunner | None = None
 
-    def runner(self) -> TensorRtRunner:
+    def runner(self, make: Callable[[bytes], TensorRtRunner]) -> TensorRtRunner:
         with self._making:
             if self._runner is None:
-                self._runner = self._make(self.built.plan)
+                self._runner = make(self.built.plan)
             return self._runner
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastres.backends.base import NodeTime
+from fastres.backends.context_pool import ContextPool
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.backends.tensorrt.api import Api
 from fastres.backends.tensorrt.layers import from_inspector
 from fastres.backends.tensorrt.plan import Layer
 from fastres.errors import BackendUnavailable, OutOfMemory, UnsupportedError
 from fastres.options import Sizes
+from fastres.streams import current
 
 Call = Callable[[], None]
 Record = Callable[[Call], Call]
@@ -35,6 +35,10 @@ class Context:
         self.outputs: list[torch.Tensor] = []
         self.replay: Call | None = None
 
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        """What recorded work reads and writes; other work is given memory of its own each time."""
+        return (*self.inputs, *self.outputs)
+
 
 class TensorRtRunner:
     """One engine in this process; any number of threads may run it.
@@ -44,8 +48,8 @@ class TensorRtRunner:
         plan: trusted bytes: TensorRT runs whatever they hold.
         names: of inputs and outputs, in the graph's order.
         device: a GPU.
-        record: makes one call of a context's work, as `record_cuda_graph`; None enqueues it anew
-            each time.
+        record: makes one call of a context's work, as `timing.recorder` gives; None enqueues it
+            anew each time.
         shape_limit: for how many sets of input shapes contexts are kept.
 
     Raises:
@@ -65,7 +69,7 @@ class TensorRtRunner:
         self._device = device
         self._record = record
         self._inputs, self._outputs = names
-        with torch.cuda.device(device):
+        with current(device):
             self._log = api.module.Logger(api.module.Logger.ERROR)
             self._runtime = api.module.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -88,9 +92,7 @@ class TensorRtRunner:
                 "belongs to another network"
             )
         self._api = api
-        self._idle: ShapeCache[defaultdict[int, SimpleQueue[Context]]] = ShapeCache(
-            lambda shapes: defaultdict(SimpleQueue), shape_limit
-        )
+        self._pools: ShapeCache[ContextPool[Context]] = ShapeCache(shape_limit)
 
     def layers(self) -> tuple[Layer, ...]:
         """What the engine inspector says; () where it says nothing."""
@@ -105,18 +107,20 @@ class TensorRtRunner:
             inputs: contiguous, on the engine's device, in its dtypes and within its ranges.
             shapes: of the outputs.
         """
-        with self._context(tuple(tuple(x.shape) for x in inputs)) as context:
+        given = tuple(tuple(x.shape) for x in inputs)
+        pool = self._pools.get(given, lambda _: ContextPool(self._device))
+        with current(self._device), pool.context(lambda: self._new_context(given)) as context:
             if self._record is None:
                 outputs = [self._empty(shape) for shape in shapes]
                 self._bind(context, inputs, outputs)
-                self._execute(context)
+                self._execute(context.execution)
                 return outputs
             if context.replay is None:
                 context.inputs = [torch.empty_like(x) for x in inputs]
                 context.outputs = [self._empty(shape) for shape in shapes]
                 self._bind(context, context.inputs, context.outputs)
                 self._copy(context, inputs)
-                context.replay = self._record(lambda: self._execute(context))
+                context.replay = self._record(partial(self._execute, context.execution))
             self._copy(context, inputs)
             context.replay()
             return [output.clone() for output in context.outputs]
@@ -127,39 +131,25 @@ class TensorRtRunner:
         """The time of each layer in one run, under the first node of ours that it computes."""
         spent: dict[str, float] = {}
         profiler = _profiler(self._api.module, spent)
-        context = Context(self._new_execution(tuple(tuple(x.shape) for x in inputs)))
-        outputs = [self._empty(shape) for shape in shapes]
-        self._bind(context, inputs, outputs)
-        self._execute(context)  # once to warm up
-        context.execution.profiler = profiler
-        self._execute(context)
-        torch.cuda.current_stream(self._device).synchronize()
+        with current(self._device):
+            context = self._new_context(tuple(tuple(x.shape) for x in inputs))
+            outputs = [self._empty(shape) for shape in shapes]
+            self._bind(context, inputs, outputs)
+            self._execute(context.execution)  # once to warm up
+            context.execution.profiler = profiler
+            self._execute(context.execution)
+            torch.cuda.current_stream(self._device).synchronize()
         nodes = {layer.name: layer.nodes for layer in layers}
         return [
             NodeTime(nodes[name][0] if nodes.get(name) else name, milliseconds, name)
             for name, milliseconds in spent.items()
         ]
 
-    @contextmanager
-    def _context(self, shapes: Shapes) -> Iterator[Context]:
-        """A context that nobody else uses meanwhile.
-
-        One pool a stream: work may still be queued there when a context is put back.
-        """
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        idle = self._idle.get(shapes)[stream]
-        try:
-            context = idle.get_nowait()
-        except Empty:
-            context = Context(self._new_execution(shapes))
-        try:
-            yield context
-        finally:
-            idle.put(context)
+    def _new_context(self, shapes: Shapes) -> Context:
+        return Context(self._new_execution(shapes))
 
     def _new_execution(self, shapes: Shapes) -> Any:
-        with torch.cuda.device(self._device):
-            execution = self._engine.create_execution_context()
+        execution = self._engine.create_execution_context()
         if execution is None:
             sizes = ", ".join(str(list(shape)) for shape in shapes)
             raise OutOfMemory(
@@ -185,9 +175,9 @@ class TensorRtRunner:
                 )
             context.execution.set_tensor_address(name, tensor.data_ptr())
 
-    def _execute(self, context: Context) -> None:
+    def _execute(self, execution: Any) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        if not context.execution.execute_async_v3(stream):
+        if not execution.execute_async_v3(stream):
             raise UnsupportedError("TensorRT could not run the engine; its log says why")
 
     def _copy(self, context: Context, inputs: Sequence[torch.Tensor]) -> None:

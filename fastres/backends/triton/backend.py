@@ -138,38 +138,38 @@ class TritonExecutable:
         from fastres.backends.triton.machine_code import ready_code
         from fastres.backends.triton.pack import Packed
         from fastres.backends.triton.stored import recorded
-        from fastres.backends.triton.timing import record_cuda_graph
+        from fastres.backends.triton.timing import recorder
 
         self._graph = graph
         self._batched = is_batched(graph)
         self._precision: Precision = options.precision or "fp32"
         precision = self._precision
-        narrow = precision == "tf32"
-        constants = Packed(graph, FLOAT_OF[precision], device, tf32=narrow)
+        constants = Packed(graph, FLOAT_OF[precision], device)
         asked = options.dependent_launch
         tiles = tiles_for(options, device)
         if options.tune:
             tiles = tuned(graph, options, device, self._planned(shapes))
         self._tiles = tiles
-        self._on_gpu = _is_gpu(device)  # where there is a compiler that may refuse
-        record = record_cuda_graph if _wants_graph(options, device) else None
+        self._on_gpu = on_gpu = _is_gpu(device)  # where there is a compiler that may refuse
+        record = recorder(device) if _wants_graph(options, device) else None
         self._parts = compiled or CompiledParts()
         self._target = f"sm_{tiles.target.sm}"
         stored = recorded(self._parts.files, self._target)
         one_by_one = launched_one_by_one(options)
         self._notes = [_ONE_BY_ONE] if one_by_one else []
-        code = ready_code(graph, self._precision, self._parts, self._target, device, self._notes)
+        notes = self._notes
+        code = ready_code(graph, precision, self._parts, self._target, device, notes)
 
         def make(shapes: Shapes) -> Runner:
             given = stored.get(shapes)
             while True:
-                plan = make_plan(graph, shapes, self._precision, tiles, given, asked)
+                plan = make_plan(graph, shapes, precision, tiles, given, asked)
                 if code is not None and given is not None:
                     linked = code.runner(plan, constants, record)
                     if linked is not None:
                         return linked
-                runner = self._compiling(plan, constants, device, record)
-                failed = runner.failing() if self._on_gpu else None
+                runner = _compiling(plan, constants, device, record, notes)
+                failed = runner.failing() if on_gpu else None
                 if failed is None:
                     return runner
                 step, error = failed
@@ -181,7 +181,8 @@ class TritonExecutable:
             runner.one_by_one = one_by_one
             return runner
 
-        self._runners = ShapeCache(switched, options.cache_size)
+        self._make = switched  # knows nothing of this object, which so goes when it is let go of
+        self._runners: ShapeCache[Runner] = ShapeCache(options.cache_size)
         self._runner(shapes)
 
     def account(self) -> Account:
@@ -212,30 +213,35 @@ class TritonExecutable:
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
         return self._runner(tuple(tuple(x.shape) for x in inputs)).profile(inputs)
 
-    def _compiling(
-        self, plan: Plan, constants: Packed, device: torch.device, record: Record | None
-    ) -> Runner:
-        """The runner that compiles its kernels.
-
-        Raises:
-            BackendUnavailable: there is no Triton to do that.
-        """
-        without_triton = _without_triton()
-        if without_triton is not None:
-            shapes = ", ".join(str(list(shape)) for shape in plan.input_shapes)
-            notes = "".join(f"\n{note}" for note in self._notes)
-            raise BackendUnavailable(
-                f"kernels for inputs {shapes} must be compiled here: {without_triton}{notes}"
-            )
-        from fastres.backends.triton.run import PlanRunner
-
-        return PlanRunner(plan, constants, device, record)
-
     def _runner(self, shapes: Shapes) -> Runner:
-        return self._runners.get(self._planned(shapes))
+        return self._runners.get(self._planned(shapes), self._make)
 
     def _planned(self, shapes: Shapes) -> Shapes:
         return planned(shapes, self._batched)
+
+
+def _compiling(
+    plan: Plan,
+    constants: Packed,
+    device: torch.device,
+    record: Record | None,
+    notes: Sequence[str],
+) -> Runner:
+    """The runner that compiles its kernels.
+
+    Raises:
+        BackendUnavailable: there is no Triton to do that.
+    """
+    without_triton = _without_triton()
+    if without_triton is not None:
+        shapes = ", ".join(str(list(shape)) for shape in plan.input_shapes)
+        why = "".join(f"\n{note}" for note in notes)
+        raise BackendUnavailable(
+            f"kernels for inputs {shapes} must be compiled here: {without_triton}{why}"
+        )
+    from fastres.backends.triton.run import PlanRunner
+
+    return PlanRunner(plan, constants, device, record)
 
 
 def _is_gpu(device: torch.device) -> bool:

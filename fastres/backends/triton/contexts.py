@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from queue import Empty, SimpleQueue
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch.profiler import record_function
 
 from fastres.backends.base import NodeTime
+from fastres.backends.context_pool import ContextPool
 from fastres.backends.triton.answering import answering, check_answers
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
@@ -25,6 +25,7 @@ from fastres.backends.triton.timing import milliseconds
 from fastres.errors import OutOfMemory
 from fastres.graph.specs import DTYPES
 from fastres.kernels.cost import Cost, least_seconds, target_of
+from fastres.streams import current
 
 Call = Callable[[], None]
 Record = Callable[[Call], Call]
@@ -65,11 +66,8 @@ class Context:
         self.bound = bound
         self.replay: Call | None = None  # all launches as one call, once they are recorded
 
-    def launch(self) -> None:
-        """Launches all kernels, in order."""
-        for step in self.bound:
-            for call in step.calls:
-                call()
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        return (self.arena,)
 
 
 class Runner(ABC):
@@ -79,7 +77,7 @@ class Runner(ABC):
         plan: for the shapes of the inputs that will come.
         constants: packed weights by name, on the device.
         device: where everything lies.
-        record: makes one call of all launches, as `record_cuda_graph`; None launches each by
+        record: makes one call of all launches, as `timing.recorder` gives; None launches each by
             itself.
     """
 
@@ -97,8 +95,7 @@ class Runner(ABC):
         self._constants = constants
         self._device = device
         self._record = record
-        # One pool a stream: work on an arena may still be queued there when it is put back.
-        self._idle: defaultdict[int, SimpleQueue[Context]] = defaultdict(SimpleQueue)
+        self._pool: ContextPool[Context] = ContextPool(device)
         self._loads = [step for step in plan.steps if isinstance(step, LoadInput)]
 
     @abstractmethod
@@ -168,17 +165,9 @@ class Runner(ABC):
 
     @contextmanager
     def context(self) -> Iterator[Context]:
-        """A context that nobody else uses meanwhile."""
-        on_gpu = self._device.type == "cuda"
-        idle = self._idle[torch.cuda.current_stream(self._device).cuda_stream if on_gpu else 0]
-        try:
-            context = idle.get_nowait()
-        except Empty:
-            context = self._new_context()
-        try:
+        """A context that nobody else uses meanwhile; its GPU is the current one."""
+        with current(self._device), self._pool.context(self._new_context) as context:
             yield context
-        finally:
-            idle.put(context)
 
     def _new_context(self) -> Context:
         arena = self._new_arena()
@@ -198,8 +187,9 @@ class Runner(ABC):
 
     def _replay_of(self, context: Context) -> Call:
         if self.one_by_one:
-            return lambda: _launch_one_by_one(context.bound, self._device)
-        return self._record(context.launch) if self._record else context.launch
+            return partial(_launch_one_by_one, context.bound, self._device)
+        launch = partial(_launch, context.bound)
+        return self._record(launch) if self._record else launch
 
     def _outputs(self, context: Context, batch: int) -> list[torch.Tensor]:
         return [
@@ -230,6 +220,13 @@ class Runner(ABC):
 def title(step: AnyStep) -> str:
     """A step in an error: its node, and what kind of launch it is."""
     return f"{step.node} ({type(step).__name__})"
+
+
+def _launch(bound: Sequence[Bound]) -> None:
+    """Launches all kernels, in order."""
+    for step in bound:
+        for call in step.calls:
+            call()
 
 
 def _launch_one_by_one(bound: Sequence[Bound], device: torch.device) -> None:

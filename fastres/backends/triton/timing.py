@@ -6,27 +6,49 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 
+from fastres.streams import current
+
+Call = Callable[[], None]
 REPEATS = 20  # in one graph: what a replay costs by itself is spread over them
 _ROUNDS = 7
 recording = threading.RLock()  # held while a graph is captured: none may wait for a whole GPU
 
 
-def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
-    """Runs the work once, so that its kernels are compiled, then records it; returns the replay."""
-    with recording:  # one capture at a time; other threads may go on launching
+def recorder(device: torch.device) -> Callable[[Call], Call]:
+    """`record_cuda_graph` for work on this GPU."""
+    return partial(record_cuda_graph, device=device)
+
+
+def record_cuda_graph(work: Call, device: torch.device) -> Call:
+    """Runs the work once, so that its kernels are compiled, then records it; returns the replay.
+
+    Args:
+        work: launches kernels on the GPU's current stream.
+        device: the GPU. A stream belongs to one: on another's, PyTorch's own choice after a capture
+            there, nothing would be recorded.
+    """
+    with recording, current(device):  # one capture at a time; other threads may go on launching
         work()
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.current_stream(device).synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stream = _capture_stream(torch.cuda.current_device())
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
-    replay: Callable[[], None] = graph.replay
+    replay: Call = graph.replay
     return replay
 
 
-def milliseconds(work: Callable[[], None], device: torch.device) -> float:
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """One for each GPU, as PyTorch has few of them, which it deals out again and again."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
+def milliseconds(work: Call, device: torch.device) -> float:
     """The median time of one pass.
 
     What the passes read may lie in L2, as they run back to back.
@@ -39,9 +61,7 @@ def milliseconds(work: Callable[[], None], device: torch.device) -> float:
     return statistics.median(timed() for _ in range(rounds))
 
 
-def stopwatch(
-    work: Callable[[], None], device: torch.device, passes: int = REPEATS
-) -> Callable[[], float]:
+def stopwatch(work: Call, device: torch.device, passes: int = REPEATS) -> Callable[[], float]:
     """Runs the work, so that its kernels are compiled; what it returns times it from then on.
 
     On a GPU the passes run back to back, so that a launch does not wait for Python.
@@ -56,29 +76,29 @@ def stopwatch(
     if device.type != "cuda":
         work()
         return lambda: _clocked(work)
-    with torch.cuda.device(device):
-        replay = record_cuda_graph(lambda: _repeat(work, passes))
+    with current(device):
+        replay = record_cuda_graph(lambda: _repeat(work, passes), device)
         replay()
 
     def timed() -> float:
-        with torch.cuda.device(device):
+        with current(device):
             return _round(replay) / passes
 
     return timed
 
 
-def _clocked(work: Callable[[], None]) -> float:
+def _clocked(work: Call) -> float:
     start = time.perf_counter()
     work()
     return 1e3 * (time.perf_counter() - start)
 
 
-def _repeat(work: Callable[[], None], passes: int) -> None:
+def _repeat(work: Call, passes: int) -> None:
     for _ in range(passes):
         work()
 
 
-def _round(replay: Callable[[], None]) -> float:
+def _round(replay: Call) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     replay()

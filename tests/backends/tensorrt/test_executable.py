@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,19 @@ def test_engines_serve_ranges_of_batches(
     assert [build["largest"][0] for build in world.builds] == engines
     assert {build["usual"][0] for build in world.builds} == {min(usual, limit or usual)}
     assert {build["tf32"] for build in world.builds} == {False}
+
+
+def test_engines_go_with_what_made_them(world: World, graph: Graph) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        made = lower(graph, 1)
+        made.run([torch.zeros(1, 3, 64, 64)])
+        engine = weakref.ref(made._engine(((1, 3, 64, 64),)))
+        del made
+        assert engine() is None
+    finally:
+        gc.enable()
 
 
 def test_what_multiplies_floats_ran_as_asked(world: World, graph: Graph) -> None:

@@ -178,14 +178,6 @@ def test_recorded_work_reads_and_writes_where_it_was_recorded() -> None:
     assert len(recorded) == 2  # another shape, another recording
 
 
-def test_a_stream_never_gets_a_context_of_another_one(stream: SimpleNamespace) -> None:
-    engine = runner()
-    for number in (1, 2, 1, 2):
-        stream.cuda_stream = number
-        run(engine, batch(2))
-    assert [execution.streams for execution in engine._engine.contexts] == [[1, 1], [2, 2]]
-
-
 def test_threads_have_a_context_each() -> None:
     engine = runner(lambda work: work)
     wrong: list[int] = []
@@ -208,7 +200,7 @@ def test_contexts_of_shapes_not_seen_for_long_are_dropped() -> None:
     engine = runner(limit=2)
     for n in (1, 2, 3, 1):
         run(engine, batch(n))
-    assert len(engine._idle) == 2 and len(engine._engine.contexts) == 4
+    assert len(engine._pools) == 2 and len(engine._engine.contexts) == 4
 
 
 def test_layers_are_the_inspector_s() -> None:

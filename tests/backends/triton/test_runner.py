@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,9 +30,10 @@ from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch, LaunchError
+from fastres.options import Options
 
 CPU = torch.device("cpu")
-FP32 = fastres.options.Options(precision="fp32")
+FP32 = Options(precision="fp32")
 interpreted = [
     pytest.mark.interpret,
     pytest.mark.skipif(
@@ -125,6 +128,20 @@ class TestInterpreted:
         with runner.context() as again:
             assert again in (one, other)
 
+    @pytest.mark.parametrize("switched", [False, True])
+    def test_arenas_go_with_the_executable(self, switched: bool, no_collector: None) -> None:
+        options = Options(precision="fp32", sync_launches=switched)
+        executable = TritonExecutable(small_graph(), options, CPU, ((2, 3, 8, 8),))
+        executable.run([torch.randn(2, 3, 8, 8)])
+        executable.run([torch.randn(1, 3, 8, 8)])
+        arenas = []
+        for n in (1, 2):
+            with executable._runner(((n, 3, 8, 8),)).context() as context:
+                assert context.replay is not None
+                arenas.append(weakref.ref(context.arena))
+        del context, executable
+        assert [arena() for arena in arenas] == [None, None]
+
     def test_executable_plans_by_bucket(self) -> None:
         executable = TritonExecutable(small_graph(), FP32, CPU, ((17, 3, 8, 8),))
         assert executable._runner(((17, 3, 8, 8),)) is executable._runner(((18, 3, 8, 8),))
@@ -192,6 +209,14 @@ class TestInterpreted:
         monkeypatch.setattr(Launch, "run", or_fail)
         monkeypatch.setattr(backend, "_is_gpu", lambda device: True)
         return TritonExecutable(small_graph(), FP32, CPU, ((1, 3, 8, 8),))
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
