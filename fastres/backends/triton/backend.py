@@ -144,7 +144,8 @@ class TritonExecutable:
         self._batched = is_batched(graph)
         self._precision: Precision = options.precision or "fp32"
         precision = self._precision
-        constants = Packed(graph, FLOAT_OF[precision], device)
+        narrow = precision == "tf32"
+        constants = Packed(graph, FLOAT_OF[precision], device, tf32=narrow)
         asked = options.dependent_launch
         tiles = tiles_for(options, device)
         if options.tune:
