@@ -240,7 +240,9 @@ def optimised(source: Graph, error: type[FastresError]) -> Graph:
 
 def _check_statistics(graph: Graph, error: type[FastresError]) -> None:
     norms = [node for node in graph.nodes if isinstance(node.op, BatchNorm)]
-    if any(node.params["var"] not in graph.constants for node in norms):  # computed, of weights
+    if not graph.constants.keys() >= {
+        n for node in norms for n in node.params.values()
+    }:  # computed
         _check_statistics(fold_constants(graph), error)
         return
     for node in norms:

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map
 
 from fastres.errors import InputError
 from fastres.graph.capture import Captured
+from fastres.graph.specs import widest
+from fastres.other_dtypes import InDtype
 
 
 def activations(
@@ -87,10 +89,10 @@ def _steps(
     env = _placeholders(program, inputs, dtype)
     dying = _last_uses(program)
 
+    own = widest(t.dtype for t in program.state_dict.values()) or torch.float32
+
     def value_of(arg: Any) -> Any:
-        if isinstance(arg, torch.fx.Node):
-            return env[arg]
-        return dtype if isinstance(arg, torch.dtype) and arg.is_floating_point else arg
+        return env[arg] if isinstance(arg, torch.fx.Node) else arg
 
     for node in program.graph.nodes:
         # a call that returns nothing only asserts something of the traced sizes and dtypes
@@ -99,7 +101,8 @@ def _steps(
             assert callable(node.target)
             for target in _overwritten(node.target, args):
                 before_change(target)
-            env[node] = node.target(*args, **kwargs)
+            with InDtype(dtype, own):
+                env[node] = node.target(*args, **kwargs)
             if node.name in captured.values:
                 yield captured.values[node.name], env[node]
         for dead in dying[node]:

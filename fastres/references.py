@@ -23,7 +23,9 @@ from fastres.graph.copies import copied
 from fastres.graph.export import TORCH_STATE, no_autocast
 from fastres.graph.hooks import check_hooks
 from fastres.graph.ir import Graph, Node, Normalize
+from fastres.graph.specs import widest
 from fastres.options import Input
+from fastres.other_dtypes import InDtype
 
 Tensors = Sequence[torch.Tensor]
 _PICTURES = 4  # dimensions
@@ -80,8 +82,9 @@ class ModelReference:
         if any(module.training for module in model.modules()):
             raise InputError("the reference is in training mode: call model.eval() first")
         self.name = type(model).__name__
-        parameter = next(model.parameters(), torch.empty(0, device="cpu"))
-        self.dtype, self._device = parameter.dtype, parameter.device
+        parameters = list(model.parameters())
+        self.dtype = widest(p.dtype for p in parameters) or torch.float32
+        self._device = parameters[0].device if parameters else torch.device("cpu")
         self._model = model
         self._inputs = inputs
         self._copies: dict[torch.dtype, torch.nn.Module] = {}
@@ -95,7 +98,7 @@ class ModelReference:
         cast = [  # copied: the model may change its inputs in place
             x.to(self._device, dtype if x.is_floating_point() else None, copy=True) for x in inputs
         ]
-        with full_precision(), nullcontext() if dtype == self.dtype else _Instead(dtype):
+        with full_precision(), nullcontext() if dtype == self.dtype else InDtype(dtype, self.dtype):
             return self._copies[dtype](*cast)
 
     def walk(self, inputs: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -219,24 +222,6 @@ def in_chains(values: Iterator[_T]) -> Iterator[_T]:
         if not found:
             return
         yield found[0]
-
-
-class _Instead(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, every floating dtype that a model names itself, as in x.float(), is another one."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._dtype = dtype
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        def chosen(arg: Any) -> Any:
-            is_floating = isinstance(arg, torch.dtype) and arg.is_floating_point
-            return self._dtype if is_floating else arg
-
-        args, kwargs = pytree.tree_map(chosen, (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.container",
         "fastres.manifest",
         "fastres.oracle",
+        "fastres.other_dtypes",
         "fastres.references",
         "fastres.parity",
         "fastres.parity_layers",

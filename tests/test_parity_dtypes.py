@@ -88,3 +88,65 @@ def test_a_graph_means_the_same_in_float64() -> None:
     assert graph.floating_dtype == torch.float32
     with fastres.compile(graph, backend="reference") as engine:
         fastres.verify(graph, engine, [x]).raise_if_failed()
+
+
+class Literal(nn.Module):
+    """Computes with tensors that it makes, and in float32 only with scales of its own."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.what = nn.Conv2d(3, 4, 3), what
+        self.register_buffer("scale", torch.full((4,), 0.01))
+        self.register_buffer("zero", torch.zeros(4, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        match self.what:
+            case "ones":
+                return nn.functional.conv2d(y, torch.ones(4, 1, 3, 3), groups=4)
+            case "a list":
+                return nn.functional.prelu(y, torch.tensor([0.1]))
+            case "a range":
+                return y.mean((2, 3)) @ torch.linspace(0, 1, 4)
+            case "an identity":
+                return nn.functional.linear(y.mean((2, 3)), torch.eye(4))
+            case "like another":
+                return y * torch.full_like(y, 0.1)
+        weight = torch.fake_quantize_per_channel_affine(
+            self.conv.weight, self.scale, self.zero, 0, -128, 127
+        )
+        return nn.functional.conv2d(x, weight)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize(
+    "what", ["ones", "a list", "a range", "an identity", "like another", "fake quantisation"]
+)
+def test_tensors_that_a_forward_makes(what: str, layerwise: bool) -> None:
+    model, x = Literal(what).eval(), torch.randn(2, 3, 8, 8)
+    with fastres.compile(model, x, backend="reference", verify=True) as engine:
+        report = fastres.verify(model, engine, [x], layerwise=layerwise)
+    assert report.passed, str(report)
+
+
+class Mixed(nn.Module):
+    """One layer in bf16, and a gate in fp16, of a network in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Parameter(torch.rand(1).half())
+        self.first, self.last = nn.Conv2d(3, 4, 3).bfloat16(), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.bfloat16()).float()) * self.gate.float()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_model_of_several_dtypes_runs_in_the_widest(backend: str) -> None:
+    model, x = Mixed().eval(), torch.randn(2, 3, 8, 8)
+    with fastres.compile(model, x, backend=backend, on_unsupported="fallback") as engine:
+        assert engine.options.precision == "fp32"
+        assert fastres.verify(model, engine, [x]).passed
+        assert engine(x).dtype == torch.float32

@@ -19,7 +19,7 @@ from fastres.graph.failed_export import explained
 from fastres.graph.hooks import check_hooks, renew_weights
 from fastres.graph.layouts import whatever_the_layout
 from fastres.graph.overhearing import overhearing
-from fastres.graph.specs import GIVEN_DTYPES
+from fastres.graph.specs import GIVEN_DTYPES, widest
 from fastres.graph.symbols import expression, is_fixed
 from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
 from fastres.weights import is_finite
@@ -87,9 +87,11 @@ def example_shapes(inputs: Sequence[Input]) -> list[Sizes]:
 def _followed(
     model: torch.nn.Module, inputs: Sequence[Input], shapes: Sequence[Sizes]
 ) -> ExportedProgram:
-    tensor = next(iter(model.parameters()), torch.empty(0, device="cpu"))
+    parameters = list(model.parameters())
+    own = widest(p.dtype for p in parameters) or torch.float32
+    device = parameters[0].device if parameters else torch.device("cpu")
     examples = tuple(  # without values: the exporter looks at sizes alone, and may get large ones
-        torch.empty(shape, dtype=spec.dtype or tensor.dtype, device=tensor.device)
+        torch.empty(shape, dtype=spec.dtype or own, device=device)
         for shape, spec in zip(shapes, inputs, strict=True)
     )
     free = tuple({i: Dim.AUTO for i in (0, *spec.ranged)} for spec in inputs)

@@ -21,7 +21,7 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from fastres.calib.images import Preprocess
-from fastres.graph.specs import TensorSpec, spec_of
+from fastres.graph.specs import TensorSpec, spec_of, widest
 from fastres.kernels.epilogue import ActivationKind, Epilogue
 from fastres.kernels.geometry import Pair
 
@@ -285,11 +285,13 @@ class Graph:
 
     @property
     def floating_dtype(self) -> torch.dtype:
-        """What the network computes in: the dtype of its weights, or of an input if it has none."""
-        tensors = (t.dtype for t in self.constants.values())
-        dtypes = (*tensors, *(value.spec.torch_dtype for value in self.inputs))
-        real = (d for d in dtypes if d.is_floating_point and d.itemsize > 1)
-        return next(real, torch.float32)
+        """What the network computes in: the widest of its weights' dtypes; inputs' if it has none.
+
+        Some layers in fp16 or bf16 among others in fp32 lose nothing in fp32.
+        """
+        tensors = [t.dtype for t in self.constants.values()]
+        inputs = [value.spec.torch_dtype for value in self.inputs]
+        return widest(tensors) or widest(inputs) or torch.float32
 
     @cached_property
     def normalize(self) -> Node | None:

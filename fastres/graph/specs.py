@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import torch
@@ -91,6 +92,15 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{_short(self.dtype)}[{', '.join(str(d) for d in self.shape)}]"
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
+    """The floating dtype of most bits, of 16 at least; None if there is none.
+
+    fp32 where both fp16 and bf16 are, as PyTorch promotes them.
+    """
+    real = {d for d in dtypes if d.is_floating_point and d.itemsize > 1}
+    return functools.reduce(torch.promote_types, real) if real else None
 
 
 def _at(size: Sym, value: Dim | None) -> Dim:

@@ -307,3 +307,61 @@ def test_infinite_weights_in_a_buffer() -> None:
     model.fc.register_buffer("weight", torch.full((5, 6), torch.inf))
     with pytest.raises(CaptureError, match="fc.weight is infinite.*Load sound weights first"):
         fastres.compile(model.eval(), torch.randn(1, 3, 12, 12), backend="reference")
+
+
+def stepped(layer: nn.Module) -> None:
+    """Weights on the edges of steps of 0.1, where fp32 and float64 fall to different sides."""
+    random = torch.Generator().manual_seed(0)
+    steps = torch.randint(-9, 9, layer.weight.shape, generator=random)
+    layer.weight.data = steps.float() * 0.1
+
+
+DECIDING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "down to steps": lambda m, w: torch.floor(w / 0.1) * 0.1,
+    "to steps": lambda m, w: torch.round(w / 0.2) * 0.2,
+    "small ones out": lambda m, w: w * (w.abs() > 0.3),
+    "equal ones": lambda m, w: torch.where(w == 0.3, w, 2 * w),
+    "signs": lambda m, w: (w - 0.3).sign(),
+    "the largest": lambda m, w: w.flatten(1).topk(3, 1).values.sum(1).view(-1, 1, 1, 1) * w,
+    "eight bits a channel": lambda m, w: torch.fake_quantize_per_channel_affine(
+        w, m.scale, m.zero, 0, -128, 127
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_weights_that_decide_do_so_as_in_the_model(name: str) -> None:
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+            stepped(self.conv)
+            self.register_buffer("scale", torch.full((6,), 0.1))
+            self.register_buffer("zero", torch.zeros(6, dtype=torch.int32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.conv2d(x, DECIDING[name](self, self.conv.weight), self.conv.bias)
+            return self.fc(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+    model, x = Deciding().eval(), torch.randn(3, 3, 12, 12)
+    with fastres.compile(model, x, backend="reference") as engine, torch.no_grad():
+        torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-5)
+        assert fastres.verify(model, engine, [x]).passed
+        model.conv.weight.copy_(model.conv.weight.flip(0))
+        engine.update_weights(model.state_dict())
+        torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slot", ["weight", "bias", "running_mean", "running_var"])
+def test_statistics_that_are_computed(slot: str, agree: Agree) -> None:
+    class Computed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            slots = ("running_mean", "running_var", "weight", "bias")
+            own = {name: getattr(self.norm, name) for name in slots}
+            own[slot] = F.softplus(own[slot] * 2)
+            return F.batch_norm(self.conv(x), *own.values())
+
+    model = Computed().eval()
+    agree(model, capture(model, [GIVEN]).graph, [torch.randn(3, 3, 12, 12)])
+    with fastres.compile(model, torch.randn(1, 3, 12, 12), backend="cpu") as engine:
+        assert fastres.verify(model, engine, [torch.randn(3, 3, 12, 12)]).passed

@@ -2,7 +2,10 @@
 pruning masks, weights that a model standardises or divides by their spectral norm.
 
 In float64, from the weights to where an activation meets them, and rounded once; what a call
-rounds to another dtype is rounded there, as the model has it.
+rounds to another dtype is rounded there, as the model has it. Where weights are rounded to steps or
+compared, more bits would decide otherwise (0.1 in fp32 is more than 0.1): what differs from the
+result in the model's own dtype by more than its rounding is taken from there, and so is what has no
+float64.
 
 Refused where the model returns the value: an output is always a node's.
 """
@@ -13,10 +16,12 @@ from collections.abc import Mapping
 
 import torch
 
+from fastres.errors import GraphError, first_line
 from fastres.graph import aten
 from fastres.graph.ir import Activation, Add, Aten, Flatten, Graph, Mul, Node, Slice
 from fastres.kernels import reference as meaning
 
+_ROUNDINGS = 64  # a result's error in its own dtype, in units of its largest value's last bit
 _FOLDED = Activation | Add | Aten | Flatten | Mul | Slice  # all that capture makes of constants
 
 
@@ -50,28 +55,60 @@ def _reading(node: Node, names: Mapping[str, str]) -> Node:
 
 @torch.no_grad()
 def _values(graph: Graph, fixed: list[Node], needed: set[str]) -> dict[str, torch.Tensor]:
-    """Those needed, rounded; all others are let go of after their last use."""
+    """Those needed, rounded."""
+    own = _run(graph, fixed, needed, exact=False)
+    try:
+        found = _run(graph, fixed, needed, exact=True)
+    except GraphError:  # an operator without float64
+        return own
+    return {
+        name: own[name] if _decided(own[name], value) else value for name, value in found.items()
+    }
+
+
+def _decided(own: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether two results differ by more than rounding explains."""
+    if not own.is_floating_point():
+        return True
+    largest = own.abs().max() if own.numel() else own.new_zeros(())
+    difference = (own.double() - value.double()).abs()
+    return bool((difference > _ROUNDINGS * torch.finfo(own.dtype).eps * largest).any())
+
+
+def _run(
+    graph: Graph, fixed: list[Node], needed: set[str], *, exact: bool
+) -> dict[str, torch.Tensor]:
+    """Those needed; all others are let go of after their last use.
+
+    Args:
+        exact: in float64, else as the model computes them.
+    """
     last = {name: node.name for node in fixed for name in node.inputs}
-    exact: dict[str, torch.Tensor] = {}
+    known: dict[str, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
     for node in fixed:
-        exact[node.name] = _value(graph, node, exact)
+        try:
+            known[node.name] = _value(graph, node, known, exact)
+        except RuntimeError as error:  # PyTorch's, which has no such operator for a dtype
+            raise GraphError(f"{node.name} cannot be computed: {first_line(error)}") from error
         if node.name in needed:
-            found[node.name] = exact[node.name].to(node.spec.torch_dtype)
+            found[node.name] = known[node.name].to(node.spec.torch_dtype)
         for name in {*node.inputs, node.name}:
             if last.get(name, node.name) == node.name:
-                exact.pop(name, None)
+                known.pop(name, None)
     return found
 
 
-def _value(graph: Graph, node: Node, exact: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _value(
+    graph: Graph, node: Node, known: Mapping[str, torch.Tensor], exact: bool
+) -> torch.Tensor:
     declared = {name: graph.spec(name).torch_dtype for name in node.inputs}
     dtypes = {*declared.values(), node.spec.torch_dtype}
     rounds = len([dtype for dtype in dtypes if dtype.is_floating_point]) > 1
 
     def operand(name: str) -> torch.Tensor:
-        tensor = exact[name] if name in exact else graph.constants[name]
-        if rounds:
+        tensor = known[name] if name in known else graph.constants[name]
+        if rounds or not exact:
             return tensor.to(declared[name])
         return tensor.double() if tensor.is_floating_point() else tensor
 
