@@ -11,18 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 
 from fastres.errors import CaptureError, FastresError
 from fastres.graph.export import example_shapes
-from fastres.graph.ir import Graph
+from fastres.graph.ir import Aten, Flatten, Graph, Node
 from fastres.graph.shapes import with_sizes
 from fastres.graph.specs import Dim, Sym
 from fastres.graph.symbols import Place
 from fastres.options import Input, Sizes
 
+if TYPE_CHECKING:
+    from fastres.graph.guards import Failure
+
+Read = Callable[[ExportedProgram, Mapping[Place, int]], Graph]
 _EXPORTS = 8  # of one model; each may find branches that those before have not met
+_RESHAPES = frozenset(
+    "flatten reshape squeeze unflatten unsqueeze view _reshape_copy _unsafe_view view_copy".split()
+)
 _LARGEST = 1 << 30  # values of an example
 _ADVICE = (
     "but an engine would do the same for every size. Rewrite the line that decides by the size, or "
@@ -35,7 +43,7 @@ def check_branches(
     graph: Graph,
     inputs: Sequence[Input],
     export: Callable[[Sequence[Sizes]], ExportedProgram],
-    read: Callable[[ExportedProgram, Mapping[Place, int]], Graph],
+    read: Read,
 ) -> None:
     """Refuses a model that does something else for some size that an engine for `inputs` takes.
 
@@ -57,24 +65,37 @@ def check_branches(
             raise CaptureError(f"{failure} something else or does not run, {_ADVICE}")
         try:
             other = export(shapes)
-            if _is_read_as(graph, other, read):
-                others.append((other, {}))
-                continue
-            # what is one size there may stand in the program as a number
-            here = with_sizes(graph, _letters(graph, failure.at))
-            there = with_sizes(read(other, failure.at), {})
+            only, difference = _compared(graph, other, failure, read)
         except FastresError as error:
             raise CaptureError(f"{failure} not run, {_ADVICE}. There, {error}") from error
-        if not _are_same(here, there):
-            raise CaptureError(f"{failure} something else, {_ADVICE}. {_difference(here, there)}")
-        others.append((other, failure.at))
+        if only is None:
+            raise CaptureError(f"{failure} something else, {_ADVICE}. {difference}")
+        others.append((other, only))
 
 
-def _is_read_as(
-    graph: Graph,
-    program: ExportedProgram,
-    read: Callable[[ExportedProgram, Mapping[Place, int]], Graph],
-) -> bool:
+def _compared(
+    graph: Graph, program: ExportedProgram, failure: Failure, read: Read
+) -> tuple[Mapping[Place, int] | None, str]:
+    """For which sizes alone a path is the graph, of those that it holds for; none if for all.
+
+    None, and what is different, where it is another.
+    """
+    if _is_read_as(graph, program, read):
+        return {}, ""
+    # what is one size there may stand in the program as a number: that of the guard, or another
+    for only in (failure.own, failure.at):
+        try:
+            here, there = with_sizes(graph, _letters(graph, only)), read(program, only)
+        except CaptureError:
+            if only is failure.at:
+                raise
+            continue
+        if _are_same(here, there := with_sizes(there, {})):
+            return only, ""
+    return None, _difference(here, there)
+
+
+def _is_read_as(graph: Graph, program: ExportedProgram, read: Read) -> bool:
     try:
         found = read(program, {})
     except CaptureError:  # its sizes do not go together but for the one that it was exported at
@@ -92,23 +113,62 @@ def _letters(graph: Graph, at: Mapping[Place, int]) -> dict[str, Dim]:
 
 
 def _are_same(a: Graph, b: Graph) -> bool:
-    """Whether two graphs are equal, whatever their nodes are called."""
+    """Whether two graphs are equal, whatever their nodes are called and their reshapes are."""
     return _numbered(a).equals(_numbered(b))
 
 
 def _numbered(graph: Graph) -> Graph:
-    names = {node.name: f"#{i}" for i, node in enumerate(graph.nodes)}
-    nodes = tuple(
-        node.with_(
+    """The graph with its nodes numbered, and what is written in several ways written in one."""
+    gone = _broadcast_anyway(graph)
+    kept = [node for node in graph.nodes if node.name not in gone]
+    names = {node.name: f"#{i}" for i, node in enumerate(kept)}
+    names |= {name: names.get(read, read) for name, read in gone.items()}
+
+    def written(node: Node) -> Node:
+        op, reads = node.op, node.inputs
+        if _reshapes(node):
+            op, reads = Aten("aten.reshape.default", "", "", node.spec), node.inputs[:1]
+        return node.with_(
+            op=op,
             name=names[node.name],
-            inputs=tuple(names.get(name, name) for name in node.inputs),
+            inputs=tuple(names.get(name, name) for name in reads),
             params={slot: names.get(name, name) for slot, name in node.params.items()},
             origin=(),
         )
-        for node in graph.nodes
-    )
+
     outputs = tuple(names.get(name, name) for name in graph.outputs)
-    return graph.replace(nodes=nodes, outputs=outputs)
+    return graph.replace(nodes=tuple(map(written, kept)), outputs=outputs)
+
+
+def _reshapes(node: Node) -> bool:
+    """Whether it gives its first input's elements in their order, and its shape says all."""
+    if not isinstance(node.op, Aten):
+        return isinstance(node.op, Flatten)
+    _, name, variant = node.op.overload.split(".")
+    return name in _RESHAPES and variant != "dtype"
+
+
+def _broadcast_anyway(graph: Graph) -> dict[str, str]:
+    """Values that index_put writes, without dimensions of 1 in front, and what they were made of.
+
+    The exporter takes those off where it sees them, which is where the batch is one.
+    """
+    users, found = graph.users(), {}
+    for node in graph.nodes:
+        if not _reshapes(node) or node.name in graph.outputs:
+            continue
+        (read, *_), shape = node.inputs, node.spec.shape
+        before = graph.spec(read).shape
+        front = before[: len(before) - len(shape)]
+        writes = all(
+            isinstance(user.op, Aten)
+            and user.op.overload.startswith("aten.index_put.")
+            and node.name not in user.inputs[:-1]
+            for user in users.get(node.name, ())
+        )
+        if writes and set(front) == {1} and before[len(front) :] == shape:
+            found[node.name] = read
+    return found
 
 
 def _difference(usual: Graph, other: Graph) -> str:

@@ -49,12 +49,14 @@ class Failure:
     """A guard, how it reads, where it was noted, and sizes for which it does not hold.
 
     Args:
+        own: those of these sizes that the guard is about.
         equal: pairs of sizes that are one in the model, of which `at` has the first.
     """
 
     text: str
     where: str
     at: Mapping[Place, int]
+    own: Mapping[Place, int]
     names: Mapping[Place, str]
     equal: Sequence[tuple[Place, Place]]
 
@@ -218,7 +220,8 @@ def _first_failure(path: _Path, others: Sequence[_Path], inputs: Sequence[Input]
             for other in others:
                 failing = failing & ~other.covers(grid)
         if (at := _smallest(failing, grid)) is not None:
-            return Failure(path.text(guard), where, at, path.names, path.equal)
+            own = {place: n for place, n in at.items() if place in places}
+            return Failure(path.text(guard), where, at, own, path.names, path.equal)
     return None
 
 

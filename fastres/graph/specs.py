@@ -60,6 +60,15 @@ class Sym(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
             return None
         return Sym(self.symbol, self.add + other.add, 1, self.mul + other.mul)
 
+    def minus(self, other: Sym) -> Sym | None:
+        """The difference, as x - x // 2 = (x + 1) // 2; None where it has no such form."""
+        mul = self.mul * other.div - other.mul
+        if self.symbol != other.symbol or self.div > 1 or mul < 1:
+            return None
+        # M x + A - floor((m x + a) / d) = ceil(((M d - m) x + A d - a) / d)
+        add = self.add * other.div - other.add + other.div - 1
+        return Sym(self.symbol, add, 1, mul).floordiv(other.div)
+
     def at(self, value: int) -> int:
         return (self.mul * value + self.add) // self.div
 

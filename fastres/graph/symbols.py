@@ -177,6 +177,13 @@ class Symbols:
             return Sym(self._letters[str(expr)])
         if expr.is_Integer:
             return int(expr)
+        if (
+            expr.is_Add
+            and len(taken := [a for a in expr.args if a.could_extract_minus_sign()]) == 1
+        ):
+            whole, part = self._from_expr(expr - taken[0]), self._from_expr(-taken[0])
+            if isinstance(whole, Sym) and isinstance(part, Sym):
+                return whole.minus(part)
         parts = [self._from_expr(a) for a in expr.args]
         syms = [p for p in parts if isinstance(p, Sym)]
         ints = [p for p in parts if isinstance(p, int)]

@@ -38,6 +38,13 @@ def only_together(m: Any, x: Tensor) -> Tensor:
     return x * 3
 
 
+def written_through_an_index(m: Any, x: Tensor) -> Tensor:
+    y = x * 1.0
+    y[:, [0, 1]] = y[:, [1, 2]]
+    y[:, [0, 2]] *= 2.0
+    return y
+
+
 @pytest.fixture
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The shapes of every export; None for the usual ones."""
@@ -65,6 +72,22 @@ SETTLED: dict[str, tuple[Forward, Input]] = {
         lambda m, x: x.flatten(1) if x.shape[0] == 1 else x.reshape(x.shape[0], -1),
         FIXED,
     ),
+    "a number for a size": (
+        lambda m, x: x.view(1, 192) * 2 if x.shape[0] == 1 else x.flatten(1) * 2,
+        FIXED,
+    ),
+    "written through an index": (written_through_an_index, FIXED),
+    "layers of attention": (
+        lambda m, x: m.attention(m.wide(x).flatten(2).transpose(1, 2)),
+        Input((1, 16, 8, 8)),
+    ),
+    "a number for one of three sizes": (
+        lambda m, x: (
+            torch.cdist(x.mean((2, 3)), m.rows),
+            F.cosine_similarity(x.mean((2, 3))[:, None], m.rows[None], dim=-1),
+        ),
+        RANGED,
+    ),
     "square or not": (lambda m, x: x * 2 if x.shape[2] == x.shape[3] else x * 2, SQUARE),
     "both sides together": (
         lambda m, x: x * 2 if x.shape[2] < 3 * x.shape[3] else x * 2,
@@ -79,7 +102,9 @@ def test_equal_graphs_settle_it(
 ) -> None:
     forward, given = SETTLED[name]
     wide = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1, 2))
-    model = model_of(forward, wide=wide)
+    layer = nn.TransformerEncoderLayer(16, 2, 8, batch_first=True)
+    attention = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = model_of(forward, wide=wide, attention=attention, rows=torch.randn(5, 3))
     graph = capture(model, [given]).graph
     assert len(exports) > 1  # else nothing was settled
     for shape in {given.smallest, given.usual, (5, *given.largest[1:])}:

@@ -114,6 +114,23 @@ class TestSym:
         assert H.floordiv(2).times(2) is None
         assert H.times(0) is None and H.times(-1) is None
 
+    @given(
+        st.integers(1, 4),
+        st.integers(-9, 9),
+        st.integers(-9, 9),
+        st.integers(1, 6),
+        st.integers(0, 99),
+    )
+    def test_minus(self, mul: int, add: int, taken: int, div: int, value: int) -> None:
+        part = Sym("H", taken, div)
+        left = Sym("H", add, 1, mul).minus(part)
+        if left is None:
+            assert mul * div == 1
+            return
+        assert left.at(value) == mul * value + add - part.at(value)
+        assert math.gcd(left.mul, left.div) == 1
+        assert H.minus(W) is None and H.floordiv(2).minus(H) is None
+
     @given(*(st.integers(1, 9) for _ in range(4)), st.integers(0, 99))
     def test_joined(self, mul: int, add: int, mul2: int, add2: int, value: int) -> None:
         total = Sym("H", add, 1, mul).joined(Sym("H", add2, 1, mul2))

@@ -27,6 +27,10 @@ CROPS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[str, str]]] = {
     "more than there are": (lambda m, x: x[..., :10] * 2, ("H", "W")),
     "every second": (lambda m, x: x[:, :, 1:-1:2, 1::2] * 2, ("(H-1)//2", "W//2")),
     "after a convolution": (lambda m, x: m.conv(x)[:, :, 1:-1] * 2, ("(H-3)//2", "(W+1)//2")),
+    "the lower half": (lambda m, x: x[:, :, x.shape[2] // 2 :] * 2, ("(H+1)//2", "W")),
+    "the upper half": (lambda m, x: x[:, :, : x.shape[2] // 2] * 2, ("H//2", "W")),
+    "the second of two pieces": (lambda m, x: x.chunk(2, 3)[1] * 2, ("H", "W//2")),
+    "all but a third": (lambda m, x: x[:, :, x.shape[2] // 3 :] * 2, ("(2*H+2)//3", "W")),
     "above each other": (lambda m, x: torch.cat((x, x[:, :, 1:] * 2), 2), ("2*H-1", "W")),
     "at least so many": (
         lambda m, x: nn.functional.pad(x, (0, max(x.shape[3], 5) - x.shape[3])) * 2,
