@@ -80,8 +80,13 @@ class Input:
         if self.name is not None and not (isinstance(self.name, str) and self.name):
             raise InputError(f"name is {self.name!r}; give a text, or None")
         smallest, usual, largest = three = _three(self.shape)
-        if not len(smallest) == len(usual) == len(largest) >= 2:
-            raise InputError(f"the shapes {three} must have the same rank, at least 2")
+        if not len(smallest) == len(usual) == len(largest):
+            raise InputError(f"the shapes {three} must have the same rank")
+        if len(usual) < 2:
+            raise InputError(
+                f"an input is {list(usual)}; one has a batch of something, rank 2 or more: let the "
+                "model take [N, 1]"
+            )
         for i, sizes in enumerate(zip(*three, strict=True)):
             if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
                 raise InputError(
@@ -117,7 +122,10 @@ def _three(shape: object) -> tuple[Sizes, Sizes, Sizes]:
     if not any(isinstance(item, Sequence) for item in shape):
         return (_sizes(shape),) * 3
     if len(shape) != 3 or not all(isinstance(item, Sequence) for item in shape):
-        raise InputError(f"shape {shape!r} is neither one shape nor three of them")
+        raise InputError(
+            f"shape {shape!r} is neither one shape nor three of them: give (N, C, H, W), or the "
+            "smallest, the usual and the largest of these"
+        )
     smallest, usual, largest = map(_sizes, shape)
     return smallest, usual, largest
 
@@ -128,7 +136,10 @@ def _sizes(shape: Sequence[Any]) -> Sizes:
             return tuple(operator.index(size) for size in shape)
     except TypeError:
         pass
-    raise InputError(f"shape {shape!r} holds something that is not an integer")
+    raise InputError(
+        f"shape {shape!r} holds something that is not an integer; where H and W vary, give three "
+        "shapes: the smallest, the usual and the largest"
+    )
 
 
 def usual_sizes(smallest: Sizes, largest: Sizes) -> Sizes:

@@ -18,7 +18,7 @@ from fastres.graph.ir import Graph, Node, Normalize, Value
 from fastres.graph.kinds import Model as Model
 from fastres.graph.kinds import accepted
 from fastres.graph.passes.merging import rename_inputs
-from fastres.graph.specs import Sym, TensorSpec
+from fastres.graph.specs import GIVEN_DTYPES, Sym, TensorSpec
 from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
 from fastres.weights import oddity
 
@@ -75,10 +75,27 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
     typed = tuple(
         replace(i, dtype=value.spec.torch_dtype, name=i.name or name) for i, value, name in named
     )
+    _check_shared(graph, typed)
     names = [entry.name for entry in typed]
     if len(set(names)) < len(names):
         raise InputError(f"two inputs have one name among {names}; give each Input its own")
     return Source(graph, typed, weights, ignored, chosen=True)
+
+
+def _check_shared(graph: Graph, inputs: Sequence[Input]) -> None:
+    """What the model takes for one size must be one in the examples."""
+    first: dict[Sym, tuple[str | None, int]] = {}
+    for value, entry in zip(graph.inputs, inputs, strict=True):
+        for dim, size in zip(value.spec.shape, entry.usual, strict=True):
+            if not isinstance(dim, Sym):
+                continue
+            other, known = first.setdefault(dim, (entry.name, size))
+            if known != size:
+                raise InputError(
+                    f"{entry.name} is {list(entry.usual)}, with {size} where {other} has {known}: "
+                    f"the model takes both for one size, {dim}. Give examples that agree; what has "
+                    "one size always can be a buffer of the model"
+                )
 
 
 def check_pictures(preprocess: object, io_dtype: object) -> None:
@@ -196,7 +213,10 @@ def _as_input(item: object) -> Input:
     if isinstance(item, Input):
         return item
     if odd := oddity(item):
-        raise InputError(f"inputs holds {odd}; give dense tensors as examples, or fastres.Input")
+        known = ", ".join(sorted(str(d).removeprefix("torch.") for d in GIVEN_DTYPES))
+        raise InputError(
+            f"inputs holds {odd}; give dense tensors as examples, or fastres.Input, of {known}"
+        )
     assert isinstance(item, torch.Tensor)
     if item.dim() == 0:
         raise InputError("the example is a scalar; give one of rank 2 or more, batch first")

@@ -48,6 +48,8 @@ def model(photo_batch: PhotoBatch) -> nn.Module:
         ({"inputs": "224"}, "inputs holds str"),
         ({"inputs": [torch.zeros(1, 3, 8, 8), None]}, "inputs holds NoneType"),
         ({"inputs": torch.zeros(())}, "rank"),
+        ({"inputs": torch.zeros(4)}, r"an input is \[4\]; .*let the model take \[N, 1\]"),
+        ({"inputs": torch.zeros(1, 3, 8, 8, dtype=torch.int16)}, "int16; .* of bfloat16, bool, f"),
         ({"inputs": torch.zeros(1, 3, 0, 8)}, "at least 1"),
         ({"inputs": 5}, "inputs holds int; give dense tensors as examples, or fastres.Input"),
         ({"inputs": torch.zeros(1, 3, 8, 8).to_sparse()}, "a tensor of torch.sparse_coo"),

@@ -373,3 +373,10 @@ class TestTensors:
         engine.close()
         with pytest.raises(FastresError, match="closed"):
             engine(pixel_values=X)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_examples_of_two_batch_sizes(batch: int) -> None:
+    shift = fastres.Input((batch, 4, 4, 4))
+    with pytest.raises(InputError, match=rf"shift is \[{batch}, 4, 4, 4\], with {batch} where inp"):
+        fastres.compile(Two().eval(), [A, shift], backend="reference")

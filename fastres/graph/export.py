@@ -20,7 +20,7 @@ from fastres.graph.hooks import check_hooks, renew_weights
 from fastres.graph.layouts import whatever_the_layout
 from fastres.graph.overhearing import overhearing
 from fastres.graph.specs import GIVEN_DTYPES, widest
-from fastres.graph.symbols import expression, is_fixed
+from fastres.graph.symbols import example, expression, is_fixed
 from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
 from fastres.weights import is_finite
 
@@ -161,6 +161,8 @@ def _nested(model: torch.nn.Module, free: tuple[dict[int, Any], ...]) -> tuple[A
 
 def _check_free(program: ExportedProgram, inputs: Sequence[Input]) -> None:
     """The exporter fixes sizes that a model was written for; then no other size would be right."""
+    from fastres.graph.guards import where_fixed  # 0.3 s: sympy
+
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     names = program.graph_signature.user_inputs
     for name, spec in zip(names, inputs, strict=True):
@@ -169,13 +171,15 @@ def _check_free(program: ExportedProgram, inputs: Sequence[Input]) -> None:
         if 0 in fixed:
             raise CaptureError(
                 f"the model only takes batches of {shape[0]} in {name}: a line of it, or an "
-                "operator that it calls, makes one number of the batch size. Write x.size(0), or "
-                "-1, in its place; or compile torch.export.export(model, (x,)) for that batch size"
+                f"operator that it calls, makes one number of the batch size"
+                f"{where_fixed(shape[0])}. Write x.size(0), or -1, in its place; or compile "
+                "torch.export.export(model, (x,)) for that batch size"
             )
         if fixed:
             raise CaptureError(
-                f"the model fixes dimension {fixed[0]} of {name} at {shape[fixed[0]]}, but the "
-                "Input ranges over it: give a fixed shape, or rewrite the line that fixes it"
+                f"the model, followed with {name} {[example(n) for n in shape]}, fixes dimension {fixed[0]} at "
+                f"{shape[fixed[0]]}{where_fixed(shape[fixed[0]])}, but the Input ranges over it: "
+                "give a fixed shape, or rewrite the line that fixes it"
             )
         if expression(shape[0]) in [expression(shape[i]) for i in spec.ranged]:
             raise CaptureError(

@@ -91,6 +91,15 @@ def first_failure(
     return _first_failure(_Path(program), [_Path(other, only) for other, only in others], given)
 
 
+def where_fixed(size: Any) -> str:
+    """The line of the model that made a number of a size that was free; empty if none says so."""
+    for guard in size.node.shape_env.guards:
+        if isinstance(guard.expr, sympy.Eq) and guard.expr.rhs == int(size):
+            where = _whole(str(guard.sloc))
+            return f" {where}" if where.startswith("(/") else ""
+    return ""
+
+
 def within_guards(program: ExportedProgram, inputs: Sequence[Input]) -> tuple[Input, ...]:
     """The inputs of a program exported elsewhere, without pictures too small for its guards.
 
