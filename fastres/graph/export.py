@@ -178,8 +178,8 @@ def _check_free(program: ExportedProgram, inputs: Sequence[Input]) -> None:
         if fixed:
             raise CaptureError(
                 f"the model, followed with {name} {[example(n) for n in shape]}, fixes dimension "
-                f"{fixed[0]} at {shape[fixed[0]]}{where_fixed(shape[fixed[0]])}, but the Input ranges over it: "
-                "give a fixed shape, or rewrite the line that fixes it"
+                f"{fixed[0]} at {shape[fixed[0]]}{where_fixed(shape[fixed[0]])}, but the Input "
+                "ranges over it: give a fixed shape, or rewrite the line that fixes it"
             )
         if expression(shape[0]) in [expression(shape[i]) for i in spec.ranged]:
             raise CaptureError(
