@@ -50,7 +50,7 @@ from fastres.graph.capture import capture
 from fastres.graph.copies import copied
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, compile_launch, key_of
-from fastres.kernels.boxes import box_candidates, box_seconds
+from fastres.kernels.box_choice import box_candidates, box_seconds
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import target_of

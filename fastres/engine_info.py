@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastres.backends.base import Account, Choice, KernelInfo, Refusal
+from fastres.backends.base import Account, Choice, KernelInfo, Refusal, StepBound
 from fastres.graph.ir import Conv2d, Dequantize, Graph, Linear, Quantize, op_name
 from fastres.options import EIGHT_BITS
 from fastres.text import empty_table, json_text, render
@@ -17,7 +17,8 @@ from fastres.text import empty_table, json_text, render
 if TYPE_CHECKING:
     from rich.table import Table
 
-_NUMBERS = ("regs", "spill", "shared", "us")
+_NUMBERS = ("regs", "spill", "shared")
+_LIMITS = {"arithmetic": "arithmetic", "memory": "memory", "l2": "L2", "launch": "launch"}
 MERGED = "merged"  # the runtime folded the node into its neighbour and no longer lists it
 
 
@@ -86,6 +87,8 @@ class EngineInfo:
         lines = [render(table)]
         if self.account.choices:
             lines.append(render(choice_table(self.account.choices)))
+        if self.account.bounds:
+            lines.append(render(bound_table(self.account.bounds)))
         if self.account.kernels:
             lines.append(render(kernel_table(self.account.kernels)))
         if self.precision in EIGHT_BITS:
@@ -98,34 +101,52 @@ class EngineInfo:
 
 
 def choice_table(choices: Sequence[Choice]) -> Table:
-    """One row for each choice; us: estimated, or measured where a star stands."""
-    table = empty_table(title="what runs in which form, and what else there was (us; * measured)")
+    """One row for each choice; us: estimated, or measured where a star stands: (estimated)."""
+    title = "what runs in which form, and what else there was (us; * measured, and estimated)"
+    table = empty_table(title=title)
     table.add_column("nodes", overflow="fold")
     table.add_column("taken")
     table.add_column("us", justify="right")
     table.add_column("instead of", overflow="fold")
     for choice in choices:
         others = "\n".join(f"{form}: {why}" for form, why in choice.others.items())
-        star = "*" if choice.measured else ""
-        table.add_row(
-            ", ".join(choice.nodes), choice.taken, f"{choice.microseconds:.1f}{star}", others
-        )
+        behind = f"* ({choice.estimated:.1f})" if choice.measured else ""
+        time = f"{choice.microseconds:.1f}{behind}"
+        table.add_row(", ".join(choice.nodes), choice.taken, time, others)
+    return table
+
+
+def bound_table(bounds: Sequence[StepBound]) -> Table:
+    """One row for each step, with what holds it up; and for all that the same thing holds up."""
+    title = "what holds up each step: us if nothing but that counted, calculated"
+    table = empty_table(title=title)
+    for column in ("step", "form", *_LIMITS.values(), "bound"):
+        table.add_column(column, justify="right" if column in _LIMITS.values() else "left")
+    for step in bounds:
+        times = (f"{getattr(step, name):.1f}" for name in _LIMITS)
+        table.add_row(step.node, step.form, *times, _LIMITS[step.bound])
+    table.add_section()
+    for name, text in _LIMITS.items():
+        if held := [step for step in bounds if step.bound == name]:
+            times = (f"{sum(getattr(step, other) for step in held):.1f}" for other in _LIMITS)
+            table.add_row(f"{len(held)} steps", "", *times, text)
+    every = (f"{sum(getattr(step, name) for step in bounds):.1f}" for name in _LIMITS)
+    longest = sum(max(getattr(step, name) for name in _LIMITS) for step in bounds)
+    table.add_row(f"{len(bounds)} steps", f"the longest of each: {longest:.1f}", *every, "")
     return table
 
 
 def kernel_table(kernels: Sequence[KernelInfo]) -> Table:
-    """One row for each distinct kernel; us: of one launch, if only the limiting rate counted."""
+    """One row for each distinct kernel."""
     title = f"{len(kernels)} kernels, {sum(len(k.nodes) for k in kernels)} launches"
     table = empty_table(title=title)
-    for column in ("kernel", "for", "tile", "regs", "spill", "shared", "code", "us", "bound"):
+    for column in ("kernel", "for", "tile", "regs", "spill", "shared", "code"):
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for k in kernels:
         more = f" and {len(k.nodes) - 1} more" if len(k.nodes) > 1 else ""
         code = ", ".join(f"{count} {name}" for name, count in k.instructions.items())
         numbers = [str(n) for n in (k.registers, k.spilled, k.shared_bytes)]
-        table.add_row(
-            k.kernel, k.nodes[0] + more, k.tile, *numbers, code, f"{k.microseconds:.1f}", k.bound
-        )
+        table.add_row(k.kernel, k.nodes[0] + more, k.tile, *numbers, code)
     return table
 
 

@@ -12,7 +12,8 @@ import torch
 
 from fastres.kernels.aot import MATRIX, TYPES, compile_launch, fits
 from fastres.kernels.bottleneck_chain import ChainScales, chain_launch
-from fastres.kernels.boxes import Projection, choose_box_tile, workspace_bytes
+from fastres.kernels.box_choice import choose_box_tile
+from fastres.kernels.boxes import Projection, workspace_bytes
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches

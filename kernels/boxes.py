@@ -1,15 +1,13 @@
-"""Boxes of pixels for the descriptor kernels: which tiles are valid, and which to take.
+"""Boxes of pixels for the descriptor kernels: what they take, and which tiles are valid.
 
 The copy engine (TMA) brings a box of pixels [tn, th, tw, channels] at a time, fills with zeros
 what lies outside the tensor and drops what is stored there. So a box may stick out anywhere; what
-it does beyond the picture is waste. As in `tiles`, the choice is a pure function of sizes and
-target.
+it does beyond the picture is waste. Which tile to take is in `box_choice`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 
@@ -18,11 +16,6 @@ from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.tiles import least_depth
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn)
-_LATENCY = 0.8e-6  # seconds from asking for a box to having it; a guess, as the two below
-_TILE_OVERHEAD = 1.35e-6  # seconds to fill the pipeline of one tile and to start its epilogue
-_SECOND_KERNEL = 2.0e-6  # seconds that the kernel which sums the parts of a split adds by itself
-_REGISTERS = 65_536  # of one SM, 32 bits each
-_RESERVED = 1024  # bytes of shared memory the driver takes from each block
 _BARRIERS = 2048  # bytes of shared memory for barriers and alignment
 _BLOCK_LIMIT = 256  # the copy engine's limit on each side of a box
 
@@ -118,6 +111,12 @@ class BoxTile:
         sums = 2 if itemsize == 1 and projection is not None else 1
         return sums * self.pixels * self.block_n // (32 * self.num_warps)
 
+    def steps(self, shape: ConvShape, projection: Projection | None = None) -> list[int]:
+        """Steps of the K-loop over each operand, all parts of the depth together."""
+        taps = (shape.r * shape.s, 1)
+        channels = input_channels(shape, projection)
+        return [tap * c // self.block_k for tap, c in zip(taps, channels, strict=False)]
+
     def boxes(self, walk: ConvShape) -> tuple[int, int, int]:
         """Boxes along images, rows and columns of the output, with `walk` from `walk_shape`."""
         return _cdiv(walk.n, self.tn), _cdiv(walk.p, self.th), _cdiv(walk.q, self.tw)
@@ -130,6 +129,11 @@ class BoxTile:
     def programs(self, walk: ConvShape, target: Target) -> int:
         """Programs launched: they walk over the tiles."""
         return min(self.tiles(walk), target.sm_count * self.programs_per_sm)
+
+
+def input_channels(shape: ConvShape, projection: Projection | None) -> list[int]:
+    """Of each operand."""
+    return [shape.c] if projection is None else [shape.c, projection.channels]
 
 
 def walk_shape(shape: ConvShape, projection: Projection | None = None) -> ConvShape:
@@ -167,7 +171,7 @@ def refusal(
     if shape.groups != 1:
         return f"groups is {shape.groups}, expected 1"
     depth = least_depth(dtype.itemsize)
-    if any(channels % depth for channels in _channels(shape, projection)):
+    if any(channels % depth for channels in input_channels(shape, projection)):
         channels = shape.c if projection is None else (shape.c, projection.channels)
         return f"input channels are {channels}, expected multiples of {depth}, a step of the K-loop"
     if shape.k % (aligned := 16 if dtype.itemsize == 1 else 8):
@@ -195,10 +199,10 @@ def tile_refusal(
     Args:
         result_itemsize: see `BoxTile.shared_bytes`.
     """
-    for channels in _channels(shape, projection):
+    for channels in input_channels(shape, projection):
         if channels % tile.block_k:
             return f"a step of {tile.block_k} channels does not divide {channels}"
-    for steps in _steps(tile, shape, projection):
+    for steps in tile.steps(shape, projection):
         if steps % tile.split_k:
             return f"split_k {tile.split_k} does not divide {steps} steps of the K-loop"
     if (shared := tile.shared_bytes(itemsize, result_itemsize)) > target.shared_bytes:
@@ -214,172 +218,6 @@ def tile_refusal(
     if 90 <= target.sm < 120 and tile.block_n < 64:
         return f"block_n is {tile.block_n}: below 64 rows the matrix instruction is an older one"
     return None
-
-
-# ---------------------------------------------------------------- the choice
-
-_BLOCKS = (  # pixels, block_n, num_warps
-    (256, 128, 8),
-    (128, 256, 8),
-    (128, 128, 8),
-    (128, 128, 4),
-    (256, 64, 8),
-    (256, 64, 4),
-    (64, 256, 8),
-    (128, 64, 4),
-    (64, 128, 4),
-    (64, 64, 4),
-    (32, 128, 4),
-    (32, 64, 4),
-    (16, 64, 4),
-)
-_STAGES = (4, 3, 6, 2, 1)
-_SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
-
-
-def box_candidates(
-    shape: ConvShape,
-    itemsize: int,
-    target: Target,
-    projection: Projection | None = None,
-    result_itemsize: int | None = None,
-) -> list[BoxTile]:
-    """The valid tiles, for each number of pixels the box of least waste.
-
-    Args:
-        result_itemsize: see `BoxTile.shared_bytes`.
-
-    Raises:
-        ValueError: channels which no step of the K-loop divides.
-    """
-    block_k = _depth(_channels(shape, projection), itemsize)
-    walk = walk_shape(shape, projection)
-    tiles = (
-        BoxTile(*_best_box(pixels, walk), block_n, block_k, num_warps, num_stages, split_k)
-        for pixels, block_n, num_warps in _BLOCKS
-        for num_stages in _STAGES
-        for split_k in _SPLITS
-    )
-    return [
-        replace(tile, programs_per_sm=_resident(tile, itemsize, target, projection))
-        for tile in tiles
-        if tile_refusal(tile, shape, itemsize, target, projection, result_itemsize) is None
-        and min(2, longest := max(_parts(tile, shape, projection))) <= tile.num_stages <= longest
-    ]
-
-
-def choose_box_tile(
-    shape: ConvShape,
-    itemsize: int,
-    target: Target,
-    projection: Projection | None = None,
-    result_itemsize: int | None = None,
-) -> BoxTile:
-    """The candidate of least `box_seconds`; ties go to the earlier one.
-
-    Args:
-        result_itemsize: see `BoxTile.shared_bytes`.
-
-    Raises:
-        ValueError: channels which no step of the K-loop divides.
-    """
-    return min(
-        box_candidates(shape, itemsize, target, projection, result_itemsize),
-        key=lambda tile: box_seconds(tile, shape, itemsize, target, projection),
-    )
-
-
-def box_seconds(
-    tile: BoxTile,
-    shape: ConvShape,
-    itemsize: int,
-    target: Target,
-    projection: Projection | None = None,
-    *,
-    residual: bool = False,
-) -> float:
-    """Estimated time: max(device memory, tiles of the busiest SM) + draining + summing the parts.
-
-    A tile takes the longest of its arithmetic, its traffic from L2 to shared memory (waste
-    included), and the latency of its steps, of which as many overlap as there are stages. It ranks
-    tiles, and this form of a convolution against others; it predicts no times.
-
-    Args:
-        residual: whether a residual is read.
-    """
-    walk = walk_shape(shape, projection)
-    part = sum(_parts(tile, shape, projection))
-    tiles = _cdiv(tile.tiles(walk), target.sm_count)  # of the busiest SM
-    resident = min(tile.programs_per_sm, max(1, tiles))
-
-    # a matrix instruction of fewer than 64 pixels takes as long as one of 64
-    products = 2 * max(64, tile.pixels) * tile.block_n * tile.block_k * part
-    arithmetic = products / target.product_flops(itemsize)
-    loads = part * tile.stage_bytes(itemsize) / target.l2_bytes
-    ahead = max(1, min(tile.num_stages - 1, part))  # one stage is being multiplied
-    latency = part * _LATENCY / (ahead * resident)
-    result = tile.result_bytes(itemsize) / target.l2_bytes
-    drains = _cdiv(tiles, resident) * (_TILE_OVERHEAD + result)  # others resident go on meanwhile
-
-    m = shape.n * shape.p * shape.q
-    x = walk.n * walk.h * walk.w * shape.c + (m * projection.channels if projection else 0)
-    operands = (
-        x + shape.k * part * tile.split_k * tile.block_k + m * shape.k * (2 if residual else 1)
-    )
-    memory = operands * itemsize / target.dram_bytes
-    seconds = max(memory, tiles * max(arithmetic, loads, latency)) + drains
-    if tile.split_k > 1:  # written once and read once, through L2
-        parts = 2 * tile.split_k * m * shape.k * 4
-        seconds += _SECOND_KERNEL + parts / (target.l2_bytes * target.sm_count)
-    return seconds
-
-
-def _channels(shape: ConvShape, projection: Projection | None) -> list[int]:
-    return [shape.c] if projection is None else [shape.c, projection.channels]
-
-
-def _steps(tile: BoxTile, shape: ConvShape, projection: Projection | None) -> list[int]:
-    """Steps of the K-loop over each operand, all parts together."""
-    taps = (shape.r * shape.s, 1)
-    channels = _channels(shape, projection)
-    return [tap * c // tile.block_k for tap, c in zip(taps, channels, strict=False)]
-
-
-def _parts(tile: BoxTile, shape: ConvShape, projection: Projection | None) -> list[int]:
-    """As `_steps`, of one part of a split depth."""
-    return [steps // tile.split_k for steps in _steps(tile, shape, projection)]
-
-
-def _depth(channels: list[int], itemsize: int) -> int:
-    """The depth block: the most of 128 bytes, the copy engine's widest row, that divides all."""
-    least = least_depth(itemsize)
-    for block in (128, 64, 32, 16):
-        whole = all(c % block == 0 for c in channels)
-        if block * itemsize <= 128 and block >= least and whole:
-            return block
-    raise ValueError(f"{channels} input channels, expected multiples of {least}")
-
-
-@cache
-def _best_box(pixels: int, walk: ConvShape) -> tuple[int, int, int]:
-    """The box of least waste; then of least input, then nearest to a row."""
-    sides = [1 << i for i in range(pixels.bit_length())]
-    boxes = [(pixels // (th * tw), th, tw) for th in sides for tw in sides if th * tw <= pixels]
-
-    def waste(box: tuple[int, int, int]) -> tuple[int, ...]:
-        tn, th, tw = box
-        boxes = _cdiv(walk.n, tn) * _cdiv(walk.p, th) * _cdiv(walk.q, tw)
-        return boxes, tn * (th + walk.r - 1) * (tw + walk.s - 1), tn, th
-
-    return min(boxes, key=waste)
-
-
-def _resident(tile: BoxTile, itemsize: int, target: Target, projection: Projection | None) -> int:
-    """Programs an SM can hold at once, by shared memory and registers; at most four."""
-    shared = target.shared_bytes // (tile.shared_bytes(itemsize) + _RESERVED)
-    accumulators = tile.accumulators(itemsize, projection)
-    registers = _REGISTERS // (32 * tile.num_warps * (accumulators + 56))
-    return max(1, min(4, shared, registers))
 
 
 def workspace_bytes(shape: ConvShape, tile: BoxTile) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastres.kernels.cost import Cost, Target
+from fastres.kernels.cost import Cost, Target, Work
 from fastres.kernels.tiles import GemmShape
 
 WIDTHS = (64, 128)  # of the 3x3; wider ones wait for arithmetic, and would fill shared memory
@@ -263,6 +263,32 @@ def choose_chain_tile(shape: ChainShape, itemsize: int, target: Target) -> Chain
     return min(tiles, key=lambda tile: chain_seconds(tile, shape, itemsize, target))
 
 
+def chain_work(tile: ChainTile, shape: ChainShape, itemsize: int) -> Work:
+    """What the blocks of one call multiply, load and store; boxes count in full."""
+    phases = _phases(tile, shape, itemsize)
+    return Work(
+        flops=sum(work.flops for work in phases),
+        bytes=chain_cost(shape, itemsize).bytes,
+        l2=sum(work.l2 for work in phases),
+    )
+
+
+def _phases(tile: ChainTile, shape: ChainShape, itemsize: int) -> tuple[Work, Work]:
+    """The work of all blocks on the 3x3, and on the chunks of out."""
+    blocks = tile.programs(shape)
+    conv2 = 9 * shape.mid * shape.mid  # multiply-adds a pixel, and weights
+    chunks = shape.depth - conv2
+    taps = 9 * shape.mid  # loaded for a pixel: each tap anew
+    rows = (shape.projected or shape.ko) + shape.ko + shape.next_mid  # loaded, and stored
+    first, second = (
+        Work(
+            2 * blocks * tile.pixels * work, 0, itemsize * blocks * (tile.pixels * channels + work)
+        )
+        for work, channels in ((conv2, taps), (chunks, rows))
+    )
+    return first, second
+
+
 def chain_seconds(tile: ChainTile, shape: ChainShape, itemsize: int, target: Target) -> float:
     """Estimated time: max(device memory, rounds * one tile's time) + filling and draining.
 
@@ -270,14 +296,11 @@ def chain_seconds(tile: ChainTile, shape: ChainShape, itemsize: int, target: Tar
     where the chunks' loads are not pipelined. It ranks tiles, and chains against separate kernels;
     it has not been compared with a clock.
     """
-    conv2 = 9 * shape.mid * shape.mid  # multiply-adds a pixel, and weights
-    boxes = (9 * shape.mid, shape.projected or shape.ko)  # loaded for a pixel: each tap anew
-    seconds = []
-    for work, channels in zip((conv2, shape.depth - conv2), boxes, strict=True):
-        arithmetic = 2 * tile.pixels * work / target.product_flops(itemsize)
-        loads = itemsize * (tile.pixels * channels + work) / target.l2_bytes
-        seconds.append((arithmetic, loads))
-    chunks = max(seconds[1]) if tile.chunk_stages > 1 else sum(seconds[1])
+    conv2, chunks = (
+        (work.arithmetic_seconds(target, itemsize), work.l2_seconds(target))
+        for work in _phases(tile, shape, itemsize)
+    )
+    on_chip = max(conv2) + (max(chunks) if tile.chunk_stages > 1 else sum(chunks))
     registers = 32 * tile.num_warps * (tile.accumulators(shape, itemsize) + 64)
     resident = max(
         1,
@@ -288,7 +311,7 @@ def chain_seconds(tile: ChainTile, shape: ChainShape, itemsize: int, target: Tar
         ),
     )
     blocks = tile.programs(shape)
-    rounds = -(-blocks // target.sm_count)
+    busiest = -(-blocks // target.sm_count) * target.sm_count / max(1, blocks)
     drains = -(-blocks // (target.sm_count * resident))
     memory = chain_cost(shape, itemsize).bytes / target.dram_bytes
-    return max(memory, rounds * (max(seconds[0]) + chunks)) + drains * _TILE_OVERHEAD
+    return max(memory, busiest * on_chip) + drains * _TILE_OVERHEAD

@@ -13,10 +13,10 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastres.kernels.box_choice import choose_box_tile
 from fastres.kernels.boxes import (
     BoxTile,
     Projection,
-    choose_box_tile,
     refusal,
     tile_refusal,
     walk_shape,

@@ -26,6 +26,35 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a step asks of a GPU, cut into blocks as it is.
+
+    Args:
+        flops: of its products, what blocks multiply beyond the tensor included.
+        bytes: compulsory traffic to device memory: every operand once.
+        l2: bytes between the L2 cache and the SMs: what each block loads and stores.
+        launches: kernels, one after the other.
+    """
+
+    flops: float
+    bytes: float
+    l2: float
+    launches: int = 1
+
+    def arithmetic_seconds(self, target: Target, itemsize: int, tensor_cores: bool = True) -> float:
+        """If nothing but products counted; arguments as of `Target.product_flops`."""
+        return self.flops / (target.product_flops(itemsize, tensor_cores) * target.sm_count)
+
+    def memory_seconds(self, target: Target) -> float:
+        """If nothing but device memory counted."""
+        return self.bytes / target.dram_bytes
+
+    def l2_seconds(self, target: Target) -> float:
+        """If nothing but the L2 cache counted."""
+        return self.l2 / (target.l2_bytes * target.sm_count)
+
+
+@dataclass(frozen=True)
 class _Architecture:
     """Limits and rates of one streaming multiprocessor (SM).
 
@@ -47,14 +76,14 @@ class _Architecture:
 # Shared memory: CUDA programming guide, compute capabilities. Rates: what is published for one
 # card of the kind (sm_90: what large matrix products and copies are reported to reach, not the
 # peak; of 8-bit products the same share of the 1,979e12 on the data sheet), divided by its SMs
-# (A100, A10, L40S, H200, B200, RTX 5090 in this order); the L2 rates are guesses, 1.6 to 5 times
+# (A100, A10, L40S, H200, B200, RTX 5090 in this order); the L2 rates are guesses, 1.3 to 5 times
 # the device memory. On sm_100 the 8-bit rate is fp8's: for int8, Triton 3.6 takes an older
 # instruction there. They rank tiles and predict no times.
 _ARCHITECTURES = {
     80: _Architecture(166_912, 312e12 / 108, 624e12 / 108, 2.0e12 / 108, 5.0e12 / 108),
     86: _Architecture(101_376, 125e12 / 72, 250e12 / 72, 0.6e12 / 72, 2.0e12 / 72),
     89: _Architecture(101_376, 362e12 / 142, 733e12 / 142, 0.86e12 / 142, 4.0e12 / 142),
-    90: _Architecture(232_448, 800e12 / 132, 1600e12 / 132, 4.3e12 / 132, 7.0e12 / 132),
+    90: _Architecture(232_448, 800e12 / 132, 1600e12 / 132, 4.3e12 / 132, 5.6e12 / 132),
     100: _Architecture(232_448, 2250e12 / 148, 4500e12 / 148, 8.0e12 / 148, 15e12 / 148),
     120: _Architecture(101_376, 210e12 / 170, 419e12 / 170, 1.8e12 / 170, 6.0e12 / 170),
 }

@@ -4,10 +4,12 @@ Sizes, refusals and the filter, for planners; the kernels are in `space_to_depth
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
 from fastres.kernels.geometry import ConvShape, Pair
+from fastres.kernels.tiles import GemmShape
 
 FOLDED = 16  # channels of a folded pixel: 2 x 2 pixels of up to 4 channels
 MARGIN = (2, 1)  # folded pixels of zeros before and after: 4 taps reach from -2 to +1
@@ -63,6 +65,11 @@ def pack_stem_weight(weight: torch.Tensor) -> torch.Tensor:
     folded = eight.view(k, c, TAPS, 2, TAPS, 2).permute(0, 2, 4, 1, 3, 5)
     packed[..., : 4 * c] = folded.reshape(k, TAPS, TAPS, 4 * c)
     return packed.view(k, TAPS * ROW)
+
+
+def stem_gemm(shape: ConvShape) -> GemmShape:
+    """The product of a `stem_shape`, whose rows of folded pixels overlap in memory."""
+    return replace(shape.gemm, x=shape.n * shape.h * (shape.w + TAPS - 1) * FOLDED)
 
 
 def stem_shape(n: int, p: int, q: int, k: int) -> ConvShape:

@@ -66,7 +66,9 @@ class ConvShape:
         """The matrix product of one call."""
         c = self.c // self.groups
         m = self.n * self.p * self.q
-        return GemmShape(m, self.k // self.groups, self.r * self.s * c, c, self.groups)
+        taps = self.r * self.s
+        x = self.c * min(self.n * self.h * self.w, m * taps)  # a strided 1x1 reads no more
+        return GemmShape(m, self.k // self.groups, taps * c, c, self.groups, x)
 
     def _out(self, size: int, taps: int, axis: int) -> int:
         reach = self.dilation[axis] * (taps - 1) + 1

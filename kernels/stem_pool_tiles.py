@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from fastres.kernels.cost import Target
-from fastres.kernels.folding import FOLDED, ROW, TAPS
+from fastres.kernels.cost import Target, Work
+from fastres.kernels.folding import FOLDED, ROW, TAPS, stem_gemm
 from fastres.kernels.geometry import ConvShape
-from fastres.kernels.tiles import ConvTile, GemmShape, conv_seconds
+from fastres.kernels.tiles import ConvTile, GemmShape, blocks_seconds, conv_work
 from fastres.kernels.tiles import is_valid as is_valid_product
 
 _PIXELS = (4, 8, 16)  # rows and columns of a block, pooled
@@ -35,6 +35,10 @@ class StemPoolTile:
         blocks = (self.block_p, self.block_q, self.block_k)
         if any(block & (block - 1) for block in blocks) or min(blocks) < 2 or self.block_k < 16:
             raise ValueError(f"blocks are {blocks}, expected powers of two of at least 2, 2 and 16")
+
+    def __str__(self) -> str:
+        blocks = f"{self.block_p}x{self.block_q}x{self.block_k}"
+        return f"{blocks} w{self.num_warps} s{self.num_stages}"
 
     @property
     def product(self) -> ConvTile:
@@ -66,19 +70,32 @@ def stem_pool_refusal(p: int, q: int, itemsize: int) -> str | None:
     return None
 
 
-def stem_pool_seconds(tile: StemPoolTile, shape: ConvShape, itemsize: int, target: Target) -> float:
-    """Estimated time, by the rule of `conv_seconds`: of all the pixels that blocks compute.
-
-    To compare with a stem and a pool. That rule's device memory counts the map as well, which here
-    is not written; L2 comes out longer in any case, since each row of taps is loaded by itself.
+def stem_pool_work(tile: StemPoolTile, shape: ConvShape, itemsize: int) -> Work:
+    """What the blocks of one call multiply, load and store.
 
     Args:
         shape: `stem_shape` of the stem.
     """
-    k = shape.k
-    blocks = tile.programs(shape.n, shape.p, shape.q, k) // _cdiv(k, tile.block_k)
-    gemm = GemmShape(blocks * tile.product.block_m, k, TAPS * ROW, ROW)
-    return conv_seconds(tile.product, gemm, itemsize, target, tensor_cores=True)
+    blocks = tile.programs(shape.n, shape.p, shape.q, shape.k) // _cdiv(shape.k, tile.block_k)
+    computed = GemmShape(
+        blocks * tile.product.block_m, shape.k, TAPS * ROW, ROW, x=stem_gemm(shape).x
+    )
+    work = conv_work(tile.product, computed, itemsize)
+    # of the map that blocks compute only the pooled pixels are stored
+    stored = shape.n * pooled(shape.p) * pooled(shape.q) - computed.m
+    kept = itemsize * shape.k * stored
+    return Work(work.flops, work.bytes + kept, work.l2 + kept)
+
+
+def stem_pool_seconds(tile: StemPoolTile, shape: ConvShape, itemsize: int, target: Target) -> float:
+    """Estimated time, by the rule of `conv_seconds`: of all the pixels that blocks compute.
+
+    Args:
+        shape: `stem_shape` of the stem.
+    """
+    work = stem_pool_work(tile, shape, itemsize)
+    blocks = tile.programs(shape.n, shape.p, shape.q, shape.k)
+    return blocks_seconds(work, tile.product, blocks, itemsize, target, tensor_cores=True)
 
 
 def choose_stem_pool_tile(k: int) -> StemPoolTile:

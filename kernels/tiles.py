@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastres.kernels.cost import Target
+from fastres.kernels.cost import Target, Work
 
 _THREADS_PER_SM = 1536  # the smallest among sm_86 and newer; sm_80, 90 and 100 hold 2048
 _TILE_OVERHEAD = 1.5e-6  # seconds to fill the pipeline and to drain the epilogue of one block
@@ -25,6 +25,7 @@ class GemmShape:
         k: depth: taps times input channels of one group.
         channels: input channels of one group; a depth block that divides it stays in one tap.
         groups: independent products.
+        x: elements of the input in memory; None where each row's channels are read once.
     """
 
     m: int
@@ -32,6 +33,7 @@ class GemmShape:
     k: int
     channels: int
     groups: int = 1
+    x: int | None = None
 
 
 @dataclass(frozen=True)
@@ -200,17 +202,55 @@ def _depth(channels: int, itemsize: int) -> int:
     return next((block for block in blocks if channels % block == 0), 32)
 
 
+def conv_work(tile: ConvTile, shape: GemmShape, itemsize: int, *, residual: bool = False) -> Work:
+    """What the blocks of one call multiply, load and store.
+
+    Args:
+        residual: whether a tensor of the result's size is read.
+    """
+    blocks = tile.programs(shape)
+    depth = _cdiv(shape.k, tile.block_k) * tile.block_k
+    weights = shape.groups * shape.n * shape.k
+    results = shape.groups * shape.m * shape.n * (2 if residual else 1)
+    pixels = shape.groups * shape.m * shape.k  # with every tap anew
+    loads = pixels * _cdiv(shape.n, tile.block_n) + weights * _cdiv(shape.m, tile.block_m)
+    x = shape.groups * shape.m * shape.channels if shape.x is None else shape.x
+    return Work(
+        flops=2 * blocks * tile.block_m * tile.block_n * depth,
+        bytes=itemsize * (x + weights + results),
+        l2=itemsize * (loads + results),
+    )
+
+
 def conv_seconds(
-    tile: ConvTile, shape: GemmShape, itemsize: int, target: Target, tensor_cores: bool
+    tile: ConvTile,
+    shape: GemmShape,
+    itemsize: int,
+    target: Target,
+    tensor_cores: bool,
+    *,
+    residual: bool = False,
 ) -> float:
     """Estimated time: max(device memory, rounds of blocks * max(arithmetic, L2)) + draining.
 
     It ranks tiles, and pointers against other forms; it predicts no times.
+
+    Args:
+        residual: see `conv_work`.
     """
-    depth = _cdiv(shape.k, tile.block_k) * tile.block_k
-    rate = target.product_flops(itemsize, tensor_cores)
-    arithmetic = 2 * tile.block_m * tile.block_n * depth / rate
-    loads = (tile.block_m + tile.block_n) * depth * itemsize / target.l2_bytes
+    work = conv_work(tile, shape, itemsize, residual=residual)
+    return blocks_seconds(work, tile, tile.programs(shape), itemsize, target, tensor_cores)
+
+
+def blocks_seconds(
+    work: Work,
+    tile: ConvTile,
+    blocks: int,
+    itemsize: int,
+    target: Target,
+    tensor_cores: bool,
+) -> float:
+    """The estimate of `conv_seconds` for work in blocks, each of which is a tile's product."""
     resident = max(
         1,
         min(
@@ -219,12 +259,11 @@ def conv_seconds(
             65_536 // (32 * tile.num_warps * (tile.accumulators() + 64)),
         ),
     )
-    blocks = tile.programs(shape)
-    rounds = _cdiv(blocks, target.sm_count)
+    busiest = _cdiv(blocks, target.sm_count) * target.sm_count / max(1, blocks)
     drains = _cdiv(blocks, target.sm_count * resident)
-    operands = shape.m * shape.n + shape.n * shape.k + shape.m * shape.channels
-    memory = shape.groups * operands * itemsize / target.dram_bytes
-    return max(memory, rounds * max(arithmetic, loads)) + drains * _TILE_OVERHEAD
+    arithmetic = work.arithmetic_seconds(target, itemsize, tensor_cores)
+    on_chip = busiest * max(arithmetic, work.l2_seconds(target))
+    return max(work.memory_seconds(target), on_chip) + drains * _TILE_OVERHEAD
 
 
 def choose_pool_tile(channels: int, itemsize: int) -> PoolTile:

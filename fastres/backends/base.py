@@ -35,8 +35,6 @@ class KernelInfo(msgspec.Struct, frozen=True):
         spilled: bytes a thread writes to local memory for want of registers.
         shared_bytes: shared memory of a block.
         instructions: matrix products and wide memory accesses, by kind.
-        microseconds: of one launch (the largest), if nothing but the limiting rate counted.
-        bound: which rate that is.
     """
 
     kernel: str
@@ -46,8 +44,6 @@ class KernelInfo(msgspec.Struct, frozen=True):
     spilled: int
     shared_bytes: int
     instructions: dict[str, int]
-    microseconds: float
-    bound: Literal["arithmetic", "memory"]
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -60,6 +56,7 @@ class Choice(msgspec.Struct, frozen=True):
         measured: whether a table of measurements says so.
         problem: the key under which tables know it; empty for several kernels.
         others: form → its time in words, or why it was not possible.
+        estimated: microseconds by the model, of what is measured, too.
     """
 
     nodes: tuple[str, ...]
@@ -68,6 +65,32 @@ class Choice(msgspec.Struct, frozen=True):
     measured: bool
     problem: str
     others: dict[str, str]
+    estimated: float = 0.0
+
+
+Limit = Literal["arithmetic", "memory", "l2", "launch"]
+
+
+class StepBound(msgspec.Struct, frozen=True):
+    """What holds up one step of an executable, in microseconds if nothing but that counted.
+
+    Args:
+        node: the graph's node that it runs, the last of several.
+        form: kernel and tile.
+        bound: which of the four is largest.
+        arithmetic: products.
+        memory: compulsory traffic to device memory.
+        l2: what blocks load from the L2 cache and store there.
+        launch: of its kernels.
+    """
+
+    node: str
+    form: str
+    bound: Limit
+    arithmetic: float
+    memory: float
+    l2: float
+    launch: float
 
 
 class Account(msgspec.Struct, frozen=True):
@@ -76,11 +99,13 @@ class Account(msgspec.Struct, frozen=True):
     Args:
         kernels: what each distinct kernel was compiled to.
         choices: in which form nodes run, and what else there was.
+        bounds: what holds up each step, calculated.
         notes: what went otherwise than it should have, and what was done.
     """
 
     kernels: tuple[KernelInfo, ...] = ()
     choices: tuple[Choice, ...] = ()
+    bounds: tuple[StepBound, ...] = ()
     notes: tuple[str, ...] = ()
 
 

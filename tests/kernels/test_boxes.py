@@ -2,16 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fastres.kernels.box_choice import box_candidates, box_seconds, box_work, choose_box_tile
 from fastres.kernels.boxes import (
     BoxTile,
     Projection,
-    box_candidates,
-    box_seconds,
-    choose_box_tile,
     refusal,
     tile_refusal,
     walk_shape,
@@ -93,12 +92,24 @@ def test_narrow_outputs_take_narrow_tiles():
 
 def test_estimate_counts_what_a_form_reads():
     shape, tile = layer("layer1-1x1", 256), BoxTile(1, 1, 128, 128, 64, 8, 1)
-    plain = box_seconds(tile, shape, 2, HOPPER)
-    extra = 2 * 256 * 56 * 56 / HOPPER.dram_bytes
-    assert box_seconds(tile, shape, 2, HOPPER, residual=True) == pytest.approx(plain + 256 * extra)
-    merged = box_seconds(tile, shape, 2, HOPPER, Projection(64))
-    assert merged > plain + 63 * extra
-    assert merged < plain + box_seconds(tile, shape, 2, HOPPER, residual=True)
+    plain, pixels = box_work(tile, shape, 2), 256 * 56 * 56
+    assert plain.flops == 2 * pixels * 64 * 256 and plain.launches == 1
+    assert plain.bytes == 2 * (pixels * (64 + 256) + 64 * 256)
+    # two blocks of channels load every pixel, every box of 128 pixels loads the weights
+    assert plain.l2 == 2 * (pixels * (2 * 64 + 256) + pixels // 128 * 64 * 256)
+    added = box_work(tile, shape, 2, residual=True)
+    assert added.bytes - plain.bytes == added.l2 - plain.l2 == 2 * pixels * 256
+    wide = box_work(tile, shape, 1, residual=True, result_itemsize=2)
+    assert wide.bytes == plain.bytes // 2 + 3 * pixels * 256
+    merged = box_work(tile, shape, 2, Projection(64))
+    assert merged.flops == 2 * plain.flops and merged.bytes < 2 * plain.bytes
+    split = box_work(replace(tile, split_k=3), layer("layer1-3x3", 256), 2)
+    whole = box_work(tile, layer("layer1-3x3", 256), 2)
+    assert split.l2 - whole.l2 == 2 * 3 * 4 * pixels * 64 and split.launches == 2
+    for more in ({}, {"residual": True}):
+        work = box_work(tile, shape, 2, **more)
+        least = max(work.memory_seconds(HOPPER), work.l2_seconds(HOPPER))
+        assert least < box_seconds(tile, shape, 2, HOPPER, **more) < 2 * least
 
 
 def test_walk_of_pointwise_convolutions():
@@ -193,5 +204,5 @@ def test_channels_no_step_divides():
 
 
 def test_imports_no_triton():
-    code = "import sys, fastres.kernels.boxes; sys.exit('triton' in sys.modules)"
+    code = "import sys, fastres.kernels.box_choice; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

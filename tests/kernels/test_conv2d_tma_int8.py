@@ -10,11 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastres.kernels import reference
+from fastres.kernels.box_choice import box_candidates, choose_box_tile
 from fastres.kernels.boxes import (
     BoxTile,
     Projection,
-    box_candidates,
-    choose_box_tile,
     refusal,
     tile_refusal,
     workspace_bytes,

@@ -187,9 +187,13 @@ class TritonExecutable:
         self._runner(shapes)
 
     def account(self) -> Account:
+        from fastres.backends.triton.bounds import step_bounds
+
         banned = (f"not used: {why}" for why in self._tiles.banned.values())
         notes = (*self._notes, *banned)
-        return Account(choices=self._runners.latest().plan.choices, notes=notes)
+        plan = self._runners.latest().plan
+        bounds = step_bounds(plan, self._graph, self._tiles.target)
+        return Account(choices=plan.choices, bounds=bounds, notes=notes)
 
     def compiled(self) -> CompiledParts:
         """The plans of a GPU, so that nothing is chosen or measured again.

@@ -6,8 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fastres.backends.base import Account, CompiledParts, KernelInfo, NodeTime, elsewhere
+from fastres.backends.base import (
+    Account,
+    CompiledParts,
+    KernelInfo,
+    NodeTime,
+    StepBound,
+    elsewhere,
+)
 from fastres.backends.shape_cache import Shapes
+from fastres.backends.triton.bounds import step_bounds
 from fastres.backends.triton.choosing import ban
 from fastres.backends.triton.eight_bits import FLOAT_OF, precision_of
 from fastres.backends.triton.link_build import digest_of, link, numbered
@@ -103,7 +111,7 @@ def compile_launches(
         progress(done, len(groups))
         if key not in known:
             known[key] = _compiled(*group[0], target)
-        reports.append(_report(group, known[key].facts, target))
+        reports.append(_report(group, known[key].facts))
     progress(len(groups), len(groups))
     return tuple(reports)
 
@@ -132,9 +140,8 @@ def _compiled(node: str, launch: Launch, target: Target) -> Built:
     return built
 
 
-def _report(group: Sequence[tuple[str, Launch]], facts: KernelFacts, target: Target) -> KernelInfo:
+def _report(group: Sequence[tuple[str, Launch]], facts: KernelFacts) -> KernelInfo:
     launch = group[0][1]
-    seconds, bound = max(other.least(target) for _, other in group)
     return KernelInfo(
         kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         nodes=tuple(name for name, _ in group),
@@ -143,8 +150,6 @@ def _report(group: Sequence[tuple[str, Launch]], facts: KernelFacts, target: Tar
         spilled=facts.spill_stores,
         shared_bytes=facts.shared_bytes,
         instructions=_mix(facts),
-        microseconds=1e6 * seconds,
-        bound=bound,
     )
 
 
@@ -171,6 +176,7 @@ class CrossExecutable:
     Args:
         plan: for the usual input shapes.
         kernels: what each distinct kernel was compiled to.
+        bounds: what holds up each step of the plan.
         code: files of the kernels' machine code.
     """
 
@@ -178,12 +184,14 @@ class CrossExecutable:
         self,
         plan: Plan,
         kernels: tuple[KernelInfo, ...],
+        bounds: tuple[StepBound, ...],
         target: str,
         nodes: Mapping[str, str],
         code: Mapping[str, bytes],
     ) -> None:
         self.plan = plan
         self._kernels = kernels
+        self._bounds = bounds
         self._target = target
         self._code = dict(code)
         self._precisions = dict(nodes)
@@ -198,7 +206,7 @@ class CrossExecutable:
         return dict(self._precisions)
 
     def account(self) -> Account:
-        return Account(self._kernels, self.plan.choices)
+        return Account(self._kernels, self.plan.choices, self._bounds)
 
     def compiled(self) -> CompiledParts:
         return CompiledParts(write_plans(self._target, [self.plan], self._kernels) | self._code)
@@ -226,7 +234,9 @@ def build(
         plan = make_plan(graph, shapes, precision, Tiles(target), stored)
         known = read_plans(compiled.files)
         code = code_files(compiled.files, [plan], options.target)
-        return CrossExecutable(plan, known.kernels if known else (), options.target, ran, code)
+        kernels = known.kernels if known else ()
+        bounds = step_bounds(plan, graph, target)
+        return CrossExecutable(plan, kernels, bounds, options.target, ran, code)
     built: dict[str, Built] = {}
     with progress_bar(f"compiling for {options.target}") as report:
         tiles = Tiles(target, shipped_for(target))
@@ -234,7 +244,8 @@ def build(
             graph, shapes, precision, tiles, built, report, options.dependent_launch
         )
     code = _linked(graph, plan, precision, target, built)
-    return CrossExecutable(plan, kernels, options.target, ran, code)
+    bounds = step_bounds(plan, graph, target)
+    return CrossExecutable(plan, kernels, bounds, options.target, ran, code)
 
 
 def _linked(

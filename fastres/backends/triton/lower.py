@@ -31,6 +31,7 @@ from fastres.backends.triton.plan import (
     Scales,
     Shortcut,
 )
+from fastres.backends.triton.posing import Posing
 from fastres.backends.triton.regions import (
     Boundary,
     ShortcutA,
@@ -119,7 +120,8 @@ class _Planner:
         self.input_shapes = input_shapes
         self.precision = precision
         self.shapes = infer_shapes(graph, input_shapes)
-        self.reckoner = Reckoner(graph, self.shapes, precision, tiles, recorded, self.scales)
+        self.posing = Posing(graph, self.shapes, precision, tiles.target, self.scales)
+        self.reckoner = Reckoner(self.posing, tiles, recorded)
         self.shortcuts = shortcuts(graph)
         self.covered = {name for view in self.shortcuts.values() for name in view.covers}
         self.folded: set[str] = set()  # entries that stems read
@@ -165,13 +167,13 @@ class _Planner:
         projections are merged."""
         for name, stem in stems(self.graph).items():
             pool = pool_of(self.graph, stem)
-            together = None if pool is None else self.reckoner.pooled_stem(stem, pool)
-            if pool is not None and together is not None:
+            tile = self.reckoner.stem(stem, pool)
+            if tile is not None:
                 self.folded.add(name)
-                self.pooled[pool.name] = stem, together
+            if pool is not None and isinstance(tile, StemPoolTile):
+                self.pooled[pool.name] = stem, tile
                 self.covered.add(stem.name)
-            elif (tile := self.reckoner.stem(stem)) is not None:
-                self.folded.add(name)
+            elif isinstance(tile, ConvTile):
                 self.stems[stem.name] = tile
         for boundary in boundaries(self.graph):
             chain = self.reckoner.chains(boundary)
@@ -294,7 +296,7 @@ class _Planner:
     def _box_conv2d(
         self, node: Node, op: Conv2d, projection: Node | None, tile: BoxTile
     ) -> LaunchBoxConv2d:
-        shape = self.reckoner.shape(node)
+        shape = self.posing.shape(node)
         workspace = None
         if size := workspace_bytes(shape, tile):
             parts = torch.int32 if self.precision == "int8" and is_whole(node) else torch.float32
@@ -338,7 +340,7 @@ class _Planner:
     def _chain(self, boundary: Boundary, tile: ChainTile) -> LaunchChain:
         conv2, conv3 = boundary.conv2, boundary.conv3
         projection, following = boundary.projection, boundary.following
-        shape = self.reckoner.chain_shape(boundary)
+        shape = self.posing.chain_shape(boundary)
         assert isinstance(conv3.op, Conv2d)
         shortcut = conv3.inputs[1] if projection is None else projection.inputs[0]
         whole = is_whole(conv3)

@@ -28,7 +28,9 @@ def with_overlap(plan: Plan, target: Target, asked: bool | None) -> Plan:
     """
     if not has_dependent_launch(target):
         return plan
-    total = sum(choice.microseconds for choice in plan.choices if choice.taken != SEVERAL)
+    kernels = [choice for choice in plan.choices if choice.taken != SEVERAL]
+    measured = all(choice.measured for choice in kernels)
+    total = sum(one.microseconds if measured else one.estimated for one in kernels)
     saved = LAUNCH_US * len(plan.steps)
     dependent = saved >= _WORTH * total if asked is None else asked
     forms = ("launched one after the other", "dependent launches")

@@ -10,33 +10,36 @@ from functools import cached_property
 from typing import Literal
 
 from fastres.backends.triton.eight_bits import OPERAND_OF
-from fastres.kernels import boxes, chain_tiles, stem_pool_tiles, tiles
+from fastres.kernels import box_choice, boxes, chain_tiles, folding, stem_pool_tiles, tiles
 from fastres.kernels.boxes import BoxTile, Projection
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
-from fastres.kernels.cost import Target
-from fastres.kernels.geometry import ConvShape
+from fastres.kernels.cost import Target, Work
+from fastres.kernels.geometry import ConvShape, PoolShape, max_pool_cost
 from fastres.kernels.stem_pool_tiles import StemPoolTile
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles import ConvTile, GemmShape, PoolTile
 from fastres.options import Precision
 
-Kind = Literal["pointers", "folded stem", "boxes", "chain", "stem and pool"]
-AnyTile = ConvTile | BoxTile | ChainTile | StemPoolTile
+Kind = Literal["pointers", "folded stem", "boxes", "chain", "stem and pool", "max pool"]
+AnyTile = ConvTile | BoxTile | ChainTile | StemPoolTile | PoolTile
 TILE_OF: dict[Kind, type[AnyTile]] = {
     "pointers": ConvTile,
     "folded stem": ConvTile,
     "boxes": BoxTile,
     "chain": ChainTile,
     "stem and pool": StemPoolTile,
+    "max pool": PoolTile,
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A convolution through pointers or boxes, a chain, or a stem with or without its max pool.
+    """A convolution through pointers or boxes, a chain, a stem with or without its max pool, or a
+    max pool.
 
     Args:
         kind: which kernel.
-        shape: a ChainShape for a chain, else a ConvShape; `stem_shape` of both kinds of stem.
+        shape: a ChainShape for a chain, a PoolShape for a pool, else a ConvShape; `stem_shape` of
+            both kinds of stem.
         projection: of boxes: the 1x1 merged into the same accumulator.
         residual: of pointers and boxes: whether a tensor is added in the epilogue.
         floating: of boxes in 8 bits: whether the result, or what is added, is in fp16.
@@ -44,7 +47,7 @@ class Problem:
     """
 
     kind: Kind
-    shape: ConvShape | ChainShape
+    shape: ConvShape | ChainShape | PoolShape
     precision: Precision
     projection: Projection | None = None
     residual: bool = False
@@ -77,18 +80,20 @@ class Problem:
         found: list[AnyTile]
         if isinstance(self.shape, ChainShape):
             found = [*chain_tiles.chain_candidates(self.shape, self.itemsize, target)]
+        elif isinstance(self.shape, PoolShape):
+            found = [tiles.choose_pool_tile(self.shape.c, self.itemsize)]
         elif self.kind == "stem and pool":
             found = [*stem_pool_tiles.stem_pool_candidates(self.shape, self.itemsize, target)]
         elif self.kind == "boxes":
             found = [
-                *boxes.box_candidates(
+                *box_choice.box_candidates(
                     self.shape, self.itemsize, target, self.projection, self._result_itemsize
                 )
             ]
         else:
             found = [
                 *tiles.conv_candidates(
-                    self.shape.gemm, self.itemsize, target, tensor_cores=self._tensor_cores
+                    self._gemm, self.itemsize, target, tensor_cores=self.tensor_cores
                 )
             ]
         return sorted(found, key=lambda tile: self.seconds(tile, target))
@@ -97,15 +102,47 @@ class Problem:
         """The estimate by which tiles and forms are ranked."""
         if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
             return chain_tiles.chain_seconds(tile, self.shape, self.itemsize, target)
+        if isinstance(self.shape, PoolShape):
+            work = self.work(tile)
+            return max(work.memory_seconds(target), work.l2_seconds(target))
         assert isinstance(self.shape, ConvShape)
         if isinstance(tile, BoxTile):
-            return boxes.box_seconds(
-                tile, self.shape, self.itemsize, target, self.projection, residual=self.residual
+            return box_choice.box_seconds(
+                tile,
+                self.shape,
+                self.itemsize,
+                target,
+                self.projection,
+                residual=self.residual,
+                result_itemsize=self._result_itemsize,
             )
         if isinstance(tile, StemPoolTile):
             return stem_pool_tiles.stem_pool_seconds(tile, self.shape, self.itemsize, target)
         assert isinstance(tile, ConvTile)
-        return tiles.conv_seconds(tile, self.shape.gemm, self.itemsize, target, self._tensor_cores)
+        sizes = self._gemm, self.itemsize, target, self.tensor_cores
+        return tiles.conv_seconds(tile, *sizes, residual=self.residual)
+
+    def work(self, tile: AnyTile) -> Work:
+        """What a tile has the GPU do: products, device memory, L2, launches."""
+        if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
+            return chain_tiles.chain_work(tile, self.shape, self.itemsize)
+        if isinstance(self.shape, PoolShape):
+            cost = max_pool_cost(self.shape, self.itemsize)
+            return Work(0, cost.bytes, cost.bytes)  # a block's windows overlap in its L1
+        assert isinstance(self.shape, ConvShape)
+        if isinstance(tile, BoxTile):
+            return box_choice.box_work(
+                tile,
+                self.shape,
+                self.itemsize,
+                self.projection,
+                residual=self.residual,
+                result_itemsize=self._result_itemsize,
+            )
+        if isinstance(tile, StemPoolTile):
+            return stem_pool_tiles.stem_pool_work(tile, self.shape, self.itemsize)
+        assert isinstance(tile, ConvTile)
+        return tiles.conv_work(tile, self._gemm, self.itemsize, residual=self.residual)
 
     def takes(self, tile: AnyTile, target: Target) -> bool:
         """Whether a tile, perhaps from a file, can run it there."""
@@ -113,6 +150,8 @@ class Problem:
             return False
         if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
             return chain_tiles.is_valid(tile, self.shape, self.itemsize, target)
+        if isinstance(self.shape, PoolShape):
+            return tile == tiles.choose_pool_tile(self.shape.c, self.itemsize)
         assert isinstance(self.shape, ConvShape)
         if isinstance(tile, BoxTile):
             return not boxes.tile_refusal(
@@ -121,15 +160,21 @@ class Problem:
         if isinstance(tile, StemPoolTile):
             return stem_pool_tiles.is_valid(tile, self.itemsize, target)
         assert isinstance(tile, ConvTile)
-        return tiles.is_valid(tile, self.itemsize, self._tensor_cores, target)
+        return tiles.is_valid(tile, self.itemsize, self.tensor_cores, target)
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether products run on them: fp32 in full precision does not."""
+        return self.precision != "fp32"
 
     @property
     def _result_itemsize(self) -> int | None:
         return 2 if self.floating else None
 
     @property
-    def _tensor_cores(self) -> bool:
-        return self.precision != "fp32"
+    def _gemm(self) -> GemmShape:
+        assert isinstance(self.shape, ConvShape)
+        return folding.stem_gemm(self.shape) if self.kind == "folded stem" else self.shape.gemm
 
 
 def _text(value: object) -> str:

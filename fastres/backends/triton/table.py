@@ -32,7 +32,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The fastest tile of one problem, and the median of its time in microseconds.
 
     Args:
-        measured: or estimated.
+        measured: or estimated, when the table was written; what reads the table estimates anew.
     """
 
     tile: dict[str, Any]
@@ -42,11 +42,18 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Best:
-    """A tile and its time, measured or estimated."""
+    """A tile and its time.
+
+    Args:
+        seconds: measured, else the estimate.
+        estimate: by the model, of what is measured, too: measured and estimated times are never
+            compared with each other.
+    """
 
     tile: AnyTile
     seconds: float
     measured: bool
+    estimate: float
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,7 +152,7 @@ class Tiles:
             except msgspec.ValidationError:
                 continue  # of another version of the kernels
             if (problem.key, tile) not in self.banned and problem.takes(tile, self.target):
-                return Best(tile, entry.microseconds * 1e-6, entry.measured)
+                return self._best(problem, tile, entry)
         return None
 
     def _estimated(self, problem: Problem) -> Best:
@@ -154,7 +161,13 @@ class Tiles:
         if not candidates:
             tried = "".join(f"\n  {self.banned[problem.key, tile]}" for tile in every)
             raise ValueError(f"no tile can run {problem.key} on sm_{self.target.sm}{tried}")
-        return Best(candidates[0], problem.seconds(candidates[0], self.target), measured=False)
+        return self._best(problem, candidates[0])
+
+    def _best(self, problem: Problem, tile: AnyTile, entry: Entry | None = None) -> Best:
+        estimate = problem.seconds(tile, self.target)
+        if entry is None or not entry.measured:
+            return Best(tile, estimate, False, estimate)
+        return Best(tile, entry.microseconds * 1e-6, True, estimate)
 
 
 def read_table(path: Path, machine: Machine) -> Table:

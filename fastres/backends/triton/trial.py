@@ -16,8 +16,9 @@ from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import pack_stem_weight, packed_shape
-from fastres.kernels.geometry import ConvShape, Pair
+from fastres.kernels.geometry import ConvShape, Pair, PoolShape
 from fastres.kernels.launch import Launch
+from fastres.kernels.pool import max_pool_launch
 from fastres.kernels.reference import round_tf32
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem_launch
@@ -49,6 +50,9 @@ class Trial:
         shape = problem.shape
         if isinstance(shape, ChainShape):
             self._make_chain(shape)
+        elif isinstance(shape, PoolShape):
+            self._x = self._random(shape.n, shape.h, shape.w, shape.c)
+            self._outputs = [self._random(shape.n, shape.p, shape.q, shape.c)]
         elif self._is_stem:
             self._make_stem(shape)
         else:
@@ -69,6 +73,8 @@ class Trial:
         if isinstance(shape, ChainShape):
             assert isinstance(tile, ChainTile)
             return (self._chain_launch(shape, tile, target),)
+        if isinstance(shape, PoolShape):
+            return (max_pool_launch(self._x, self._outputs[0], shape=shape),)
         if isinstance(tile, BoxTile):
             return self._box_launches(shape, tile, target)
         if isinstance(tile, StemPoolTile):
@@ -223,6 +229,8 @@ class Trial:
         shape = self.problem.shape
         if isinstance(shape, ChainShape):
             return self._chain_reference(shape, chosen, dtype)
+        if isinstance(shape, PoolShape):
+            return [_pooled(self._x[chosen].to(dtype), shape)]
         x = self._x[chosen]
         if self._is_stem:
             y = _conv(x, self._filters, dtype, (2, 2), (3, 3))
@@ -271,6 +279,13 @@ class Trial:
             values *= (2 / depth) ** 0.5
         values = (values.relu_() if positive else values).to(dtype or self._dtype)
         return round_tf32(values) if self._narrow and dtype is None else values
+
+
+def _pooled(x: torch.Tensor, shape: PoolShape) -> torch.Tensor:
+    """The largest of each window, NHWC."""
+    assert not shape.ceil_mode
+    windows = shape.kernel, shape.stride, shape.padding, shape.dilation
+    return F.max_pool2d(x.permute(0, 3, 1, 2), *windows).permute(0, 2, 3, 1)
 
 
 def _conv(

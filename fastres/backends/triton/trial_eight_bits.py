@@ -15,7 +15,7 @@ from fastres.kernels import reference
 from fastres.kernels.bottleneck_chain import ChainScales
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.folding import pack_stem_weight, packed_shape
-from fastres.kernels.geometry import ConvShape
+from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.options import EIGHT_BITS
 
@@ -37,6 +37,8 @@ class EightBitTrial(Trial):
         shape = problem.shape
         if isinstance(shape, ChainShape):
             self._scales = {"scales": self._chain_scales(shape)}
+            return
+        if isinstance(shape, PoolShape):  # which only chooses: no scale enters
             return
         depth = 3 * 49 if self._is_stem else shape.r * shape.s * shape.c // shape.groups
         if problem.floating:
@@ -109,6 +111,8 @@ class EightBitTrial(Trial):
         shape = self.problem.shape
         if isinstance(shape, ChainShape):
             return self._exact_chain(shape, chosen, self._scales["scales"])
+        if isinstance(shape, PoolShape):
+            return self._reference(chosen, torch.float32)
         x, residual = self._x[chosen], self._residual
         layer = (shape.dilation, shape.groups)
         sizes = ((2, 2), (3, 3)) if self._is_stem else (shape.stride, shape.padding, *layer)

@@ -133,8 +133,13 @@ class TestMore:
     )
     def test_folded_stems(self, net: nn.Module, problem: Any, tile: Any, step: type) -> None:
         """Each measured to be by far the fastest."""
+        asked = Tiles(TARGET)
+        with compile(net, 32, 40, "fp16") as engine:
+            make_plan(engine.graph, ((2, 3, 32, 40),), "fp16", asked)
+        times = {p: 1.0 if p.kind == "max pool" else 9.0 for p in asked.asked()}
+        entries = {p.key: Entry(dict(vars(asked.best(p).tile)), us) for p, us in times.items()}
         key = Problem(problem, stem_shape(2, 16, 20, 16), "fp16").key
-        table = Table(Machine("a GPU", 1, "", ""), {key: Entry(dict(vars(tile)), 0.001)})
+        table = Table(Machine("a GPU", 1, "", ""), {**entries, key: Entry(dict(vars(tile)), 0.001)})
         x, device = pictures(2, 32, 40), torch.device(DEVICE)
         with compile(net, 32, 40, "fp16") as engine:
             plan = make_plan(engine.graph, ((2, 3, 32, 40),), "fp16", Tiles(TARGET, [table]))

@@ -132,7 +132,8 @@ def test_boundaries_cover_every_block_of_resnet50(version: Any) -> None:
 def test_hopper_runs_chains_and_boxes(precision: Any, chained: bool) -> None:
     plan = make_plan(bottleneck("v1.5"), ((256, 3, 224, 224),), precision, HOPPER)
     kinds = Counter(type(step).__name__ for step in plan.steps)
-    assert kinds["LaunchConv2d"] == 1  # the stem, of three channels
+    assert kinds["LaunchConv2d"] == 0  # not the stem either, of three channels
+    assert kinds["LaunchStemPool"] + kinds["LaunchStem"] == 1
     assert (kinds["LaunchChain"] > 0) == chained
     chains = [step for step in plan.steps if isinstance(step, LaunchChain)]
     apart = sum(3 if s.next_target else 2 for s in chains) + sum(
@@ -149,7 +150,9 @@ def test_full_precision_and_older_gpus_run_through_pointers() -> None:
     for precision, target in (("fp32", HOPPER), ("fp16", AMPERE)):
         plan = make_plan(graph, ((1, 3, 224, 224),), precision, target)
         kinds = Counter(type(step).__name__ for step in plan.steps)
-        assert kinds["LaunchConv2d"] == 53 and kinds["LaunchBoxConv2d"] == kinds["LaunchChain"] == 0
+        stems = kinds["LaunchStemPool"]
+        assert stems == (precision == "fp16") and kinds["LaunchConv2d"] + stems == 53
+        assert kinds["LaunchBoxConv2d"] == kinds["LaunchChain"] == 0
 
 
 def test_every_choice_says_what_else_there_was() -> None:
@@ -244,7 +247,7 @@ def test_narrow_groups_share_a_product(target: Tiles) -> None:
     choice = next(c for c in plan.choices if c.nodes == ("layer1.0.conv2",))
     assert "8 groups at once" in choice.taken
     others = [text for form, text in choice.others.items() if form.startswith("pointers ")]
-    assert float(others[0].split()[0]) > 2 * choice.microseconds
+    assert float(others[0].split()[0]) > 1.5 * choice.microseconds
     assert make_plan(graph, ((256, 3, 224, 224),), "fp16", target, plan) is plan
     for merged in (0, 3, 5, 32):
         steps = [

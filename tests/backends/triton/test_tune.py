@@ -32,7 +32,7 @@ from fastres.kernels.boxes import BoxTile, Projection
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import stem_shape
-from fastres.kernels.geometry import ConvShape
+from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.reference import round_tf32
 from fastres.kernels.tiles import ConvTile
 
@@ -45,6 +45,7 @@ BOXES = Problem("boxes", POINTWISE, "fp16", residual=True)
 CHAIN = Problem("chain", ChainShape(2, 4, 4, 64, 256, 64), "fp16")
 POOLED = Problem("stem and pool", stem_shape(2, 12, 20, 32), "fp16")
 FOLDED = Problem("folded stem", stem_shape(2, 12, 20, 32), "fp16")
+POOL = Problem("max pool", PoolShape(2, 12, 20, 32, (3, 3), (2, 2), (1, 1)), "fp16")
 MERGED = Problem("boxes", POINTWISE, "fp16", Projection(64, (2, 2)))
 GROUPS = Problem("pointers", ConvShape(2, 6, 6, 64, 32, 3, 3, (1, 1), (1, 1), (1, 1), 2), "fp16")
 EIGHT_BITS = [
@@ -53,6 +54,7 @@ EIGHT_BITS = [
     Problem("boxes", POINTWISE, "int8", residual=True, floating=True),
     Problem("stem and pool", stem_shape(2, 12, 20, 32), "int8"),
     Problem("folded stem", stem_shape(2, 12, 20, 32), "int8"),
+    replace(POOL, precision="int8"),
     Problem("chain", ChainShape(2, 4, 4, 64, 256, 64), "int8"),
     Problem("chain", ChainShape(1, 8, 8, 64, 128, 0, 64, 2, 2), "int8"),
 ]
@@ -64,7 +66,13 @@ interpreted = pytest.mark.skipif(
 class TestProblems:
     def test_keys_tell_problems_apart_and_read_well(self) -> None:
         problems = [POINTERS, BOXES, CHAIN, MERGED, replace(POINTERS, precision="bf16")]
-        problems += [FOLDED, replace(FOLDED, kind="pointers"), GROUPS, replace(GROUPS, merged=2)]
+        problems += [
+            FOLDED,
+            replace(FOLDED, kind="pointers"),
+            POOL,
+            GROUPS,
+            replace(GROUPS, merged=2),
+        ]
         problems.append(replace(POINTERS, shape=replace(POINTWISE, stride=(2, 2))))
         assert len({p.key for p in problems}) == len(problems)
         assert BOXES.key.startswith("boxes fp16 n=2 h=4 w=4 c=64") and "residual" in BOXES.key
@@ -138,6 +146,15 @@ class TestTiles:
         measured = Tiles(HOPPER, [Table(MACHINE), table]).best(POINTERS)
         assert not estimated.measured and estimated.tile == POINTERS.candidates(HOPPER)[0]
         assert measured.measured and measured.tile == other and measured.seconds == 7e-6
+        assert measured.estimate == POINTERS.seconds(other, HOPPER)
+
+    def test_estimates_of_a_table_are_made_anew(self) -> None:
+        """An older model's, or a slip of the pen, would be compared with those of today."""
+        tile = POINTERS.candidates(HOPPER)[3]
+        table = Table(MACHINE, {POINTERS.key: Entry(dict(vars(tile)), 1e-6, measured=False)})
+        best = Tiles(HOPPER, [table]).best(POINTERS)
+        assert best.tile == tile and not best.measured
+        assert best.seconds == best.estimate == POINTERS.seconds(tile, HOPPER)
 
     @pytest.mark.parametrize(
         "tile",
@@ -226,6 +243,7 @@ class TestTrials:
             MERGED,
             POOLED,
             FOLDED,
+            POOL,
             replace(FOLDED, precision="tf32"),
             replace(GROUPS, merged=4),
             replace(BOXES, precision="tf32"),
