@@ -28,7 +28,7 @@ from fastres.kernels.chain_tiles import (
 from fastres.kernels.cost import Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.launch import Argument, Launch, check_like, check_nhwc, is_interpreted
-from fastres.kernels.quantised import ANY_DTYPES, bias_dtypes, factor, is_bytes
+from fastres.kernels.quantised import ANY_DTYPES, bias_dtypes, by_steps, factor, is_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
@@ -226,6 +226,8 @@ def chain_launch(
             "STRIDE": shape.stride,
             "ACTIVATION": activation,
             "WIDEN": a.dtype == torch.bfloat16 and is_interpreted(bottleneck_chain_kernel),
+            "BY_STEPS": by_steps(a.dtype, 9 * shape.mid, target),
+            "NEXT_BY_STEPS": by_steps(a.dtype, shape.ko, target),
             "BOX_N": box[0],
             "BOX_P": box[1],
             "BOX_Q": box[2],

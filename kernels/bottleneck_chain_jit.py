@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue_jit import apply_activation, round_to
+from fastres.kernels.product_jit import add_product
 
 
 @triton.jit
@@ -57,6 +58,8 @@ def bottleneck_chain_kernel(
     STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
+    BY_STEPS: tl.constexpr,  # of fp8: `tiles.summed_by_steps`, of the 3x3
+    NEXT_BY_STEPS: tl.constexpr,  # and of a_next
     BOX_N: tl.constexpr,
     BOX_P: tl.constexpr,
     BOX_Q: tl.constexpr,
@@ -89,7 +92,8 @@ def bottleneck_chain_kernel(
             column = (s + 1) % 2 * MID + c
             box = a_desc.load([n, p + (r + 1) // 2 - 1, (r + 1) % 2, pair, column])
         x = box.reshape(PIXELS, DEPTH).to(wide)
-        acc = tl.dot(w2_desc.load([0, tap * MID + c]).to(wide), x.T, acc, out_dtype=SUM)
+        w2 = w2_desc.load([0, tap * MID + c]).to(wide)
+        acc = add_product(acc, w2, x.T, "ieee", False, BY_STEPS)
     # rounded here as a kernel of its own would store it
     sum_b = _scaled(acc, scale2_ptr, b2_ptr, tl.arange(0, MID))
     b = _finish(sum_b, b_scale, ACTIVATION, dtype).to(wide)
@@ -115,7 +119,8 @@ def bottleneck_chain_kernel(
         out = _finish(v, out_scale, ACTIVATION, dtype)
         out_desc.store([n, p, q, k], out.T.reshape(BOX_N, BOX_P, BOX_Q, CHUNK))
         if NEXT_MID > 0:
-            acc_next = tl.dot(w1_desc.load([0, k]).to(wide), out.to(wide), acc_next, out_dtype=SUM)
+            w1 = w1_desc.load([0, k]).to(wide)
+            acc_next = add_product(acc_next, w1, out.to(wide), "ieee", False, NEXT_BY_STEPS)
     if NEXT_MID > 0:
         sum_next = _scaled(acc_next, scale1_ptr, b1_ptr, tl.arange(0, NEXT_MID))
         a_next = _finish(sum_next, next_scale, ACTIVATION, dtype)

@@ -51,11 +51,13 @@ def box_candidates(
     target: Target,
     projection: Projection | None = None,
     result_itemsize: int | None = None,
+    fp8: bool = False,
 ) -> list[BoxTile]:
     """The valid tiles, for each number of pixels the box of least waste.
 
     Args:
         result_itemsize: see `BoxTile.shared_bytes`.
+        fp8: see `tile_refusal`.
 
     Raises:
         ValueError: channels which no step of the K-loop divides.
@@ -69,9 +71,9 @@ def box_candidates(
         for split_k in _SPLITS
     )
     return [
-        replace(tile, programs_per_sm=_resident(tile, itemsize, target, projection))
+        replace(tile, programs_per_sm=_resident(tile, shape, itemsize, target, projection, fp8))
         for tile in tiles
-        if tile_refusal(tile, shape, itemsize, target, projection, result_itemsize) is None
+        if tile_refusal(tile, shape, itemsize, target, projection, result_itemsize, fp8) is None
         and _fills(tile, max(tile.steps(shape, projection)) // tile.split_k)
     ]
 
@@ -87,17 +89,19 @@ def choose_box_tile(
     target: Target,
     projection: Projection | None = None,
     result_itemsize: int | None = None,
+    fp8: bool = False,
 ) -> BoxTile:
     """The candidate of least `box_seconds`; ties go to the earlier one.
 
     Args:
         result_itemsize: see `BoxTile.shared_bytes`.
+        fp8: see `tile_refusal`.
 
     Raises:
         ValueError: channels which no step of the K-loop divides.
     """
     return min(
-        box_candidates(shape, itemsize, target, projection, result_itemsize),
+        box_candidates(shape, itemsize, target, projection, result_itemsize, fp8),
         key=lambda tile: box_seconds(
             tile, shape, itemsize, target, projection, result_itemsize=result_itemsize
         ),
@@ -203,11 +207,19 @@ def _best_box(pixels: int, walk: ConvShape) -> tuple[int, int, int]:
     return min(boxes, key=waste)
 
 
-def _resident(tile: BoxTile, itemsize: int, target: Target, projection: Projection | None) -> int:
+def _resident(
+    tile: BoxTile,
+    shape: ConvShape,
+    itemsize: int,
+    target: Target,
+    projection: Projection | None,
+    fp8: bool,
+) -> int:
     """Programs an SM can hold at once, by shared memory and registers; at most four."""
     shared = target.shared_bytes // (tile.shared_bytes(itemsize) + _RESERVED)
-    accumulators = tile.accumulators(itemsize, projection)
-    registers = _REGISTERS // (32 * tile.num_warps * (accumulators + 56))
+    sums = tile.accumulators(itemsize, projection)
+    sums += tile.of_a_step(shape, target, projection) if fp8 else 0
+    registers = _REGISTERS // (32 * tile.num_warps * (sums + 56))
     return max(1, min(4, shared, registers))
 
 

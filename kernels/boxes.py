@@ -13,7 +13,7 @@ import torch
 
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, Pair
-from fastres.kernels.tiles import least_depth
+from fastres.kernels.tiles import least_depth, summed_by_steps
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn)
 _BARRIERS = 2048  # bytes of shared memory for barriers and alignment
@@ -117,6 +117,17 @@ class BoxTile:
         channels = input_channels(shape, projection)
         return [tap * c // self.block_k for tap, c in zip(taps, channels, strict=False)]
 
+    def of_a_step(
+        self, shape: ConvShape, target: Target, projection: Projection | None = None
+    ) -> int:
+        """Registers a thread holds besides, of fp8, where each step is summed by itself."""
+        by_steps = summed_by_steps(self.depth(shape, projection), target)
+        return self.accumulators() if by_steps else 0
+
+    def depth(self, shape: ConvShape, projection: Projection | None = None) -> int:
+        """Products in the deepest sum of a tile: of one operand, and of one part of a split."""
+        return max(self.steps(shape, projection)) * self.block_k // self.split_k
+
     def boxes(self, walk: ConvShape) -> tuple[int, int, int]:
         """Boxes along images, rows and columns of the output, with `walk` from `walk_shape`."""
         return _cdiv(walk.n, self.tn), _cdiv(walk.p, self.th), _cdiv(walk.q, self.tw)
@@ -193,11 +204,13 @@ def tile_refusal(
     target: Target,
     projection: Projection | None = None,
     result_itemsize: int | None = None,
+    fp8: bool = False,
 ) -> str | None:
     """Why the tile cannot run this convolution as it is meant to; None when it can.
 
     Args:
         result_itemsize: see `BoxTile.shared_bytes`.
+        fp8: whether it multiplies fp8, whose deep sums are held twice (`summed_by_steps`).
     """
     for channels in input_channels(shape, projection):
         if channels % tile.block_k:
@@ -215,6 +228,8 @@ def tile_refusal(
         return f"block_k is {tile.block_k}, expected at least {least_depth(itemsize)} of 8 bits"
     if (accumulators := tile.accumulators(itemsize, projection)) > 128:
         return f"{accumulators} accumulators a thread, more than 128 leave no registers"
+    if fp8 and (of_a_step := tile.of_a_step(shape, target, projection)) > 64:
+        return f"{of_a_step} accumulators a thread, and as many of a step, leave no registers"
     if 90 <= target.sm < 120 and tile.block_n < 64:
         return f"block_n is {tile.block_n}: below 64 rows the matrix instruction is an older one"
     return None

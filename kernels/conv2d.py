@@ -20,9 +20,11 @@ from fastres.kernels.launch import (
     check_nhwc,
     is_interpreted,
 )
+from fastres.kernels.product_jit import add_product
 from fastres.kernels.quantised import (
     ANY_DTYPES,
     bias_dtypes,
+    by_steps,
     check_product,
     epilogue_arguments,
     is_bytes,
@@ -71,6 +73,7 @@ def _conv2d_kernel(
     ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
+    BY_STEPS: tl.constexpr,  # of fp8: `tiles.summed_by_steps`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -126,10 +129,7 @@ def _conv2d_kernel(
             a = tl.load(x_tile, mask=inside, other=0.0)
             b_ok = col_ok[None, :] & (k < R * S * C)[:, None]
         b = tl.load(weight_cols[None, :] + k[:, None], mask=b_ok, other=0.0)
-        if WIDEN:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        acc = add_product(acc, a, b, INPUT_PRECISION, WIDEN, BY_STEPS)
 
     if (FOLDED or MERGED > 1) and ACC == tl.float32:
         acc = without_zeros(
@@ -371,6 +371,7 @@ def conv2d_launch(
             "ACTIVATION": activation,
             "INPUT_PRECISION": "tf32" if tf32 else "ieee",
             "WIDEN": x.dtype == torch.bfloat16 and is_interpreted(_conv2d_kernel),
+            "BY_STEPS": by_steps(x.dtype, shape.gemm.k, target),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,

@@ -30,6 +30,7 @@ from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interprete
 from fastres.kernels.quantised import (
     ANY_DTYPES,
     bias_dtypes,
+    by_steps,
     check_product,
     epilogue_arguments,
     is_bytes,
@@ -141,7 +142,8 @@ def conv2d_tma(
         out = torch.empty((n, shape.p, shape.q, k), dtype=x.dtype, device=x.device)
     if tile is None:
         size = _result_itemsize(out, residual)
-        tile = choose_box_tile(shape, x.element_size(), target, projection, size)
+        fp8 = x.dtype == torch.float8_e4m3fn
+        tile = choose_box_tile(shape, x.element_size(), target, projection, size, fp8)
     parts = workspace_bytes(shape, tile) // 4
     for launch in conv2d_tma_launches(
         x,
@@ -229,10 +231,11 @@ def conv2d_tma_launches(
         check_like("scale2", scale2, (shape.k,), x, [torch.float32])
     scales = (scale, residual, residual_scale, out_scale)
     epilogue = epilogue_arguments(x.dtype, x, shape.k, *scales)
-    size = _result_itemsize(out, residual)
+    itemsize, size = x.element_size(), _result_itemsize(out, residual)
+    fp8 = x.dtype == torch.float8_e4m3fn
     if tile is None:
-        tile = choose_box_tile(shape, x.element_size(), target, projection, size)
-    reason = tile_refusal(tile, shape, x.element_size(), target, projection, size)
+        tile = choose_box_tile(shape, itemsize, target, projection, size, fp8)
+    reason = tile_refusal(tile, shape, itemsize, target, projection, size, fp8)
     if reason is not None:
         raise ValueError(f"tile {tile} cannot run this convolution: {reason}")
     if shape.n == 0:
@@ -296,6 +299,7 @@ def conv2d_tma_launches(
             "ACTIVATION": activation,
             "INPUT_PRECISION": "tf32" if x.dtype == torch.float32 else "ieee",
             "WIDEN": x.dtype == torch.bfloat16 and is_interpreted(conv2d_tma_kernel),
+            "BY_STEPS": by_steps(x.dtype, tile.depth(shape, projection), target),
             "BOX_N": tile.tn,
             "BOX_P": tile.th,
             "BOX_Q": tile.tw,

@@ -5,15 +5,7 @@ import triton.language as tl
 
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue_jit import apply_epilogue, round_to
-
-
-@triton.jit
-def _add_product(acc, weight, pixels, INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc + weight . pixels.T for weight [BLOCK_N, BLOCK_K] and pixels [BLOCK_M, BLOCK_K]."""
-    if WIDEN:
-        weight = weight.to(tl.float32)
-        pixels = pixels.to(tl.float32)
-    return tl.dot(weight, pixels.T, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+from fastres.kernels.product_jit import add_product
 
 
 @triton.jit
@@ -54,6 +46,7 @@ def conv2d_tma_kernel(
     ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
+    BY_STEPS: tl.constexpr,  # of fp8: `tiles.summed_by_steps`
     BOX_N: tl.constexpr,
     BOX_P: tl.constexpr,
     BOX_Q: tl.constexpr,
@@ -98,7 +91,8 @@ def conv2d_tma_kernel(
                 qw = q0 + (w + PAD_W) // 2 - PAD_W
                 a = x.load([n0, ph, (h + PAD_H) % 2, qw, (w + PAD_W) % 2 * C + c])
             b = weight.load([k0, step * BLOCK_K])
-            acc = _add_product(acc, b, a.reshape(BLOCK_M, BLOCK_K), INPUT_PRECISION, WIDEN)
+            pixels = a.reshape(BLOCK_M, BLOCK_K).T
+            acc = add_product(acc, b, pixels, INPUT_PRECISION, WIDEN, BY_STEPS)
         k = k0 + tl.arange(0, BLOCK_N)
         if scale2_ptr is not None:  # a projection of 8 bits has scales, and so a sum, of its own
             first = _scaled(acc, scale_ptr, bias_ptr, k, K)
@@ -108,7 +102,8 @@ def conv2d_tma_kernel(
                 c = (part * STEPS2 + i) * BLOCK_K
                 a = x2.load([n0, p0, q0, c])
                 b = weight.load([k0, R * S * C + c])
-                acc = _add_product(acc, b, a.reshape(BLOCK_M, BLOCK_K), INPUT_PRECISION, WIDEN)
+                pixels = a.reshape(BLOCK_M, BLOCK_K).T
+                acc = add_product(acc, b, pixels, INPUT_PRECISION, WIDEN, BY_STEPS)
 
         if SPLIT_K > 1:  # the epilogue is the second kernel's
             y.store([part, n0, p0, q0, k0], acc.T.reshape(1, BOX_N, BOX_P, BOX_Q, BLOCK_N))

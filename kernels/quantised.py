@@ -13,6 +13,7 @@ import torch
 
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import BYTE_DTYPES, FLOAT_DTYPES, Argument, check_like
+from fastres.kernels.tiles import summed_by_steps
 
 ANY_DTYPES = (*FLOAT_DTYPES, *BYTE_DTYPES)
 _DEEPEST = 2**17 - 1  # products of up to 2**14 each in an int32
@@ -47,6 +48,15 @@ def check_product(dtype: torch.dtype, depth: int, target: Target) -> None:
         raise ValueError(f"{depth} int8 products in a sum, expected at most {_DEEPEST}: int32")
     if dtype == torch.float8_e4m3fn and target.sm < 89:
         raise ValueError(f"dtype is {dtype} on sm_{target.sm}, expected sm_89 or newer for fp8")
+
+
+def by_steps(dtype: torch.dtype, depth: int, target: Target) -> bool:
+    """Whether a kernel adds up each step's sum by itself: of fp8, as `summed_by_steps` says.
+
+    Args:
+        depth: products in one sum.
+    """
+    return dtype == torch.float8_e4m3fn and summed_by_steps(depth, target)
 
 
 def check_factor(name: str, value: float) -> None:

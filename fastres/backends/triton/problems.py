@@ -87,7 +87,12 @@ class Problem:
         elif self.kind == "boxes":
             found = [
                 *box_choice.box_candidates(
-                    self.shape, self.itemsize, target, self.projection, self._result_itemsize
+                    self.shape,
+                    self.itemsize,
+                    target,
+                    self.projection,
+                    self._result_itemsize,
+                    fp8=self.precision == "fp8",
                 )
             ]
         else:
@@ -155,7 +160,13 @@ class Problem:
         assert isinstance(self.shape, ConvShape)
         if isinstance(tile, BoxTile):
             return not boxes.tile_refusal(
-                tile, self.shape, self.itemsize, target, self.projection, self._result_itemsize
+                tile,
+                self.shape,
+                self.itemsize,
+                target,
+                self.projection,
+                self._result_itemsize,
+                fp8=self.precision == "fp8",
             )
         if isinstance(tile, StemPoolTile):
             return stem_pool_tiles.is_valid(tile, self.itemsize, target)
