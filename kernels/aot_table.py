@@ -277,6 +277,7 @@ def conv2d_case(
     )
     kind = "tf32" if allow_tf32 else TYPES[dtype]
     kind += "" if out_dtype is None else f"-to-{TYPES[out_dtype]}"
+    launch = launch.rounded() if allow_tf32 else launch  # as within a plan
     return CompileCase(f"{layer.name}-b{batch}-{kind}", launch)
 
 
@@ -348,6 +349,7 @@ def boxes_cases(
     )
     kind = "tf32" if dtype == torch.float32 else TYPES[dtype]
     for launch, part in zip(launches, ("", ".sum"), strict=False):
+        launch = launch.rounded() if kind == "tf32" else launch
         yield CompileCase(f"{name}.boxes{part}-b{n}-{kind}", launch)
 
 

@@ -120,7 +120,7 @@ def conv2d_tma(
         residual_scale, out_scale: for 8 bits; 1 / the output's scale where it is 8 bits as well.
         out: [N, P, Q, K] of x's dtype, or a float for 8 bits, contiguous; allocated when None.
         tile: how to cut the work; chosen from shape and device when None.
-        allow_tf32: tensor cores at reduced precision for fp32 inputs.
+        allow_tf32: for fp32, tensor cores, which cut off what `reference.round_tf32` rounds.
 
     Returns:
         [N, P, Q, K], of x's dtype unless out is given.

@@ -54,7 +54,7 @@ def stem(
         scale, out_scale: of 8 bits, as for `conv2d`.
         out: [N, P, Q, K] of that dtype, or a float for 8 bits, contiguous; allocated when None.
         tile: how to cut the work; chosen from shape and device when None.
-        allow_tf32: for fp32, tensor cores at reduced precision.
+        allow_tf32: for fp32, tensor cores, which cut off what `reference.round_tf32` rounds.
 
     Returns:
         [N, P, Q, K], of packed's dtype unless out is given.
