@@ -55,48 +55,37 @@ def _reading(node: Node, names: Mapping[str, str]) -> Node:
 
 @torch.no_grad()
 def _values(graph: Graph, fixed: list[Node], needed: set[str]) -> dict[str, torch.Tensor]:
-    """Those needed, rounded."""
-    own = _run(graph, fixed, needed, exact=False)
-    try:
-        found = _run(graph, fixed, needed, exact=True)
-    except GraphError:  # an operator without float64
-        return own
-    return {
-        name: own[name] if _decided(own[name], value) else value for name, value in found.items()
-    }
-
-
-def _decided(own: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether two results differ by more than rounding explains."""
-    if not own.is_floating_point():
-        return True
-    largest = own.abs().max() if own.numel() else own.new_zeros(())
-    difference = (own.double() - value.double()).abs()
-    return bool((difference > _ROUNDINGS * torch.finfo(own.dtype).eps * largest).any())
-
-
-def _run(
-    graph: Graph, fixed: list[Node], needed: set[str], *, exact: bool
-) -> dict[str, torch.Tensor]:
-    """Those needed; all others are let go of after their last use.
-
-    Args:
-        exact: in float64, else as the model computes them.
-    """
+    """Those needed, rounded; all others are let go of after their last use."""
     last = {name: node.name for node in fixed for name in node.inputs}
-    known: dict[str, torch.Tensor] = {}
+    own: dict[str, torch.Tensor] = {}  # as the model computes them
+    exact: dict[str, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
     for node in fixed:
         try:
-            known[node.name] = _value(graph, node, known, exact)
-        except RuntimeError as error:  # PyTorch's, which has no such operator for a dtype
+            own[node.name] = _value(graph, node, own, exact=False)
+        except RuntimeError as error:  # PyTorch's, which the model would raise as well
             raise GraphError(f"{node.name} cannot be computed: {first_line(error)}") from error
+        try:
+            exact[node.name] = _value(graph, node, exact, exact=True)
+        except RuntimeError:  # an operator without float64
+            exact[node.name] = own[node.name]
         if node.name in needed:
-            found[node.name] = known[node.name].to(node.spec.torch_dtype)
+            rounded = exact[node.name].to(node.spec.torch_dtype)
+            found[node.name] = own[node.name] if _decided(own[node.name], rounded) else rounded
         for name in {*node.inputs, node.name}:
             if last.get(name, node.name) == node.name:
-                known.pop(name, None)
+                own.pop(name, None)
+                exact.pop(name, None)
     return found
+
+
+def _decided(own: torch.Tensor, rounded: torch.Tensor) -> bool:
+    """Whether two results differ by more than rounding explains."""
+    if not own.is_floating_point() or own.is_meta:
+        return True
+    largest = own.abs().max() if own.numel() else own.new_zeros(())
+    bound = _ROUNDINGS * torch.finfo(own.dtype).eps * largest
+    return bool(((own - rounded).abs() > bound).any())
 
 
 def _value(
