@@ -38,7 +38,7 @@ def poison(engine: fastres.Engine, x: Tensor) -> None:
     """Fills the memory that the next run will use with NaN."""
     executable = engine._lowered.executable
     assert isinstance(executable, TritonExecutable)
-    runner = executable._runners.get((tuple(x.shape),))
+    runner = executable._runner((tuple(x.shape),))
     with runner.context() as context:
         context.arena.fill_(0xFF)
 
@@ -142,7 +142,7 @@ def test_not_finite_numbers_stay_in_their_group() -> None:
     with compile(model, x, "fp32") as engine:
         executable = engine._lowered.executable
         assert isinstance(executable, TritonExecutable)
-        (step,) = executable._runners.get((tuple(x.shape),)).plan.steps[1:]
+        (step,) = executable._runner((tuple(x.shape),)).plan.steps[1:]
         assert isinstance(step, LaunchConv2d) and step.merged > 1
         y, expected = engine(x), model(x)
         assert not expected[0, :, 2:3, 1:2].isfinite().all() and expected[1].isfinite().all()
