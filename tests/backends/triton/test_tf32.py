@@ -127,6 +127,7 @@ class TestNetworks:
         weights = found()
         monkeypatch.setattr(pack, "round_tf32", lambda weight: weight)
         neither = found()
+        print(f"{name}:", *(f"{each.rms:.1e}" for each in (neither, weights, both, bound)))
         assert both.rms <= bound.rms and both.largest <= bound.largest
         assert 1.5 * both.rms < weights.rms and 1.3 * weights.rms < neither.rms
         assert neither.rms > bound.rms
