@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from fastres.references import (
     PictureReference,
     Reference,
 )
-from fastres.tolerances import FLOOR, Distance, errors, worse
+from fastres.tolerances import FEW, FLOOR, NEIGHBOURS, Distance, errors, worse
 from fastres.weights import oddity
 
 Named = Mapping[str, torch.Tensor]
@@ -131,6 +132,9 @@ def verify(
     )
 
 
+Tensors = dict[str, torch.Tensor]
+
+
 class _Check:
     """The whole model, batch by batch.
 
@@ -164,16 +168,36 @@ class _Check:
         self.images += len(batch[0])
         shapes = pytree.tree_structure(got), pytree.tree_structure(want)
         found = _tensors(got) if shapes[0] == shapes[1] else {}
-        if self.policy.by_chains and not _all_within(found, baseline, oracle):
-            with InChains():
-                other = _tensors(self.reference.run(batch, self.policy.dtype))
-            baseline = {n: worse(base, other[n], oracle[n]) for n, base in baseline.items()}
+        if self._quantised is None and not self.policy.custom:
+            self._run_again(batch, found, baseline, oracle)
         for name, leaf in self._leaves.items():
             if name in found:
                 reason = self._dtype_reason(found[name], leaf.dtype)
                 leaf.add(batch, found[name], baseline[name], oracle[name], reason)
             else:
                 leaf.candidate.reason = f"returns {shapes[0]}, the reference {shapes[1]}"
+
+    def _run_again(self, batch: Batch, found: Tensors, baseline: Tensors, oracle: Tensors) -> None:
+        """Takes PyTorch's larger errors into the baseline, where one run of it says too little.
+
+        In fp32 it has two orders of summation. And the errors of few numbers are a draw that may be
+        small by luck: others are those of the same network on inputs next to these.
+        """
+        dtype = self.policy.dtype
+        if self.policy.by_chains and _beyond(found, baseline, oracle, dtype):
+            with InChains():
+                other = _tensors(self.reference.run(batch, dtype))
+            baseline.update({n: worse(x, other[n], oracle[n]) for n, x in baseline.items()})
+        beyond = _beyond(found, baseline, oracle, dtype)
+        few = [name for name in beyond if oracle[name].numel() < FEW]
+        for step in range(1, NEIGHBOURS + 1) if few else ():
+            near = tuple(_scaled(x, 1 + step * 2.0**-12) for x in batch)
+            exact = _tensors(self.reference.run(near, torch.float64))
+            with InChains() if self.policy.by_chains else nullcontext():
+                own = _tensors(self.reference.run(near, dtype))
+            for name in few:
+                moved = oracle[name] + (own[name].double() - exact[name])
+                baseline[name] = worse(baseline[name], moved, oracle[name])
 
     def rows(self) -> tuple[Comparison, ...]:
         return tuple(
@@ -278,13 +302,17 @@ def _run(candidate: Any, batch: Batch) -> Any:
     return candidate(*given)
 
 
-def _all_within(*results: Mapping[str, torch.Tensor]) -> bool:
-    """Whether all of a batch's outputs are within their bound: the found, baseline and oracle."""
-    found, baseline, oracle = results
-    return all(
-        errors(got, oracle[name]).within(errors(baseline[name], oracle[name]), torch.float32)
+def _beyond(found: Tensors, baseline: Tensors, oracle: Tensors, dtype: torch.dtype) -> list[str]:
+    """A batch's outputs that are past their bound."""
+    return [
+        name
         for name, got in found.items()
-    )
+        if not errors(got, oracle[name]).within(errors(baseline[name], oracle[name]), dtype)
+    ]
+
+
+def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x * factor if x.is_floating_point() else x
 
 
 def _planar(candidate: Any, batch: Batch) -> Batch:
