@@ -223,6 +223,8 @@ def _depth(channels: int, itemsize: int) -> int:
 def conv_work(tile: ConvTile, shape: GemmShape, itemsize: int, *, residual: bool = False) -> Work:
     """What the blocks of one call multiply, load and store.
 
+    Blocks count in full: what they mask is not in L2, but takes as long to be left out.
+
     Args:
         residual: whether a tensor of the result's size is read.
     """
@@ -230,8 +232,7 @@ def conv_work(tile: ConvTile, shape: GemmShape, itemsize: int, *, residual: bool
     depth = _cdiv(shape.k, tile.block_k) * tile.block_k
     weights = shape.groups * shape.n * shape.k
     results = shape.groups * shape.m * shape.n * (2 if residual else 1)
-    pixels = shape.groups * shape.m * shape.k  # with every tap anew
-    loads = pixels * _cdiv(shape.n, tile.block_n) + weights * _cdiv(shape.m, tile.block_m)
+    loads = blocks * (tile.block_m + tile.block_n) * depth
     x = shape.groups * shape.m * shape.channels if shape.x is None else shape.x
     return Work(
         flops=2 * blocks * tile.block_m * tile.block_n * depth,

@@ -42,5 +42,6 @@ def with_overlap(plan: Plan, target: Target, asked: bool | None) -> Plan:
         measured=False,
         problem="",
         others={forms[not dependent]: f"{times[not dependent]:.1f} us"},
+        estimated=times[dependent],
     )
     return replace(plan, dependent=dependent, choices=(*plan.choices, choice))
