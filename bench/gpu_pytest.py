@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,18 @@ _NOTHING_LEFT = 5  # pytest's status where every test was deselected
 
 
 def tests(run: Run) -> Iterator[Row]:
-    """The tests marked gpu."""
-    if (yield {"name": "pytest", "asked": True}):
-        return
-    yield _pytest(run, ["-m", "gpu", "tests/kernels", "tests/backends/triton"])
+    """The tests marked gpu: one of each kernel family, then all, on every core."""
+    for name, which in (("first", "gpu and first"), ("pytest", "gpu")):
+        if not (yield {"name": name, "asked": True}):
+            flags = ["-m", which, *_in_parallel(), "tests/kernels", "tests/backends/triton"]
+            yield _pytest(run, flags) | {"name": name}
+
+
+def _in_parallel() -> list[str]:
+    """As many workers as cores; kernels that are compiled already leave the GPU's time alone."""
+    if find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(1, len(os.sched_getaffinity(0)) - 2)), "--dist", "load"]
 
 
 def kernels(run: Run) -> Iterator[Row]:

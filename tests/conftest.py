@@ -87,6 +87,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, b
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    of_files = {item.path: item for item in reversed(items) if item.get_closest_marker("gpu")}
+    for item in of_files.values():  # each file is of one kernel family
+        item.add_marker("first")
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 

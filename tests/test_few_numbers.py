@@ -35,7 +35,7 @@ class Deep(nn.Module):
 
 @torch.no_grad()
 def passes(seed: int, error: float | None = None) -> bool:
-    """Whether a candidate passes whose error is so many of PyTorch's usual ones, or drawn of them."""
+    """Whether a candidate passes whose error is so many of PyTorch's usual ones, or a draw."""
     model, exact = Deep(seed).eval(), Deep(seed).eval().double()
     random = torch.Generator().manual_seed(seed)
     many = torch.randn(64, 3, 8, 8, generator=random)

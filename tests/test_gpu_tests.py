@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -69,3 +70,41 @@ def test_among_workers_the_others_go_on(tmp_path: Path) -> None:
     assert passed == {"test_before", "test_after", *(f"test_more[{i}]" for i in range(3))}
     failed = set(re.findall(r"^FAILED test_some.py::(\S+)", said, re.MULTILINE))
     assert failed == {"test_breaks"}
+
+
+def test_one_of_each_kernel_family_is_marked() -> None:
+    """Each file of kernel tests is of one family, and its first case on a GPU is the short run's."""
+
+    def found(which: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", which]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return re.findall(r"^(tests/\S+\.py)::", done.stdout, re.MULTILINE)
+
+    every, first = found("gpu"), found("gpu and first")
+    assert len(every) > 500 and 20 < len(first) < 40
+    assert sorted(first) == sorted(set(every))
+
+
+def test_the_short_run_asks_one_of_each_and_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    gpu_pytest = importlib.import_module("gpu_pytest")
+    asked: list[list[str]] = []
+
+    def pretend(run: object, flags: list[str]) -> dict[str, object]:
+        asked.append(flags)
+        return {"name": "pytest", "right": True}
+
+    monkeypatch.setattr(gpu_pytest, "_pytest", pretend)
+    section = gpu_pytest.tests(None)
+    rows, answer = [], None
+    try:
+        while True:
+            row = section.send(answer)
+            answer = False if row.get("asked") else None
+            rows.append(row)
+    except StopIteration:
+        pass
+    done = [row["name"] for row in rows if "right" in row]
+    assert done == ["first", "pytest"]
+    assert [flags[1] for flags in asked] == ["gpu and first", "gpu"]
+    assert all("-n" in flags and flags[-1] == "tests/backends/triton" for flags in asked)
