@@ -73,7 +73,7 @@ def test_among_workers_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_one_of_each_kernel_family_is_marked() -> None:
-    """Each file of kernel tests is of one family, and its first case on a GPU is the short run's."""
+    """Each file of kernel tests is of one family; its first case on a GPU is the short run's."""
 
     def found(which: str) -> list[str]:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", which]
