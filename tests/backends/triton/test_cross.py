@@ -52,7 +52,7 @@ def test_every_launch_stands_in_one_kernel(engine: fastres.Engine) -> None:
     nodes = [name for kernel in kernels for name in kernel.nodes]
     runs = [n.name for n in engine.graph if not isinstance(n.op, Flatten | Pad | Slice)]
     assert sorted(nodes) == sorted(runs) and len(kernels) < len(nodes)
-    assert all(kernel.spilled == 0 and kernel.microseconds > 0 for kernel in kernels)
+    assert all(kernel.spilled == 0 for kernel in kernels)
     convolutions = [kernel for kernel in kernels if kernel.kernel == "conv2d"]
     assert all("HGMMA" in kernel.instructions for kernel in convolutions)
     assert all("HMMA" not in kernel.instructions for kernel in convolutions)
@@ -62,6 +62,8 @@ def test_the_account_shows_them(engine: fastres.Engine) -> None:
     text, fields = str(engine.info), engine.info.to_dict()
     assert f"{len(engine.info.account.kernels)} kernels, 15 launches" in text and "HGMMA" in text
     assert fields["kernels"][0]["kernel"] == "conv2d"
+    assert [step["node"] for step in fields["bounds"]][:2] == ["x", "conv1"]
+    assert "what holds up each step" in text and f"{len(fields['bounds'])} steps" in text
 
 
 def test_an_older_target_gets_its_own_instructions() -> None:
