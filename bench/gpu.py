@@ -1,6 +1,7 @@
 """Everything that a GPU is to be asked, in one run: right first, then tuned, then how fast.
 
-python bench/gpu.py [--out DIR] [--budget SECONDS] [--only SECTION,...]     (or: make gpu)
+python bench/gpu.py [--plan all|first|second] [--out DIR] [--carry DIR] [--budget SECONDS]
+                    [--only SECTION,...]          (or: make gpu, make gpu-first, make gpu-second)
 
 Each section runs in a process of its own and adds lines to DIR/gpu.jsonl; a run that was broken
 off goes on where it was: a line with "error" is no result, and is asked again. It needs PyTorch,
@@ -25,11 +26,14 @@ from pathlib import Path
 import checkout  # noqa: F401
 import torch
 from gpu_bench import SPARE_S
+from gpu_carry import carrying
+from gpu_plans import EVERYTHING, PLANS, Asked
 from gpu_sections import NETS, PRECISIONS, SECTIONS, Row, Run, latest
 
 from fastres.errors import is_interrupt
 
 INTERRUPTED = 130
+BATCH_SIZES = (256, 1, 32, 8, 128)
 HUNG_S = 30  # after its time, a section is interrupted
 ENDING_S = SPARE_S + 5  # for a section to end then: it may have to end a command of its own
 
@@ -38,7 +42,7 @@ def work(section: str, run: Run) -> int:
     """One section in this process: its rows, each kept as soon as it is there."""
     known = latest(run.out, section)
     try:
-        for row in _new(SECTIONS[section][0](run), known, run.until):
+        for row in _new(SECTIONS[section](run), known, run.until):
             known[row["name"]] = row
             run.keep(section, row)
             said = row.get("error") or row.get("table", "")
@@ -85,15 +89,18 @@ def _wrong(row: Row) -> bool:
 
 def drive(given: argparse.Namespace) -> int:
     """Every section in turn, within the budget."""
-    end, status = time.time() + given.budget, 0
-    sections = given.only.split(",")
-    for section in sections:
-        left = end - time.time()
+    plan = PLANS[given.plan]
+    end, status = time.time() + (given.budget or plan.budget), 0
+    sections = _asked(given)
+    for asked in sections:
+        section, left = asked.section, end - time.time()
         if left < 10:
             print(f"{section}: no time left", flush=True)
             continue
-        limit = left if len(sections) == 1 else min(left, SECTIONS[section][1])
-        command = [sys.executable, __file__, *_passed_on(given), "--section", section]
+        alone = len(sections) == 1 or asked.seconds is None
+        limit = left if alone else min(left, asked.seconds or left)
+        told = [f"--{name}={value}" for name, value in _told(given, asked).items()]
+        command = [sys.executable, __file__, *told, "--section", section]
         command += ["--until", str(time.time() + limit)]
         ended = _section(command, limit + HUNG_S)
         if ended == INTERRUPTED:
@@ -102,7 +109,7 @@ def drive(given: argparse.Namespace) -> int:
         if ended is None:
             print(f"{section}: hung, and was stopped", flush=True)
         status = max(status, int(ended != 0))
-    for section in sections:
+    for section in dict.fromkeys(asked.section for asked in sections):
         for name in (name for name, row in latest(given.out, section).items() if _wrong(row)):
             print(f"{section}: {name} is wrong", flush=True)
             status = 1
@@ -134,20 +141,39 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _passed_on(given: argparse.Namespace) -> list[str]:
-    names = ("out", "device", "nets", "precisions", "batch_sizes", "image_size")
-    return [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in names]
+def _asked(given: argparse.Namespace) -> list[Asked]:
+    """The sections of the plan, or those of all that were named."""
+    if given.only is None:
+        return list(PLANS[given.plan].sections)
+    known = {asked.section: asked for asked in EVERYTHING.sections}
+    return [known[section] for section in given.only.split(",")]
+
+
+def _told(given: argparse.Namespace, asked: Asked) -> dict[str, str]:
+    """What a section is told: the caller's words first, then the plan's, then what is usual."""
+    return {
+        "out": given.out,
+        "device": given.device,
+        "nets": given.nets or ",".join(asked.nets or NETS),
+        "precisions": given.precisions or ",".join(asked.precisions or PRECISIONS),
+        "batch-sizes": given.batch_sizes or ",".join(map(str, asked.batch_sizes or BATCH_SIZES)),
+        "image-size": given.image_size,
+        "groups": given.groups or ",".join(asked.groups),
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="where results go")
-    parser.add_argument("--budget", type=float, default=520.0, help="seconds in all")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, in order")
+    parser.add_argument("--plan", choices=PLANS, default="all", help="what is asked, in order")
+    parser.add_argument("--carry", type=Path, help="a folder kept up to date with the results")
+    parser.add_argument("--budget", type=float, help="seconds in all, in place of the plan's")
+    parser.add_argument("--only", help=f"some sections, in order, of {', '.join(SECTIONS)}")
     parser.add_argument("--device", default="cuda", help="cpu with TRITON_INTERPRET=1, for tests")
-    parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--precisions", default=",".join(PRECISIONS))
-    parser.add_argument("--batch-sizes", default="256,1,32,8,128")
+    parser.add_argument("--nets")
+    parser.add_argument("--precisions")
+    parser.add_argument("--batch-sizes")
+    parser.add_argument("--groups", default="", help=argparse.SUPPRESS)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -157,8 +183,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
-    unknown = set(given.only.split(",")) - set(SECTIONS)
-    if unknown:
+    if given.only is not None and not set(given.only.split(",")) <= set(SECTIONS):
         parser.error(f"--only {given.only}: the sections are {', '.join(SECTIONS)}")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error(
@@ -167,12 +192,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     given.out.mkdir(parents=True, exist_ok=True)
     if given.section is None:
-        return drive(given)
+        with carrying(given.out, given.carry):
+            return drive(given)
     os.environ.setdefault("TRITON_CACHE_DIR", str(given.out / "triton_cache"))
-    sizes = [int(size) for size in given.batch_sizes.split(",")]
-    device = torch.device(given.device)
-    nets, precisions = given.nets.split(","), given.precisions.split(",")
-    run = Run(given.out, device, nets, precisions, sizes, given.image_size, given.until)
+    told = _told(given, Asked(given.section, None))
+    run = Run(
+        given.out,
+        torch.device(given.device),
+        told["nets"].split(","),
+        told["precisions"].split(","),
+        [int(size) for size in told["batch-sizes"].split(",")],
+        given.image_size,
+        given.until,
+        tuple(filter(None, told["groups"].split(","))),
+    )
     return work(given.section, run)
 
 

@@ -19,11 +19,14 @@ from typing import Any
 import kernel_cases
 import questions
 import torch
-import torch.nn.functional as F
 from answers import answer
 from gpu_bench import peers, power, report
+from gpu_families import families, one_of_each
+from gpu_networks import networks
 from gpu_pytest import kernels, tests
+from gpu_stem import stem
 from gpu_tensorrt import tensorrt
+from kernel_cases import name_of
 from pictures import photographs
 from quantised import in_precision
 from torch import Tensor, nn
@@ -44,25 +47,14 @@ from fastres.backends.triton.table import (
     this_machine,
     write_table,
 )
-from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.tune import precompile, tune
 from fastres.graph.capture import capture
 from fastres.graph.copies import copied
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, compile_launch, key_of
-from fastres.kernels.box_choice import box_candidates, box_seconds
-from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches
-from fastres.kernels.cost import target_of
-from fastres.kernels.folding import ROW, TAPS, pack_stem_weight, stem_shape
-from fastres.kernels.geometry import ConvShape
-from fastres.kernels.layout import to_nhwc
-from fastres.kernels.space_to_depth import space_to_depth
-from fastres.kernels.stem import stem_launch
 from fastres.options import Options, Precision
 from fastres.timing.benchmark import Target, benchmark
 from fastres.timing.machine import machine
-from fastres.tolerances import errors
 
 Row = dict[str, Any]
 Job = tuple[Any, ...]
@@ -86,6 +78,7 @@ class Run:
     batch_sizes: Sequence[int]
     image_size: int
     until: float
+    groups: Sequence[str] = ()  # of questions, those whose names begin so; all if empty
 
     def rows(self, section: str) -> list[Row]:
         """Results of earlier runs and of this one, the last of each name."""
@@ -140,14 +133,18 @@ def facts(run: Run) -> Iterator[Row]:
 
 
 def compiling(run: Run) -> Iterator[Row]:
-    """Fills Triton's cache with what the next sections launch, on every core."""
+    """Fills Triton's cache with what the next sections launch, on every core, the first first."""
+    if run.device.type != "cuda":
+        yield {"name": "not run", "reason": "Triton's interpreter compiles nothing"}
+        return
     target = tiles_for(Options(), run.device).target
-    jobs: list[Job] = [("plan", *net, batch, target, run.image_size) for net, batch in _plans(run)]
+    jobs: list[Job] = [("kernel", name_of(case), target) for case in one_of_each()]
+    jobs += [("plan", *net, batch, target, run.image_size) for net, batch in _plans(run)]
+    jobs += [("question", case.name, target) for case in questions.cases(Tiles(target))]
     for batch in run.batch_sizes:
         for version in ("v1.5", "v1"):
             jobs += [("tiles", p, target) for p in _problems(version, batch, run)]
-    jobs += [("question", case.name, target) for case in questions.cases(Tiles(target))]
-    jobs += [("kernel", kernel_cases.name_of(case), target) for case in kernel_cases.cases()]
+    jobs += [("kernel", name_of(case), target) for case in kernel_cases.cases()]
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
     context = multiprocessing.get_context("spawn")
     started, kernels, all_of_them = time.time(), 0, True
@@ -255,89 +252,53 @@ def _problems(version: str, batch: int, run: Run) -> list[Problem]:
     graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
     tiles = Tiles(tiles_for(Options(), run.device).target)
     for precision in FAST:
-        make_plan(in_precision(graph, shape, precision), (shape,), precision, tiles)
+        if precision in run.precisions:
+            make_plan(in_precision(graph, shape, precision), (shape,), precision, tiles)
     return tiles.asked()
 
 
-def stem(run: Run) -> Iterator[Row]:
-    """The 7x7 stem: over pixels, over folded pixels, and folded through overlapping boxes.
-
-    Whether the driver takes a tensor map whose pixels overlap is one of the first questions. That
-    form is no engine's: it multiplies the folding's zeros by NaN and infinities (`taps_jit`).
-    """
-    generator = torch.Generator(run.device).manual_seed(0)
-    for batch in run.batch_sizes:
-        size = (batch, 3, run.image_size, run.image_size)
-        x = torch.randn(size, generator=generator, device=run.device).half()
-        weight = torch.randn(64, 3, 7, 7, generator=generator, device=run.device).half() / 12
-        bias = torch.randn(64, generator=generator, device=run.device)
-        with torch.backends.cudnn.flags(enabled=False):
-            exact = F.conv2d(x[:2].double(), weight.double(), bias.double(), 2, 3).relu()
-        for form in ("pixels", "folded", "overlapping boxes"):
-            name = f"stem batch {batch}, {form}"
-            if (yield {"name": name, "asked": True}):
-                continue
-            work = partial(_stem, form, x, weight, bias, exact, run)
-            yield from answer(name, run.device, work)
-
-
-def _stem(form: str, x: Tensor, weight: Tensor, bias: Tensor, exact: Tensor, run: Run) -> Row:
-    n, p, q, k = len(x), x.shape[2] // 2, x.shape[3] // 2, len(weight)
-    out = torch.full((n, p, q, k), float("nan"), dtype=x.dtype, device=x.device)
-    target = target_of(x.device)
-    if form == "pixels":
-        pixels, filters = to_nhwc(x), weight.permute(0, 2, 3, 1).contiguous()
-        shape = ConvShape(n, *x.shape[2:], 3, k, 7, 7, (2, 2), (3, 3))
-        launch = conv2d_launch(
-            pixels, filters, bias, None, out, shape=shape, target=target, activation="relu"
-        )
-    elif form == "folded":
-        folded, filters = space_to_depth(x), pack_stem_weight(weight)
-        launch = stem_launch(folded, filters, bias, out, target=target)
-    else:
-        folded, filters, shape = space_to_depth(x), pack_stem_weight(weight), stem_shape(n, p, q, k)
-        rows = folded.as_strided((n, p + TAPS - 1, q, ROW), folded.stride())
-        boxes = [box for box in box_candidates(shape, 2, target) if box.split_k == 1]
-        tile = min(boxes, key=lambda box: box_seconds(box, shape, 2, target))
-        (launch,) = conv2d_tma_launches(
-            rows, filters, bias, None, out, shape=shape, target=target, activation="relu", tile=tile
-        )
-    launch.run()
-    found = errors(out[:2].permute(0, 3, 1, 2), exact)
-    if found.rms > 1e-3 or bool(torch.isnan(out).any()):
-        return {"right": False, "error": str(found)}
-    return {"right": True, "rms": found.rms, "us": 1e3 * milliseconds(launch.run, run.device)}
-
-
 def speed(run: Run) -> Iterator[Row]:
-    """Ours in fp16 and int8 beside PyTorch's own ways in fp16, interleaved."""
-    for batch in run.batch_sizes:
-        for version in ("v1.5", "v1"):
-            name = f"{version} batch {batch}"
-            if (yield {"name": name, "asked": True}):
+    """Ours in fp16 and int8 beside PyTorch's own ways in fp16, interleaved.
+
+    First beside eager PyTorch, for every network and batch; torch.compile, which takes a minute
+    each to build, comes after all of these, beside the two once more.
+    """
+    torch.backends.cudnn.benchmark = True
+    networks = [(version, batch) for version in ("v1.5", "v1") for batch in run.batch_sizes]
+    for compiled in (False, True):
+        for version, batch in networks:
+            modes = _modes(version, batch) if compiled else ()
+            if compiled and not modes:
                 continue
-            x = photographs(batch, run.image_size).half().to(run.device)
-            x = x.contiguous(memory_format=torch.channels_last)
-            model = settled("resnet50", version, run).half()
-            ours = {
-                "fastres" if asked is None else f"fastres, dependent_launch={asked}": _engine(
-                    model, x, "fp16", run, cache_dir=str(run.out), dependent_launch=asked
-                )
-                for asked in ((None, True, False) if batch in BOTH_LAUNCHES else (None,))
-            }
-            ours["fastres int8"] = _engine(
-                model, x, "int8", run, cache_dir=str(run.out), calibration=[x[:8].cpu()]
-            )
-            theirs = model.to(run.device).to(memory_format=torch.channels_last)
-            targets = [Target(name, engine) for name, engine in ours.items()]
-            targets.append(Target("eager channels_last", theirs))
-            for mode in _modes(version, batch):
-                own = torch.compile(copied(theirs), mode=mode, dynamic=False)
-                targets.append(Target(f"torch.compile {mode}", own))
-            report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
-            yield {"name": name, "table": str(report), **report.to_dict()}
-            for engine in ours.values():
-                engine.close()
+            name = f"{version} batch {batch}{', torch.compile' if compiled else ''}"
+            if not (yield {"name": name, "asked": True}):
+                yield {"name": name, **_raced(version, batch, modes, run)}
+
+
+def _raced(version: str, batch: int, modes: Sequence[str], run: Run) -> Row:
+    x = photographs(batch, run.image_size).half().to(run.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    model = settled("resnet50", version, run).half()
+    launches = (None, True, False) if batch in BOTH_LAUNCHES and not modes else (None,)
+    ours = {
+        "fastres" if asked is None else f"fastres, dependent_launch={asked}": _engine(
+            model, x, "fp16", run, cache_dir=str(run.out), dependent_launch=asked
+        )
+        for asked in launches
+    }
+    ours["fastres int8"] = _engine(
+        model, x, "int8", run, cache_dir=str(run.out), calibration=[x[:8].cpu()]
+    )
+    theirs = model.to(run.device).to(memory_format=torch.channels_last)
+    targets = [Target(name, engine) for name, engine in ours.items()]
+    targets.append(Target("eager channels_last", theirs))
+    for mode in modes:
+        own = torch.compile(copied(theirs), mode=mode, dynamic=False)
+        targets.append(Target(f"torch.compile {mode}", own))
+    report = benchmark(targets, [x], duration_s=1.0, baseline="eager channels_last")
+    for engine in ours.values():
+        engine.close()
+    return {"table": str(report), **report.to_dict()}
 
 
 def _modes(version: str, batch: int) -> tuple[str, ...]:
@@ -370,20 +331,21 @@ def _engine(
     )
 
 
-# seconds at most; what ends early leaves its time to the next, and speed takes what is left
-SECTIONS: dict[str, tuple[Callable[[Run], Iterator[Row]], float]] = {
-    "facts": (facts, 15),
-    "compile": (compiling, 120),
-    "parity": (parity, 80),
-    "tests": (tests, 90),
-    "stem": (stem, 25),
-    "tuning": (tuning, 90),
-    "questions": (questions.questions, 60),
-    "kernels": (kernels, 60),
-    "speed": (speed, 200),
-    "peers": (peers, 240),
-    "power": (power, 60),
-    "profile": (profile, 40),
-    "tensorrt": (tensorrt, 90),
-    "report": (report, 20),
+SECTIONS: dict[str, Callable[[Run], Iterator[Row]]] = {
+    "facts": facts,
+    "compile": compiling,
+    "families": families,
+    "networks": networks,
+    "parity": parity,
+    "tests": tests,
+    "stem": stem,
+    "tuning": tuning,
+    "questions": questions.questions,
+    "kernels": kernels,
+    "speed": speed,
+    "peers": peers,
+    "power": power,
+    "profile": profile,
+    "tensorrt": tensorrt,
+    "report": report,
 }

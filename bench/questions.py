@@ -47,6 +47,8 @@ def questions(run: Run) -> Iterator[Row]:
     """Every case: its time, or why it has none; then the fastest of each group."""
     tiles = tiles_for(Options(cache_dir=str(run.out)), run.device)
     for case in cases(tiles, small=run.device.type != "cuda"):
+        if run.groups and not case.name.startswith(tuple(run.groups)):
+            continue
         if (yield {"name": case.name, "asked": True}):
             continue
         work = partial(_answer, case, run.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import gpu
 import gpu_sections
+import gpu_stem
 import pytest
 import questions
 import torch
@@ -203,7 +204,7 @@ class TestStem:
             asked.append(form)
             return of.get(form, right)()  # type: ignore[no-any-return]
 
-        monkeypatch.setattr(gpu_sections, "_stem", stem)
+        monkeypatch.setattr(gpu_stem, "_stem", stem)
         return asked
 
     def test_a_lost_gpu_refuses_nothing(

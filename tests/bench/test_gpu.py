@@ -108,7 +108,7 @@ def test_what_is_wrong_stays_so_and_what_is_unfinished_is_asked_again(
     right, wrong = {"right": True}, {"right": False}
     found: dict[str, Any] = {"a": right, "b": wrong, "c": {"error": "out of time"}, "d": wrong}
     found["d"] = {**wrong, "error": "1e9 off"}
-    monkeypatch.setitem(gpu.SECTIONS, "facts", (section_of(*"abcd", found=found), 10))
+    monkeypatch.setitem(gpu.SECTIONS, "facts", section_of(*"abcd", found=found))
     assert working(tmp_path, "facts") == 1
     assert found.pop("worked out") == ["a", "b", "c", "d"]
     found |= {"c": right, "d": right}
@@ -141,7 +141,7 @@ def test_a_section_that_is_broken_off_goes_on(
     import gpu
 
     found: dict[str, Any] = {"a": {"right": True}, "b": raised}
-    monkeypatch.setitem(gpu.SECTIONS, "facts", (section_of("a", "b", found=found), 10))
+    monkeypatch.setitem(gpu.SECTIONS, "facts", section_of("a", "b", found=found))
     assert working(tmp_path, "facts") == status
     assert rows(tmp_path)[-1]["name"] == "stopped" and said in rows(tmp_path)[-1]["error"]
     with (tmp_path / "gpu.jsonl").open("a") as file:
@@ -266,7 +266,7 @@ def test_time_that_is_up_is_said(tmp_path: Path) -> None:
 
 def test_wrong_use(tmp_path: Path) -> None:
     unknown = run(tmp_path, "--only=speeed")
-    assert unknown.returncode == 2 and "the sections are facts, compile, parity" in unknown.stderr
+    assert unknown.returncode == 2 and "the sections are facts, compile, families" in unknown.stderr
     if not os.path.exists("/dev/nvidia0"):
         nowhere = run(tmp_path, interpret=False)
         assert nowhere.returncode == 2 and "there is no CUDA device here" in nowhere.stderr

@@ -1,0 +1,148 @@
+"""The short runs of bench/gpu.py: what they ask, and what can be carried away at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu
+import gpu_carry
+import pytest
+from gpu_families import one_of_each
+from gpu_plans import FIRST, PLANS, SECOND
+
+SCRIPT = Path(gpu.__file__)
+TINY = ("--device=cpu", "--nets=cifar_resnet:8", "--image-size=32", "--batch-sizes=2")
+
+
+class TestPlans:
+    def test_every_section_is_known(self) -> None:
+        for plan in PLANS.values():
+            assert {asked.section for asked in plan.sections} <= set(gpu.SECTIONS)
+        assert {asked.section for asked in PLANS["all"].sections} == set(gpu.SECTIONS)
+
+    def test_they_fit_into_ten_minutes_with_a_start(self) -> None:
+        assert FIRST.budget <= 240 and SECOND.budget <= 420
+        for plan in (FIRST, SECOND):
+            *before, last = plan.sections
+            assert last.seconds is None  # what is left is for what takes longest
+            assert sum(asked.seconds or 0 for asked in before) < plan.budget
+
+    def test_right_comes_before_fast(self) -> None:
+        first = [asked.section for asked in FIRST.sections]
+        assert first == ["facts", "compile", "families", "networks", "questions", "tuning"]
+
+    def test_a_section_is_told_what_its_plan_says(self) -> None:
+        given = gpu._parser().parse_args(["--plan=first", "--image-size=64"])
+        (tuning,) = (asked for asked in FIRST.sections if asked.section == "tuning")
+        told = gpu._told(given, tuning)
+        assert (told["batch-sizes"], told["precisions"], told["image-size"]) == ("256", "fp16", 64)
+        given = gpu._parser().parse_args(["--plan=first", "--batch-sizes=8", "--nets=resnet18"])
+        told = gpu._told(given, tuning)
+        assert (told["batch-sizes"], told["nets"]) == ("8", "resnet18")
+
+
+def test_a_case_of_every_kernel_family() -> None:
+    cases = one_of_each()
+    families = {case.family for case in cases}
+    assert families == {
+        *("conv2d", "linear", "boxes", "boxes+projection", "split_k", "chain", "stem", "stem+pool"),
+        *("max_pool", "avg_pool", "global_pool", "elementwise", "fold", "layout"),
+    }
+    by_number = {(case.family, case.precision) for case in cases}
+    for family in ("conv2d", "boxes", "chain", "stem", "stem+pool"):
+        assert {(family, "fp16"), (family, "int8"), (family, "fp8")} <= by_number
+    strides = {case.problem.shape.stride for case in cases if case.family == "conv2d"}
+    assert strides >= {(1, 1), (2, 2)} and len(cases) < 80
+
+
+class TestCarrying:
+    def test_few_small_files_in_order_of_worth(self, tmp_path: Path) -> None:
+        out, carry = tmp_path / "out", tmp_path / "carry"
+        (out / "triton_cache").mkdir(parents=True)
+        (out / "triton_cache" / "kernel.cubin").write_text("large")
+        names = [
+            "gpu.jsonl",
+            "tiles_a.json",
+            "kernels.json",
+            *(f"bench-{i}.json" for i in range(9)),
+        ]
+        for name in (*names, "stray.bin"):
+            (out / name).write_text(name)
+        with gpu_carry.carrying(out, carry):
+            pass
+        assert sorted(p.name for p in carry.iterdir()) == sorted(names[:8])
+        assert all(path.read_text() == path.name for path in carry.iterdir())
+
+    def test_lines_that_are_too_many_lose_the_first(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gpu_carry, "LARGEST", 100)
+        lines = [json.dumps({"row": i}) for i in range(50)]
+        (tmp_path / "gpu.jsonl").write_text("\n".join(lines) + "\n")
+        with gpu_carry.carrying(tmp_path, tmp_path / "carry"):
+            pass
+        kept = (tmp_path / "carry" / "gpu.jsonl").read_text().splitlines()
+        assert kept == lines[-len(kept) :] and 5 < len(kept) < 10
+
+    def test_while_a_run_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu_carry, "EVERY_S", 0.01)
+        carry = tmp_path / "carry"
+        with gpu_carry.carrying(tmp_path, carry):
+            for text in ("one\n", "one\ntwo\n"):
+                (tmp_path / "gpu.jsonl").write_text(text)
+                until = time.time() + 20
+                while not (carry / "gpu.jsonl").exists() or (
+                    (carry / "gpu.jsonl").read_text() != text
+                ):
+                    assert time.time() < until
+                    time.sleep(0.01)
+        assert [path.name for path in carry.iterdir()] == ["gpu.jsonl"]
+
+    def test_a_run_goes_on_with_what_was_carried_away(self, tmp_path: Path) -> None:
+        out, carry = tmp_path / "out", tmp_path / "carry"
+        out.mkdir()
+        carry.mkdir()
+        (carry / "gpu.jsonl").write_text("carried\n")
+        (carry / "tiles_a.json").write_text("old")
+        (out / "tiles_a.json").write_text("new")
+        with gpu_carry.carrying(out, carry):
+            assert (out / "gpu.jsonl").read_text() == "carried\n"
+        assert (out / "tiles_a.json").read_text() == "new" == (carry / "tiles_a.json").read_text()
+
+    def test_nothing_is_carried_unasked(self, tmp_path: Path) -> None:
+        with gpu_carry.carrying(tmp_path, None):
+            (tmp_path / "gpu.jsonl").write_text("row\n")
+        assert [path.name for path in tmp_path.iterdir()] == ["gpu.jsonl"]
+
+
+@pytest.mark.interpret
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_the_first_run_in_the_interpreter(tmp_path: Path) -> None:
+    out, carry = tmp_path / "out", tmp_path / "carry"
+    sections = "facts,compile,families,networks"
+    flags = [*TINY, "--plan=first", f"--out={out}", f"--carry={carry}", f"--only={sections}"]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *flags, "--budget=400"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (carry / "gpu.jsonl").read_text().splitlines()]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["section"], []).append(row)
+    assert list(found) == sections.split(",")
+    assert len(found["families"]) == len(one_of_each())
+    answered = [row for row in found["families"] if "refused" not in row]
+    assert all(row["right"] for row in answered) and len(answered) > 40
+    assert all("fp8" in row["name"] for row in found["families"] if "refused" in row)
+    assert len(found["networks"]) == 3
+    for row in found["networks"]:
+        assert row["right"] and row["rms"] <= row["allowed"]
+        assert row["call_ms"] > 0 and row["replay_ms"] > 0 and len(row["steps"]) > 5
+    again = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0 and "True" not in again.stdout  # all of it is known
