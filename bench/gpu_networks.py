@@ -81,7 +81,7 @@ def _asked(run: Run, precision: Precision, batch: int) -> Row:
 def _replay_milliseconds(
     engine: fastres.Engine, x: torch.Tensor, precision: Precision, run: Run
 ) -> float:
-    """All launches of the plan as they are recorded, without the input's and the call's own."""
+    """All launches of the plan as they are recorded, without the copies of input and output."""
     shapes = (tuple(x.shape),)
     tiles = tiles_for(Options(cache_dir=str(run.out)), run.device)
     plan = make_plan(engine.graph, shapes, precision, tiles)

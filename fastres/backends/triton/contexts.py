@@ -29,6 +29,7 @@ from fastres.streams import current
 
 Call = Callable[[], None]
 Record = Callable[[Call], Call]
+_PICTURES = 4  # dimensions
 
 
 class Bound(NamedTuple):
@@ -64,10 +65,11 @@ class Context:
         self.arena = arena
         self.tensors = tensors
         self.bound = bound
+        self.given: tuple[torch.Tensor, ...] = ()  # what the recorded launches read as inputs
         self.replay: Call | None = None  # all launches as one call, once they are recorded
 
     def memory(self) -> tuple[torch.Tensor, ...]:
-        return (self.arena,)
+        return (self.arena, *self.given)
 
 
 class Runner(ABC):
@@ -109,10 +111,16 @@ class Runner(ABC):
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs in NCHW and the plan's dtype, in memory of their own.
 
-        The batch may be smaller than the plan's: the outputs' first images are returned.
+        The batch may be smaller than the plan's: the outputs' first images are returned. Where
+        launches are recorded, those that bring inputs in are, too, behind a copy of each to where
+        they read it: checking and launching them anew would take Python longer than a network of
+        one image takes the GPU.
         """
         with self.context() as context:
-            self._load(inputs, context)
+            if self._records:
+                self._copy(inputs, context)
+            else:
+                self._load(inputs, context)
             if context.replay is None:
                 context.replay = self._replay_of(context)
             context.replay()
@@ -174,6 +182,17 @@ class Runner(ABC):
         tensors = views(self.plan, arena)
         return Context(arena, tensors, tuple(self.bind(arena, tensors)))
 
+    @property
+    def _records(self) -> bool:
+        return self._record is not None and not self.one_by_one
+
+    def _copy(self, inputs: Sequence[torch.Tensor], context: Context) -> None:
+        if not context.given:
+            batches = (shape[0] for shape in self.plan.input_shapes)
+            context.given = tuple(map(_room_for, inputs, batches))
+        for room, given in zip(context.given, inputs, strict=True):
+            room[: len(given)].copy_(given)
+
     def _load(self, inputs: Sequence[torch.Tensor], context: Context) -> None:
         for step in self._loads:
             if self.one_by_one:
@@ -188,8 +207,14 @@ class Runner(ABC):
     def _replay_of(self, context: Context) -> Call:
         if self.one_by_one:
             return partial(_launch_one_by_one, context.bound, self._device)
-        launch = partial(_launch, context.bound)
-        return self._record(launch) if self._record else launch
+        if self._record is None:
+            return partial(_launch, context.bound)
+
+        def all_of_it() -> None:
+            self._load(context.given, context)
+            _launch(context.bound)
+
+        return self._record(all_of_it)
 
     def _outputs(self, context: Context, batch: int) -> list[torch.Tensor]:
         return [
@@ -215,6 +240,14 @@ class Runner(ABC):
                 "weights: use smaller batches (max_batch_size runs larger ones in parts), a "
                 "16-bit precision, or free memory on the device"
             ) from error
+
+
+def _room_for(given: torch.Tensor, batch: int) -> torch.Tensor:
+    """Zeros for so many images like these, laid out as these are, so that a copy is a plain one."""
+    last = given.dim() == _PICTURES and not given.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    size = (batch, *given.shape[1:])
+    return torch.empty(size, dtype=given.dtype, device=given.device, memory_format=layout).zero_()
 
 
 def title(step: AnyStep) -> str:

@@ -57,8 +57,11 @@ class Sums(Runner):
             yield Bound(step, (launch,) if step is self.plan.steps[-1] else (), None)
 
     def load(self, step: LoadInput, given: torch.Tensor, target: torch.Tensor) -> None:
+        def kernel() -> None:
+            target[: len(given)].copy_(given.permute(0, 2, 3, 1))
+
         self.current.append(self.gpus.now)
-        target[: len(given)].copy_(given.permute(0, 2, 3, 1))
+        self.gpus.launch(kernel, self._device)
 
     def _new_arena(self) -> torch.Tensor:
         return torch.zeros(self.plan.arena_bytes, dtype=torch.uint8)

@@ -19,7 +19,7 @@ from fastres.backends.triton import backend
 from fastres.backends.triton.backend import TritonExecutable, bucket
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import LaunchConv2d
+from fastres.backends.triton.plan import LaunchConv2d, LoadInput
 from fastres.backends.triton.run import PlanRunner
 from fastres.backends.triton.stored import recorded
 from fastres.backends.triton.table import Tiles
@@ -96,6 +96,41 @@ class TestInterpreted:
         first, second = runner.run([x]), runner.run([x])
         assert len(recorded) == 1 and len(replayed) == 2
         assert torch.equal(first[0], second[0]) and torch.equal(first[0], plain.run([x])[0])
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_inputs_are_brought_in_by_the_recording(
+        self, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After the first call, none but a copy of the input stands between caller and replay."""
+        loaded: list[torch.Tensor] = []
+        load = PlanRunner.load
+
+        def counted(
+            self: PlanRunner, step: LoadInput, given: torch.Tensor, to: torch.Tensor
+        ) -> None:
+            loaded.append(given)
+            load(self, step, given, to)
+
+        def record(work: Callable[[], None]) -> Callable[[], None]:
+            def replay() -> None:
+                with monkeypatch.context() as during:
+                    during.setattr(PlanRunner, "load", load)  # on a GPU no Python runs here
+                    work()
+
+            work()  # as a recording begins
+            return replay
+
+        runner, plain = runner_of(3, record), runner_of(3)
+        every = [torch.randn(n, 3, 8, 8).to(memory_format=layout) for n in (3, 2, 3, 1)]
+        want = [plain.run([x])[0] for x in every]
+        monkeypatch.setattr(PlanRunner, "load", counted)
+        found = [runner.run([x])[0] for x in every]
+        assert all(map(torch.equal, found, want))
+        assert len(loaded) == 1 and loaded[0].is_contiguous(memory_format=layout)
+        with runner.context() as context:
+            (room,) = context.given
+            assert room.shape == (3, 3, 8, 8) and room is loaded[0]
+            assert context.memory() == (context.arena, room)
 
     def test_a_smaller_batch_uses_the_plan_of_its_bucket(self) -> None:
         runner = runner_of(3)
