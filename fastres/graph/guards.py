@@ -14,10 +14,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sympy
+import torch
 import torch.fx.experimental._config as config
 from torch.export import ExportedProgram
 
@@ -204,12 +206,15 @@ class _Path:
 def _whole(where: str) -> str:
     """A place in the code with its whole path.
 
-    PyTorch cuts off what the path shares with its own, and one character more: "mp/model.py".
+    PyTorch cuts off what the path shares with its own, and one character more where that is the
+    root alone: "mp/model.py".
     """
     cut = re.match(r"\((.+\.py):\d", where)
+    if cut is None or (Path(torch.__file__).parent / cut[1]).exists():
+        return where
     files = (getattr(module, "__file__", None) or "" for module in list(sys.modules.values()))
-    whole = next((file for file in files if cut and file[2:] == cut[1]), None)
-    return where if cut is None or whole is None else where.replace(cut[1], whole, 1)
+    whole = next((f for f in files if f.endswith(f"/{cut[1]}") or f[2:] == cut[1]), None)
+    return where if whole is None else where.replace(cut[1], whole, 1)
 
 
 def _first_failure(path: _Path, others: Sequence[_Path], inputs: Sequence[Input]) -> Failure | None:

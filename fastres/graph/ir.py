@@ -285,13 +285,15 @@ class Graph:
 
     @property
     def floating_dtype(self) -> torch.dtype:
-        """What the network computes in: the widest of its weights' dtypes; inputs' if it has none.
+        """What the network computes in: the widest dtype that its layers with weights give.
 
-        Some layers in fp16 or bf16 among others in fp32 lose nothing in fp32.
+        Some layers in fp16 or bf16 among others in fp32 lose nothing in fp32. Where there are no
+        layers it is the constants' dtype, or the inputs'.
         """
-        tensors = [t.dtype for t in self.constants.values()]
-        inputs = [value.spec.torch_dtype for value in self.inputs]
-        return widest(tensors) or widest(inputs) or torch.float32
+        layers = widest(node.spec.torch_dtype for node in self.nodes if node.params)
+        constants = widest(tensor.dtype for tensor in self.constants.values())
+        inputs = widest(value.spec.torch_dtype for value in self.inputs)
+        return layers or constants or inputs or torch.float32
 
     @cached_property
     def normalize(self) -> Node | None:
