@@ -8,12 +8,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITCallable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.cost import Cost, Target, least_seconds
@@ -57,6 +59,9 @@ class Launch:
     fp_fusion: bool = True
     dependent: bool = False
     cost: Cost | None = None
+
+    def __post_init__(self) -> None:
+        _settle_key(self.kernel)
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -145,6 +150,25 @@ class Launch:
                 yield argument
             elif isinstance(argument, TensorDescriptor):
                 yield argument.base
+
+
+def _settle_key(kernel: Any) -> None:
+    """Asks a kernel for its key in Triton's cache after all that it calls, innermost first.
+
+    Triton 3.6 takes over what a called function reads of its module before it has looked there
+    (runtime/jit.py, `_update_hash`): asked in another order, the same kernel has another key, and
+    what another process has compiled is not found.
+    """
+    if not isinstance(kernel, JITCallable) or kernel.hash is not None:
+        return
+    names, known = kernel.fn.__code__.co_names, kernel.fn.__globals__
+    modules = [known[name] for name in names if isinstance(known.get(name), ModuleType)]
+    called = [known.get(name) for name in names]
+    called += [getattr(module, name, None) for module in modules for name in names]
+    for function in called:
+        if function is not kernel:
+            _settle_key(function)
+    _ = kernel.cache_key
 
 
 def is_interpreted(kernel: Any) -> bool:
