@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 CARRY ?= build/gpu-results
+CACHE ?= build/gpu-cache.tar.xz
+TRITON_PYTHON ?= $(BIN)/python
 # Python bindings of both ends of what is supported, which a test holds our calls against; the
 # libraries behind them are not in the package index
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.0.1 tensorrt-cu13-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.106
 
-.PHONY: run test install dev lint types unit interpret bench report zoo gpu gpu-first gpu-second kernels clean
+.PHONY: run test install dev lint types unit interpret bench report zoo gpu gpu-first gpu-second gpu-cache kernels clean
 
 run: install  ## install, then the main job: photographs through ResNet-50, digits through trained nets
 	$(BIN)/python examples/main_job.py
@@ -75,14 +77,19 @@ zoo: dev  ## whether timm's residual networks compile and agree: a table, an hou
 	mkdir -p build
 	$(BIN)/python bench/zoo.py -o build/zoo.json | tee build/zoo.txt
 
+CACHED = $(if $(wildcard $(CACHE)),--cache $(CACHE))
+
+gpu-cache:  ## without a GPU: what the short runs launch, compiled into CACHE with the Triton of TRITON_PYTHON
+	$(TRITON_PYTHON) bench/gpu_cache_make.py -o $(CACHE)
+
 gpu:  ## on a machine with an NVIDIA GPU: right first, then tuned, then how fast; results in build/gpu
-	$(PYTHON) bench/gpu.py --out build/gpu --carry $(CARRY)
+	$(PYTHON) bench/gpu.py --out build/gpu --carry $(CARRY) $(CACHED)
 
 gpu-first:  ## there, in four minutes: is it right, and where does the time go? results in CARRY
-	$(PYTHON) bench/gpu.py --plan first --out build/gpu --carry $(CARRY)
+	$(PYTHON) bench/gpu.py --plan first --out build/gpu --carry $(CARRY) $(CACHED)
 
 gpu-second:  ## after it, in seven: the rest tuned, every test, and speed beside PyTorch's own
-	$(PYTHON) bench/gpu.py --plan second --out build/gpu --carry $(CARRY)
+	$(PYTHON) bench/gpu.py --plan second --out build/gpu --carry $(CARRY) $(CACHED)
 
 kernels: dev $(OLDEST)/.installed  ## every kernel of whole networks for sm_80 to sm_120; no GPU
 	$(BIN)/python bench/kernels.py --out build/kernels.json

@@ -1,7 +1,7 @@
 """Everything that a GPU is to be asked, in one run: right first, then tuned, then how fast.
 
 python bench/gpu.py [--plan all|first|second] [--out DIR] [--carry DIR] [--budget SECONDS]
-                    [--only SECTION,...]          (or: make gpu, make gpu-first, make gpu-second)
+                    [--only SECTION,...] [--cache FILE]  (or: make gpu, make gpu-first, ...)
 
 Each section runs in a process of its own and adds lines to DIR/gpu.jsonl; a run that was broken
 off goes on where it was: a line with "error" is no result, and is asked again. It needs PyTorch,
@@ -26,11 +26,14 @@ from pathlib import Path
 import checkout  # noqa: F401
 import torch
 from gpu_bench import SPARE_S
+from gpu_cache import unpack
 from gpu_carry import carrying
 from gpu_plans import EVERYTHING, PLANS, Asked
-from gpu_sections import NETS, PRECISIONS, SECTIONS, Row, Run, latest
+from gpu_sections import NETS, PRECISIONS, SECTIONS, Row, Run, keep, latest
 
+from fastres.backends.triton.choosing import tiles_for
 from fastres.errors import is_interrupt
+from fastres.options import Options
 
 INTERRUPTED = 130
 BATCH_SIZES = (256, 1, 32, 8, 128)
@@ -91,6 +94,8 @@ def drive(given: argparse.Namespace) -> int:
     """Every section in turn, within the budget."""
     plan = PLANS[given.plan]
     end, status = time.time() + (given.budget or plan.budget), 0
+    if given.cache is not None:
+        _unpack(given)
     sections = _asked(given)
     for asked in sections:
         section, left = asked.section, end - time.time()
@@ -114,6 +119,18 @@ def drive(given: argparse.Namespace) -> int:
             print(f"{section}: {name} is wrong", flush=True)
             status = 1
     return status
+
+
+def _unpack(given: argparse.Namespace) -> None:
+    """Machine code that was made elsewhere, for Triton's cache: a row, whether it fits or not."""
+    sm = tiles_for(Options(), torch.device(given.device)).target.sm
+    row = unpack(given.cache, _triton_cache(given), sm)
+    keep(given.out, "cache", row)
+    print("cache", row["name"], row.get("refused") or f"{row['kernels']} kernels", flush=True)
+
+
+def _triton_cache(given: argparse.Namespace) -> Path:
+    return Path(os.environ.get("TRITON_CACHE_DIR", given.out / "triton_cache")).resolve()
 
 
 def _section(command: list[str], seconds: float) -> int | None:
@@ -168,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", choices=PLANS, default="all", help="what is asked, in order")
     parser.add_argument("--carry", type=Path, help="a folder kept up to date with the results")
     parser.add_argument("--budget", type=float, help="seconds in all, in place of the plan's")
+    parser.add_argument("--cache", type=Path, help="kernels that gpu_cache_make.py compiled")
     parser.add_argument("--only", help=f"some sections, in order, of {', '.join(SECTIONS)}")
     parser.add_argument("--device", default="cuda", help="cpu with TRITON_INTERPRET=1, for tests")
     parser.add_argument("--nets")
@@ -194,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.section is None:
         with carrying(given.out, given.carry):
             return drive(given)
-    os.environ.setdefault("TRITON_CACHE_DIR", str(given.out / "triton_cache"))
+    os.environ["TRITON_CACHE_DIR"] = str(_triton_cache(given))
     told = _told(given, Asked(given.section, None))
     run = Run(
         given.out,

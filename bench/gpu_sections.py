@@ -22,6 +22,7 @@ import torch
 from answers import answer
 from gpu_bench import peers, power, report
 from gpu_families import families, one_of_each
+from gpu_launches import Job, built_for, launches
 from gpu_networks import networks
 from gpu_pytest import kernels, tests
 from gpu_stem import stem
@@ -34,10 +35,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import models
 from fastres.backends.triton.choosing import tiles_for
-from fastres.backends.triton.cross import launches_of
-from fastres.backends.triton.eight_bits import FLOAT_OF
 from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.table import (
     Table,
@@ -48,16 +46,15 @@ from fastres.backends.triton.table import (
     write_table,
 )
 from fastres.backends.triton.tune import precompile, tune
-from fastres.graph.capture import capture
 from fastres.graph.copies import copied
 from fastres.graph.passes.pipeline import optimise
-from fastres.kernels.aot import KernelFacts, compile_launch, key_of
+from fastres.kernels import cost
+from fastres.kernels.aot import compile_kernel, key_of
 from fastres.options import Options, Precision
 from fastres.timing.benchmark import Target, benchmark
 from fastres.timing.machine import machine
 
 Row = dict[str, Any]
-Job = tuple[Any, ...]
 PARITY_BATCH = 4
 TRIED = 10  # tiles of a problem
 FAST: tuple[Precision, ...] = ("fp16", "int8")  # tuned and timed
@@ -85,10 +82,15 @@ class Run:
         return list(latest(self.out, section).values())
 
     def keep(self, section: str, row: Row) -> None:
-        path = self.out / "gpu.jsonl"
-        torn = path.exists() and not path.read_bytes().endswith(b"\n")
-        with path.open("a") as file:
-            file.write("\n" * torn + json.dumps({"section": section, **row}) + "\n")
+        keep(self.out, section, row)
+
+
+def keep(out: Path, section: str, row: Row) -> None:
+    """Adds a row to those of a folder."""
+    path = out / "gpu.jsonl"
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * torn + json.dumps({"section": section, **row}) + "\n")
 
 
 def latest(out: Path, section: str) -> dict[str, Row]:
@@ -104,11 +106,11 @@ def latest(out: Path, section: str) -> dict[str, Row]:
 
 def settled(name: str, version: str, run: Run) -> nn.Module:
     """A network whose statistics fit the photographs, so that its numbers can go wrong."""
-    model = _make(name, version)
+    model = made(name, version)
     return models.settle(model, photographs(3, run.image_size))
 
 
-def _make(name: str, version: str) -> nn.Module:
+def made(name: str, version: str) -> nn.Module:
     factory, _, depth = name.partition(":")
     arguments = (int(depth),) if depth else ()
     more = {"version": version} if name.startswith("resnet") and name[6:] in _BOTTLENECKS else {}
@@ -175,21 +177,13 @@ def _compile(job: Job) -> int:
     """In a process of its own, without touching the GPU."""
     if job[0] == "tiles":
         return precompile(*job[1:], tried=TRIED)
-    if job[0] == "question":
-        return questions.precompile(*job[1:])
-    if job[0] == "kernel":
-        return kernel_cases.precompile(*job[1:])
-    _, net, version, precision, batch, target, size = job
-    shape = (batch, 3, size, size)
-    graph = optimise(capture(_make(net, version).eval(), [fastres.Input(shape)]).graph)
-    graph = in_precision(graph, shape, precision)
-    plan = make_plan(graph, (shape,), precision, Tiles(target))
-    constants = Packed(graph, FLOAT_OF[precision], torch.device("meta"))
-    known: dict[str, KernelFacts] = {}
-    launches = launches_of(plan, constants, target)
-    for key, launch in {key_of(launch): launch for _, launch in launches}.items():
-        with suppress(Exception):  # of Triton's, of many kinds; the plan itself will say which
-            known[key] = compile_launch(launch, target.sm)
+    sm, known = built_for(job).sm, set()
+    with suppress(Exception):  # of Triton's, of many kinds; what is asked itself will say which
+        for launch in launches(job):
+            if (key := key_of(launch)) not in known:
+                with suppress(Exception):
+                    compile_kernel(launch, sm)
+                    known.add(key)
     return len(known)
 
 
@@ -247,12 +241,20 @@ def _tuned(problem: Problem, table: Table, path: Path, run: Run) -> Row:
 
 
 def _problems(version: str, batch: int, run: Run) -> list[Problem]:
+    target = tiles_for(Options(), run.device).target
+    return problems(version, batch, run.precisions, run.image_size, target)
+
+
+def problems(
+    version: str, batch: int, precisions: Sequence[Precision], image_size: int, target: cost.Target
+) -> list[Problem]:
+    """What plans of ResNet-50 want tiles for, in those of the precisions that are tuned."""
     weights = models.resnet50(version=version, seed=0).state_dict()
-    shape = (batch, 3, run.image_size, run.image_size)
+    shape = (batch, 3, image_size, image_size)
     graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
-    tiles = Tiles(tiles_for(Options(), run.device).target)
+    tiles = Tiles(target)
     for precision in FAST:
-        if precision in run.precisions:
+        if precision in precisions:
             make_plan(in_precision(graph, shape, precision), (shape,), precision, tiles)
     return tiles.asked()
 

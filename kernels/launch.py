@@ -61,7 +61,7 @@ class Launch:
     cost: Cost | None = None
 
     def __post_init__(self) -> None:
-        _settle_key(self.kernel)
+        settle_key(self.kernel)
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -152,12 +152,15 @@ class Launch:
                 yield argument.base
 
 
-def _settle_key(kernel: Any) -> None:
+def settle_key(kernel: Any) -> None:
     """Asks a kernel for its key in Triton's cache after all that it calls, innermost first.
 
     Triton 3.6 takes over what a called function reads of its module before it has looked there
     (runtime/jit.py, `_update_hash`): asked in another order, the same kernel has another key, and
     what another process has compiled is not found.
+
+    Args:
+        kernel: a jit function; nothing is done with what is none.
     """
     if not isinstance(kernel, JITCallable) or kernel.hash is not None:
         return
@@ -167,7 +170,7 @@ def _settle_key(kernel: Any) -> None:
     called += [getattr(module, name, None) for module in modules for name in names]
     for function in called:
         if function is not kernel:
-            _settle_key(function)
+            settle_key(function)
     _ = kernel.cache_key
 
 

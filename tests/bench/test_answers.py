@@ -265,13 +265,13 @@ def test_a_kernel_that_does_not_compile_leaves_the_others(
 ) -> None:
     compiled = []
 
-    def compile_launch(launch: object, sm: int) -> object:
+    def compile_kernel(launch: object, sm: int) -> object:
         compiled.append(launch)
         if len(compiled) == 2:
             raise RuntimeError("PassManager::run failed")
         return None
 
-    monkeypatch.setattr(gpu_sections, "compile_launch", compile_launch)
+    monkeypatch.setattr(gpu_sections, "compile_kernel", compile_kernel)
     job = ("plan", "cifar_resnet:8", "v1.5", "fp16", 2, Target.typical(90), 32)
     assert gpu_sections._compile(job) == len(compiled) - 1 > 3
 
