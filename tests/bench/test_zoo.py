@@ -1,6 +1,6 @@
 """Networks that nobody here wrote: one of each kind among timm's residual ones, by bench/zoo.py.
 
-The whole family takes half an hour to an hour: `make zoo`; what it printed is bench/results/zoo.txt.
+The whole family takes an hour at most: `make zoo`. What it printed is bench/results/zoo.txt.
 """
 
 from __future__ import annotations
