@@ -16,10 +16,12 @@ import io
 import lzma
 import os
 import platform
+import re
 import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +47,7 @@ _DAMAGED = (
     *(OSError, EOFError, StopIteration),
     *(lzma.LZMAError, tarfile.TarError, msgspec.MsgspecError),
 )
+_PTXAS = re.compile(r"\bV([\d.]+)")
 _WORDS = {
     "triton": "Triton",
     "sources": "the Python sources of Triton",
@@ -110,23 +113,34 @@ class Made(msgspec.Struct):
 
 def key_here(sm: int) -> Key:
     """The key of this machine's Triton for sm_`sm`."""
-    library = hashlib.sha256(Path(libtriton.__file__).read_bytes()).hexdigest()
+    library = _library()
     backend = make_backend(GPUTarget("cuda", sm, 32))
+    assembler = backend.hash()  # all that ptxas says of itself
+    version = "".join(_PTXAS.findall(assembler)[:1])
     return Key(
         triton=triton.__version__,
-        sources=hashlib.sha256(triton_key().replace(library, "").encode()).hexdigest(),
-        target=f"sm_{sm}: {' '.join(backend.hash().split())}",
-        options=backend.parse_options({}).hash(),
+        sources=_digest(triton_key().replace(library, "")),
+        target=f"sm_{sm}, ptxas {version}, {_digest(assembler)}",
+        options=_digest(backend.parse_options({}).hash()),
         environment=str(sorted(libtriton.get_cache_invalidating_env_vars().items())),
         library=library,
         python=".".join(platform.python_version_tuple()[:2]),
     )
 
 
+@cache
+def _library() -> str:
+    return hashlib.sha256(Path(libtriton.__file__).read_bytes()).hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def unfit(made: Key, here: Key) -> str | None:
     """Why machine code does not fit, in words; None if it does."""
     found = [
-        f"{words} ({getattr(made, field)[-80:]}; here {getattr(here, field)[-80:]})"
+        f"{words} ({getattr(made, field)[:40]}; here {getattr(here, field)[:40]})"
         for field, words in _WORDS.items()
         if getattr(made, field) != getattr(here, field)
     ]
@@ -229,11 +243,11 @@ class Archive:
             file.write(data)
 
 
-def unpack(path: Path, cache: Path, sm: int) -> dict[str, Any]:
+def unpack(path: Path, folder: Path, sm: int) -> dict[str, Any]:
     """Puts an archive into a folder that Triton will look into, if it fits.
 
     Args:
-        cache: the folder; what is there stays.
+        folder: what is there stays.
         sm: of the GPU that is here.
 
     Returns:
@@ -254,10 +268,10 @@ def unpack(path: Path, cache: Path, sm: int) -> dict[str, Any]:
                     f"Triton's library is another build, for Python {made.python} there and "
                     f"{here.python} here; all else of its key is the same"
                 )
-            row["kernels"], last = _unpacked(entries, cache)
+            row["kernels"], last = _unpacked(entries, folder)
     except _DAMAGED as error:
         return row | {"refused": f"cannot be read: {type(error).__name__}: {error}"}
-    row |= {"changed": _changed(last.sources), **_launchers(last.launchers, cache)}
+    row |= {"changed": _changed(last.sources), **_launchers(last.launchers, folder)}
     return row | {"seconds": time.perf_counter() - started}
 
 
@@ -274,11 +288,11 @@ class _Facts(msgspec.Struct):
     metadata: msgspec.Raw
 
 
-def _unpacked(entries: Iterator[tuple[str, bytes]], cache: Path) -> tuple[int, Made]:
+def _unpacked(entries: Iterator[tuple[str, bytes]], folder: Path) -> tuple[int, Made]:
     """The kernels of an archive, and its end."""
     own, pending = triton_key(), []
     with knobs.cache.scope(), ThreadPoolExecutor(8) as pool:
-        knobs.cache.dir = str(cache.resolve())
+        knobs.cache.dir = str(folder.resolve())
         for name, data in entries:
             if name == "made.json":
                 count = sum(future.result() for future in pending)
@@ -312,7 +326,7 @@ def _changed(sources: Mapping[str, str]) -> list[str]:
     return changed
 
 
-def _launchers(sources: Sequence[str], cache: Path) -> dict[str, Any]:
+def _launchers(sources: Sequence[str], folder: Path) -> dict[str, Any]:
     """Builds launchers that are not there yet, on every core; else the first launch of each waits.
 
     They are no part of what is packed: they belong to this machine's Python.
@@ -326,7 +340,7 @@ def _launchers(sources: Sequence[str], cache: Path) -> dict[str, Any]:
         )
 
     with knobs.cache.scope(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        knobs.cache.dir = str(cache.resolve())
+        knobs.cache.dir = str(folder.resolve())
         pending = [pool.submit(build_one, source) for source in sources]
     failed = [str(error) for future in pending if (error := future.exception())]
     row: dict[str, Any] = {"launchers": len(sources) - len(failed)}

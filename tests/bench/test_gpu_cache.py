@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,3 +274,15 @@ class TestLaunchers:
         assert len(built) == (0 if fails else 2)
         assert all(one.endswith(str(tmp_path / "there")) for one in built)
         assert ("no C compiler" in row.get("launchers_not_built", "")) == fails
+
+
+@pytest.mark.compile
+def test_what_tests_of_a_gpu_launch_is_compiled_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if knobs.runtime.interpret:
+        pytest.skip("Triton's compiler is off under TRITON_INTERPRET=1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(gpu_cache_make, "_FOLDERS", ("tests/kernels/test_pool.py",))
+    (kernel,) = gpu_cache_make.of_tests("first", 90, 1, time.time() + 100)
+    assert kernel.name == "_max_pool_kernel" and kernel.cubin.startswith(b"\x7fELF")
