@@ -51,21 +51,27 @@ def compiled(job: Job) -> list[Kernel]:
 
 
 def of_jobs(asked: Sequence[Job], workers: int, until: float) -> Iterator[Kernel]:
-    """The kernels of jobs, in their order, as far as there is time."""
+    """The kernels of jobs, in their order.
+
+    Raises:
+        TimeoutError: there was no time for the rest.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         pending = [pool.submit(compiled, job) for job in asked]
         try:
             for future in pending:
                 yield from future.result(max(0.0, until - time.time()))
-        except TimeoutError:
-            return
         finally:  # also where the caller has had enough
             pool.shutdown(cancel_futures=True)
 
 
 def of_tests(which: str, sm: int, workers: int, until: float) -> Iterator[Kernel]:
-    """What tests marked gpu launch: they run on the CPU, and no kernel is started."""
+    """What tests marked gpu launch: they run on the CPU, and no kernel is started.
+
+    Raises:
+        TimeoutError: there was no time for the rest.
+    """
     if find_spec("pytest") is None:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -79,14 +85,18 @@ def of_tests(which: str, sm: int, workers: int, until: float) -> Iterator[Kernel
             env={**os.environ, **told, "PYTHONPATH": path.rstrip(os.pathsep)},
             stdout=subprocess.DEVNULL,
         )
+        late = False
         try:
             process.wait(max(1.0, until - time.time()))
         except subprocess.TimeoutExpired:
+            late = True
             process.terminate()
             process.wait()
         for file in sorted(Path(folder).glob("*.pickle")):
             with suppress(EOFError, pickle.UnpicklingError):  # it was ended while it wrote
                 yield pickle.loads(file.read_bytes())
+        if late:
+            raise TimeoutError
 
 
 def make(
@@ -102,19 +112,22 @@ def make(
             did not fit only what is compiled already is counted, and no more is compiled.
 
     Returns:
-        How many kernels it holds of each part, and what was left out.
+        How many kernels it holds of each part, and of which not all for want of time or room.
     """
     started, archive, held = time.time(), Archive(path, key_here(sm), limit), {}
-    left_out: list[str] = []
+    left_out: dict[str, str] = {}
     for name, kernels in parts:
         before = archive.kernels
-        for kernel in () if archive.full else kernels():
-            archive.add(kernel)
-            if archive.full:
-                break
+        try:
+            for kernel in () if archive.full else kernels():
+                archive.add(kernel)
+                if archive.full:
+                    break
+        except TimeoutError:
+            left_out[name] = "time"
         archive.flush()
         held[name] = archive.kernels - before
-        left_out += [name] if archive.full else []
+        left_out |= {name: "room"} if archive.full else {}
         print(f"{name}: {held[name]} kernels, {archive.bytes / 2**20:.1f} MiB", flush=True)
     archive.close()
     return {
@@ -123,7 +136,7 @@ def make(
         "bytes": path.stat().st_size,
         "kernels": archive.kernels,
         "of": held,
-        "no_room_for_all_of": left_out,
+        "not_all_for_want_of": left_out,
         "launchers": archive.launchers,
         "seconds": round(time.time() - started, 1),
     }

@@ -206,10 +206,18 @@ class TestSize:
 
         parts = [(f"from {first}", lambda first=first: kernels(first)) for first in (0, 10, 20)]
         row = gpu_cache_make.make(parts, tmp_path / "a.tar.xz", 90, limit=14 * 2**16)
-        assert row["no_room_for_all_of"] == ["from 10", "from 20"]
+        assert row["not_all_for_want_of"] == {"from 10": "room", "from 20": "room"}
         of: Any = row["of"]
         assert of["from 0"] == 8 and 0 < of["from 10"] < 8 and of["from 20"] == 0
         assert max(compiled) < 20
+
+    def test_what_there_is_no_time_for_is_said(self, tmp_path: Path) -> None:
+        def kernels() -> Iterator[Kernel]:
+            yield noise(0)
+            yield from gpu_cache_make.of_jobs([SMALL[0]], 1, until=0.0)
+
+        row = gpu_cache_make.make([("a", kernels)], tmp_path / "a.tar.xz", 90)
+        assert (row["kernels"], row["not_all_for_want_of"]) == (1, {"a": "time"})
 
 
 class TestJobs:
