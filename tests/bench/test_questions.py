@@ -77,7 +77,7 @@ def test_a_case_that_fails_is_a_row_and_the_next_one_runs(
     ]
     monkeypatch.setattr(questions, "cases", lambda tiles, small: every)
     kept: list[dict[str, Any]] = []
-    run = SimpleNamespace(device=CPU, out=tmp_path, rows=lambda section: kept)
+    run = SimpleNamespace(device=CPU, out=tmp_path, groups=(), rows=lambda section: kept)
     for row in questions.questions(run):
         if not row.pop("asked", False):
             kept.append(row)
