@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +16,8 @@ from fastres.graph.kinds import unwrapped
 from fastres.options import DTYPE_OF, EIGHT_BITS, is_number
 from fastres.parity_layers import Batch, LayerCheck, find_first, on_device
 from fastres.parity_report import Comparison, ParityReport, Policy, notes_on
-from fastres.references import (
-    GraphReference,
-    InChains,
-    ModelReference,
-    PictureReference,
-    Reference,
-)
-from fastres.tolerances import FEW, FLOOR, NEIGHBOURS, Distance, errors, worse
+from fastres.references import GraphReference, ModelReference, PictureReference, Reference
+from fastres.tolerances import FLOOR, Distance
 from fastres.weights import oddity
 
 Named = Mapping[str, torch.Tensor]
@@ -132,9 +125,6 @@ def verify(
     )
 
 
-Tensors = dict[str, torch.Tensor]
-
-
 class _Check:
     """The whole model, batch by batch.
 
@@ -168,36 +158,12 @@ class _Check:
         self.images += len(batch[0])
         shapes = pytree.tree_structure(got), pytree.tree_structure(want)
         found = _tensors(got) if shapes[0] == shapes[1] else {}
-        if self._quantised is None and not self.policy.custom:
-            self._run_again(batch, found, baseline, oracle)
         for name, leaf in self._leaves.items():
             if name in found:
                 reason = self._dtype_reason(found[name], leaf.dtype)
                 leaf.add(batch, found[name], baseline[name], oracle[name], reason)
             else:
                 leaf.candidate.reason = f"returns {shapes[0]}, the reference {shapes[1]}"
-
-    def _run_again(self, batch: Batch, found: Tensors, baseline: Tensors, oracle: Tensors) -> None:
-        """Takes PyTorch's larger errors into the baseline, where one run of it says too little.
-
-        In fp32 it has two orders of summation. And the errors of few numbers are a draw that may be
-        small by luck: others are those of the same network on inputs next to these.
-        """
-        dtype = self.policy.dtype
-        if self.policy.by_chains and _beyond(found, baseline, oracle, dtype):
-            with InChains():
-                other = _tensors(self.reference.run(batch, dtype))
-            baseline.update({n: worse(x, other[n], oracle[n]) for n, x in baseline.items()})
-        beyond = _beyond(found, baseline, oracle, dtype)
-        few = [name for name in beyond if oracle[name].numel() < FEW]
-        for step in range(1, NEIGHBOURS + 1) if few else ():
-            near = tuple(_scaled(x, 1 + step * 2.0**-12) for x in batch)
-            exact = _tensors(self.reference.run(near, torch.float64))
-            with InChains() if self.policy.by_chains else nullcontext():
-                own = _tensors(self.reference.run(near, dtype))
-            for name in few:
-                moved = oracle[name] + (own[name].double() - exact[name])
-                baseline[name] = worse(baseline[name], moved, oracle[name])
 
     def rows(self) -> tuple[Comparison, ...]:
         return tuple(
@@ -300,19 +266,6 @@ def _batches(data: object, engine: Engine | None) -> Iterator[Batch]:
 def _run(candidate: Any, batch: Batch) -> Any:
     given = on_device(candidate, batch) if isinstance(candidate, Engine) else batch
     return candidate(*given)
-
-
-def _beyond(found: Tensors, baseline: Tensors, oracle: Tensors, dtype: torch.dtype) -> list[str]:
-    """A batch's outputs that are past their bound."""
-    return [
-        name
-        for name, got in found.items()
-        if not errors(got, oracle[name]).within(errors(baseline[name], oracle[name]), dtype)
-    ]
-
-
-def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
-    return x * factor if x.is_floating_point() else x
 
 
 def _planar(candidate: Any, batch: Batch) -> Batch:

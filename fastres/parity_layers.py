@@ -6,7 +6,7 @@ outputs only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,8 +23,8 @@ from fastres.graph.passes.thin_out import THINNED
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import TensorSpec, spec_of
 from fastres.parity_report import Bisection, Comparison, Policy
-from fastres.references import GraphReference, InChains, Reference, full_precision, in_chains
-from fastres.tolerances import Distance, worse
+from fastres.references import GraphReference, Reference, full_precision
+from fastres.tolerances import Distance
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -59,9 +59,15 @@ class LayerCheck:
         results = self._executable.run(on_device(self._engine, inputs))
         found = dict(zip(self._graph.outputs, results, strict=True))
         waiting = {node.origins[-1]: node.name for node in self._nodes}
-        expected = self._expected(inputs, waiting)
+        oracle = self._reference.walk(inputs, torch.float64)
+        if self._quantised is None:
+            pairs = zip(oracle, self._reference.walk(inputs, self._policy.dtype), strict=True)
+            both = ((origin, want, base) for (origin, want), (_, base) in pairs)
+        else:
+            known = self._quantised.nodes(inputs, self._policy.dtype, waiting)
+            both = ((origin, want, known.get(origin, want)) for origin, want in oracle)
         with full_precision():
-            for origin, want, base in expected:
+            for origin, want, base in both:
                 name = waiting.pop(origin, None)
                 if name is not None:
                     candidate_distance, baseline_distance = self._distances[name]
@@ -73,27 +79,6 @@ class LayerCheck:
                 f"the reference has no value named {some}: its layers can be compared only with "
                 "those of an engine compiled from the same model"
             )
-
-    def _expected(
-        self, inputs: Batch, names: Mapping[str, str]
-    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Every value by its origin: the oracle's, and the baseline's.
-
-        Iterated inside `full_precision()`, and called outside: it may export the model.
-
-        Args:
-            names: of the nodes, by their origins.
-        """
-        reference, dtype = self._reference, self._policy.dtype
-        exact = reference.walk(inputs, torch.float64)
-        if self._quantised is not None:
-            known = self._quantised.nodes(inputs, dtype, names)
-            return ((origin, want, known.get(origin, want)) for origin, want in exact)
-        usual = reference.walk(inputs, dtype)
-        if not self._policy.by_chains:
-            return ((o, want, base) for (o, want), (_, base) in zip(exact, usual, strict=True))
-        every = zip(exact, usual, in_chains(reference.walk(inputs, dtype)), strict=True)
-        return ((o, want, worse(a, b, want)) for (o, want), (_, a), (_, b) in every)
 
     def rows(self) -> tuple[Comparison, ...]:
         return tuple(
@@ -187,17 +172,14 @@ class _Cuts:
         found = executable.run(on_device(self._engine, inputs))[0]
         node = self._engine.graph[name]
         origin = node.origins[-1]
-        want, base = (self._value(origin, d) for d in (torch.float64, self._policy.dtype))
-        if self._policy.by_chains:
-            with InChains():
-                base = worse(base, self._value(origin, self._policy.dtype), want)
+        want, base = (
+            self._reference.values(self._inputs, dtype, {origin})[origin]
+            for dtype in (torch.float64, self._policy.dtype)
+        )
         candidate, baseline = self._policy.distance(), Distance()
         candidate.add(found, want)
         baseline.add(base, want)
         return self._policy.judge(name, op_name(node.op), candidate, baseline)
-
-    def _value(self, origin: str, dtype: torch.dtype) -> torch.Tensor:
-        return self._reference.values(self._inputs, dtype, {origin})[origin]
 
 
 def comparable(node: Node) -> bool:

@@ -58,11 +58,6 @@ class Policy:
     def custom(self) -> bool:
         return self.atol is not None or self.rtol is not None
 
-    @property
-    def by_chains(self) -> bool:
-        """Whether PyTorch's convolutions in channels_last count as well (`fastres.tolerances`)."""
-        return self.dtype == torch.float32 and not self.custom and not self.quantised
-
     def __str__(self) -> str:
         if self.custom:
             return f"|candidate - oracle| <= {self.atol or 0:g} + {self.rtol or 0:g} * |oracle|"

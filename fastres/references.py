@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain, islice
-from typing import Any, Protocol, TypeVar
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres import oracle
 from fastres.backends.reference import ReferenceExecutable
@@ -28,8 +27,6 @@ from fastres.options import Input
 from fastres.other_dtypes import InDtype
 
 Tensors = Sequence[torch.Tensor]
-_PICTURES = 4  # dimensions
-_T = TypeVar("_T")
 _SWITCHES = (  # torch.backends.<first>.<second>.fp32_precision
     ("cuda", "matmul"),
     ("cudnn", "conv"),
@@ -187,41 +184,6 @@ class GraphReference:
             self._executables[dtype] = ReferenceExecutable(self._graph, dtype)
         with full_precision():
             return self._executables[dtype].values([x.cpu() for x in inputs])
-
-
-class InChains(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, contiguous convolutions of pictures are computed in channels_last.
-
-    There oneDNN adds up an output's products in one chain (`fastres.tolerances`). What they give is
-    laid out contiguous again, so that nothing else changes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is not torch.ops.aten.convolution.default or not _is_plain(*args[:2]):
-            return func(*args, **(kwargs or {}))
-        x, *others = args
-        result = func(x.to(memory_format=torch.channels_last), *others, **(kwargs or {}))
-        return result.contiguous()
-
-
-def _is_plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are [N, C, H, W] in this order in memory."""
-    return all(tensor.dim() == _PICTURES and tensor.is_contiguous() for tensor in tensors)
-
-
-def in_chains(values: Iterator[_T]) -> Iterator[_T]:
-    """What an iterator gives, each next value computed inside `InChains`."""
-    while True:
-        with InChains():
-            found = list(islice(values, 1))
-        if not found:
-            return
-        yield found[0]
 
 
 @contextmanager
