@@ -32,10 +32,12 @@ from gpu_plans import EVERYTHING, PLANS, Asked
 from gpu_sections import NETS, PRECISIONS, SECTIONS, Row, Run, keep, latest
 
 from fastres.backends.triton.choosing import tiles_for
-from fastres.errors import is_interrupt
+from fastres.errors import DeviceLost, is_interrupt
 from fastres.options import Options
 
 INTERRUPTED = 130
+LOST = 3  # a section's status where the GPU answers its process no more
+RESTARTS = 3  # of a section whose GPU was lost
 BATCH_SIZES = (256, 1, 32, 8, 128)
 HUNG_S = 30  # after its time, a section is interrupted
 ENDING_S = SPARE_S + 5  # for a section to end then: it may have to end a command of its own
@@ -56,6 +58,8 @@ def work(section: str, run: Run) -> int:
         interrupt = is_interrupt(error)
         why = "interrupted" if interrupt else traceback.format_exc()[-2000:]
         run.keep(section, {"name": "stopped", "error": why})
+        if isinstance(error, DeviceLost):
+            return LOST
         return INTERRUPTED if interrupt else 1
     return int(any(map(_wrong, known.values())))
 
@@ -93,7 +97,8 @@ def _wrong(row: Row) -> bool:
 def drive(given: argparse.Namespace) -> int:
     """Every section in turn, within the budget."""
     plan = PLANS[given.plan]
-    end, status = time.time() + (given.budget or plan.budget), 0
+    budget = given.budget or plan.budget
+    end, status, more = time.time() + budget, 0, max(1.0, budget / plan.budget)
     if given.cache is not None:
         _unpack(given)
     sections = _asked(given)
@@ -103,11 +108,10 @@ def drive(given: argparse.Namespace) -> int:
             print(f"{section}: no time left", flush=True)
             continue
         alone = len(sections) == 1 or asked.seconds is None
-        limit = left if alone else min(left, asked.seconds or left)
+        limit = left if alone else min(left, more * (asked.seconds or left))
         told = [f"--{name}={value}" for name, value in _told(given, asked).items()]
         command = [sys.executable, __file__, *told, "--section", section]
-        command += ["--until", str(time.time() + limit)]
-        ended = _section(command, limit + HUNG_S)
+        ended = _restarted(section, command, time.time() + limit)
         if ended == INTERRUPTED:
             print(f"{section}: interrupted", flush=True)
             return INTERRUPTED
@@ -119,6 +123,23 @@ def drive(given: argparse.Namespace) -> int:
             print(f"{section}: {name} is wrong", flush=True)
             status = 1
     return status
+
+
+def _restarted(section: str, command: Sequence[str], until: float) -> int | None:
+    """A section's exit status; where its GPU is lost, another process goes on behind the question.
+
+    The row of that question is there, and wrong, so it is not asked again.
+    """
+    command = [*command, "--until", str(until)]
+    for left in reversed(range(RESTARTS + 1)):
+        ended = _section(command, until + HUNG_S - time.time())
+        if ended != LOST:
+            return ended
+        again = left and time.time() + 10 < until
+        print(f"{section}: the GPU was lost; {'goes on' if again else 'ends'} there", flush=True)
+        if not again:
+            break
+    return LOST
 
 
 def _unpack(given: argparse.Namespace) -> None:
@@ -184,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="where results go")
     parser.add_argument("--plan", choices=PLANS, default="all", help="what is asked, in order")
     parser.add_argument("--carry", type=Path, help="a folder kept up to date with the results")
-    parser.add_argument("--budget", type=float, help="seconds in all, in place of the plan's")
+    parser.add_argument("--budget", type=float, help="seconds in all; sections get more of more")
     parser.add_argument("--cache", type=Path, help="kernels that gpu_cache_make.py compiled")
     parser.add_argument("--only", help=f"some sections, in order, of {', '.join(SECTIONS)}")
     parser.add_argument("--device", default="cuda", help="cpu with TRITON_INTERPRET=1, for tests")

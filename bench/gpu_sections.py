@@ -77,6 +77,11 @@ class Run:
     until: float
     groups: Sequence[str] = ()  # of questions, those whose names begin so; all if empty
 
+    @property
+    def tuned(self) -> str:
+        """The network whose problems are tuned."""
+        return "resnet50" if "resnet50" in self.nets else self.nets[0]
+
     def rows(self, section: str) -> list[Row]:
         """Results of earlier runs and of this one, the last of each name."""
         return list(latest(self.out, section).values())
@@ -144,7 +149,7 @@ def compiling(run: Run) -> Iterator[Row]:
     jobs += [("plan", *net, batch, target, run.image_size) for net, batch in _plans(run)]
     jobs += [("question", case.name, target) for case in questions.cases(Tiles(target))]
     for batch in run.batch_sizes:
-        for version in ("v1.5", "v1"):
+        for version in _versions(run.tuned):
             jobs += [("tiles", p, target) for p in _problems(version, batch, run)]
     jobs += [("kernel", name_of(case), target) for case in kernel_cases.cases()]
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
@@ -210,12 +215,12 @@ def _parity(made: Callable[[], nn.Module], x: Tensor, precision: Precision, run:
 
 
 def tuning(run: Run) -> Iterator[Row]:
-    """The fastest right tile of every problem of ResNet-50, and which form of it is fastest."""
+    """The fastest right tile of every problem of a network, and which form of it is fastest."""
     this = this_machine(run.device)
     path = cache_path(this, str(run.out))
     table = read_table(path, this)
     for batch in sorted(run.batch_sizes, reverse=True):
-        for version in ("v1.5", "v1"):
+        for version in _versions(run.tuned):
             for problem in _problems(version, batch, run):
                 if problem.key in table.entries:
                     continue
@@ -242,14 +247,19 @@ def _tuned(problem: Problem, table: Table, path: Path, run: Run) -> Row:
 
 def _problems(version: str, batch: int, run: Run) -> list[Problem]:
     target = tiles_for(Options(), run.device).target
-    return problems(version, batch, run.precisions, run.image_size, target)
+    return problems(version, batch, run.precisions, run.image_size, target, run.tuned)
 
 
 def problems(
-    version: str, batch: int, precisions: Sequence[Precision], image_size: int, target: cost.Target
+    version: str,
+    batch: int,
+    precisions: Sequence[Precision],
+    image_size: int,
+    target: cost.Target,
+    net: str = "resnet50",
 ) -> list[Problem]:
-    """What plans of ResNet-50 want tiles for, in those of the precisions that are tuned."""
-    weights = models.resnet50(version=version, seed=0).state_dict()
+    """What plans of a network want tiles for, in those of the precisions that are tuned."""
+    weights = made(net, version).state_dict()
     shape = (batch, 3, image_size, image_size)
     graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
     tiles = Tiles(target)
@@ -274,7 +284,7 @@ def speed(run: Run) -> Iterator[Row]:
                 continue
             name = f"{version} batch {batch}{', torch.compile' if compiled else ''}"
             if not (yield {"name": name, "asked": True}):
-                yield {"name": name, **_raced(version, batch, modes, run)}
+                yield from answer(name, run.device, partial(_raced, version, batch, modes, run))
 
 
 def _raced(version: str, batch: int, modes: Sequence[str], run: Run) -> Row:
@@ -317,12 +327,15 @@ def profile(run: Run) -> Iterator[Row]:
         model = settled("resnet50", "v1.5", run).half()
         for precision in FAST:
             name = f"batch {batch} in {precision}"
-            if (yield {"name": name, "asked": True}):
-                continue
-            more = {"calibration": [x[:8].cpu()]} if precision == "int8" else {}
-            with _engine(model, x, precision, run, cache_dir=str(run.out), **more) as engine:
-                found = engine.profile(x)
-            yield {"name": name, "table": str(found), **found.to_dict()}
+            if not (yield {"name": name, "asked": True}):
+                yield from answer(name, run.device, partial(_profiled, model, x, precision, run))
+
+
+def _profiled(model: nn.Module, x: Tensor, precision: Precision, run: Run) -> Row:
+    more = {"calibration": [x[:8].cpu()]} if precision == "int8" else {}
+    with _engine(model, x, precision, run, cache_dir=str(run.out), **more) as engine:
+        found = engine.profile(x)
+    return {"table": str(found), **found.to_dict()}
 
 
 def _engine(

@@ -141,7 +141,7 @@ class TestTuning:
         tried = self.attempts(monkeypatch, {PROBLEMS[1]: fake.lose})
         status, rows = working(tmp_path, "tuning")
         tile = PROBLEMS[1].candidates(Target(90, 1))[0]
-        assert status == 1 and ended(rows, f"{second} with {tile}")
+        assert status == gpu.LOST and ended(rows, f"{second} with {tile}")
         assert rows[first]["us"] == 1000 and rows[first]["right"] is True
         assert rows[second]["right"] is False and str(tile) in rows[second]["why"]
         assert third not in rows and tried == [PROBLEMS[0]] * 2 + [PROBLEMS[1]]
@@ -213,7 +213,7 @@ class TestStem:
         asked = self.asking(fake, monkeypatch, folded=fake.lose)
         pixels, folded, boxes = forms_of(1)
         status, rows = working(tmp_path, "stem")
-        assert status == 1 and ended(rows, folded) and boxes not in rows
+        assert status == gpu.LOST and ended(rows, folded) and boxes not in rows
         assert rows[pixels]["right"] is True and rows[folded]["right"] is False
         fake.lost = False
         status, rows = working(tmp_path, "stem")
@@ -237,7 +237,7 @@ def test_a_question_that_breaks_the_gpu_ends_the_questions(
     every = [case("refused", fake.refuse), case("lost", fake.lose), case("well", lambda: None)]
     monkeypatch.setattr(questions, "cases", lambda tiles, small: every)
     status, rows = working(tmp_path, "questions")
-    assert status == 1 and ended(rows, "group, lost") and "group, well" not in rows
+    assert status == gpu.LOST and ended(rows, "group, lost") and "group, well" not in rows
     assert "invalid argument" in rows["group, refused"]["refused"]
     assert rows["group, lost"] | {"right": False, "group": "group"} == rows["group, lost"]
     fake.lost = False

@@ -175,6 +175,37 @@ def test_a_section_that_is_interrupted_ends_the_run(
     assert gpu.main(flags) == 130 and asked == ["facts"]
 
 
+def test_a_section_whose_gpu_is_lost_goes_on_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    ends = {"parity": [gpu.LOST, gpu.LOST, 1], "stem": [gpu.LOST] * 9, "facts": [0]}
+    asked: list[str] = []
+
+    def ended(command: list[str], seconds: float) -> int:
+        asked.append(command[-3])
+        return ends[command[-3]].pop(0)
+
+    monkeypatch.setattr(gpu, "_section", ended)
+    flags = [f"--out={tmp_path}", *SMALL, "--only=parity,stem,facts"]
+    assert gpu.main(flags) == 1
+    assert asked == ["parity"] * 3 + ["stem"] * (1 + gpu.RESTARTS) + ["facts"]
+    said = capsys.readouterr().out
+    assert said.count("goes on there") == 2 + gpu.RESTARTS and said.count("ends there") == 1
+
+
+def test_more_time_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    asked: dict[str, float] = {}
+    monkeypatch.setattr(gpu, "_section", lambda command, s: asked.update({command[-3]: s}) or 0)
+    for budget, longer in ((240, 1), (960, 4)):
+        assert gpu.main([f"--out={tmp_path}", *SMALL, "--plan=first", f"--budget={budget}"]) == 0
+        assert asked["families"] == pytest.approx(30 * longer + gpu.HUNG_S, abs=1)
+        assert asked["tuning"] == pytest.approx(budget + gpu.HUNG_S, abs=2)  # all that is left
+
+
 def test_a_section_that_hangs_is_interrupted_first(tmp_path: Path) -> None:
     import gpu
 

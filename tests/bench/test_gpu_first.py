@@ -17,7 +17,7 @@ from gpu_families import one_of_each
 from gpu_plans import FIRST, PLANS, SECOND
 
 SCRIPT = Path(gpu.__file__)
-TINY = ("--device=cpu", "--nets=cifar_resnet:8", "--image-size=32", "--batch-sizes=2")
+TINY = ("--device=cpu", "--nets=cifar_resnet:8", "--image-size=16", "--batch-sizes=2")
 
 
 class TestPlans:
@@ -121,21 +121,44 @@ class TestCarrying:
         assert [path.name for path in tmp_path.iterdir()] == ["gpu.jsonl"]
 
 
+PACK = """
+import sys
+from pathlib import Path
+import gpu_cache_make as cache
+from gpu_launches import jobs
+from gpu_plans import FIRST
+from fastres.kernels.cost import Target
+some = [job for job in jobs(FIRST, Target.typical(90)) if "elementwise" in str(job)][:2]
+cache.make([("some", lambda: iter([k for job in some for k in cache.compiled(job)]))],
+           Path(sys.argv[1]), 90)
+"""
+
+
 @pytest.mark.interpret
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
-def test_the_first_run_in_the_interpreter(tmp_path: Path) -> None:
-    out, carry = tmp_path / "out", tmp_path / "carry"
-    sections = "facts,compile,families,networks"
-    flags = [*TINY, "--plan=first", f"--out={out}", f"--carry={carry}", f"--only={sections}"]
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), *flags, "--budget=400"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+def test_the_first_run_in_the_interpreter_from_the_archive_to_the_rows(tmp_path: Path) -> None:
+    archive, out, carry = tmp_path / "kernels.tar.xz", tmp_path / "out", tmp_path / "carry"
+    here = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "TRITON_CACHE_DIR": str(tmp_path / "c")}
+    pack = [sys.executable, "-W", "ignore", "-c", PACK, str(archive)]
+    made = subprocess.run(
+        pack, capture_output=True, text=True, env={**here, "TRITON_INTERPRET": "0"}, timeout=200
+    )
+    assert made.returncode == 0, made.stderr
+    flags = [*TINY, "--plan=first", f"--out={out}", f"--carry={carry}", f"--cache={archive}"]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *flags, "--budget=2400"]
+    del here["TRITON_CACHE_DIR"]
+    done = subprocess.run(command, capture_output=True, text=True, env=here, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (carry / "gpu.jsonl").read_text().splitlines()]
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    for line in (carry / "gpu.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert "error" not in row, row
         found.setdefault(row["section"], []).append(row)
-    assert list(found) == sections.split(",")
+    assert list(found) == ["cache", *(asked.section for asked in FIRST.sections)]
+    (unpacked,) = found["cache"]
+    assert unpacked["kernels"] == len(list((out / "triton_cache").rglob("*.cubin"))) > 1
+    assert found["compile"][0]["reason"] == "Triton's interpreter compiles nothing"
     assert len(found["families"]) == len(one_of_each())
     answered = [row for row in found["families"] if "refused" not in row]
     assert all(row["right"] for row in answered) and len(answered) > 40
@@ -144,5 +167,15 @@ def test_the_first_run_in_the_interpreter(tmp_path: Path) -> None:
     for row in found["networks"]:
         assert row["right"] and row["rms"] <= row["allowed"]
         assert row["call_ms"] > 0 and row["replay_ms"] > 0 and len(row["steps"]) > 5
-    again = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    *asked, table = found["questions"]
+    for group in ("l2", "launch", "layout"):
+        answers = [row for row in asked if row["name"].startswith(group)]
+        assert answers and any(row.get("us", 0) > 0 for row in answers)
+        assert all(row["right"] for row in answers if "refused" not in row)
+        assert answers[0]["group"] in table["table"]
+    assert all(row["right"] and row["us"] > 0 for row in found["tuning"])
+    (tiles,) = carry.glob("tiles_*.json")
+    assert len(json.loads(tiles.read_text())["entries"]) == len(found["tuning"]) == 12
+    command.append("--only=networks,tuning")
+    again = subprocess.run(command, capture_output=True, text=True, env=here, timeout=100)
     assert again.returncode == 0 and "True" not in again.stdout  # all of it is known
