@@ -180,11 +180,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _asked(given: argparse.Namespace) -> list[Asked]:
-    """The sections of the plan, or those of all that were named."""
+    """The sections of the plan, or those that were named: as the plan has them, if it does."""
     if given.only is None:
         return list(PLANS[given.plan].sections)
-    known = {asked.section: asked for asked in EVERYTHING.sections}
-    return [known[section] for section in given.only.split(",")]
+    found: list[Asked] = []
+    for section in given.only.split(","):
+        own = [asked for asked in PLANS[given.plan].sections if asked.section == section]
+        found += own or [asked for asked in EVERYTHING.sections if asked.section == section]
+    return found
 
 
 def _told(given: argparse.Namespace, asked: Asked) -> dict[str, str]:

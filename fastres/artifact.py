@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -30,8 +31,10 @@ from fastres.backends.select import BACKENDS
 from fastres.calib.images import Preprocess
 from fastres.container import MANIFEST, SEAL, Container, defect, open_container, place, seal
 from fastres.container import write as write_container
+from fastres.engine_allowance import CallAllowance
 from fastres.errors import BackendUnavailable, GraphError, InputError
 from fastres.graph import serial
+from fastres.graph.allowance import Allowance
 from fastres.graph.ir import Graph
 from fastres.graph.specs import DTYPE_NAMES, DTYPES
 from fastres.manifest import (
@@ -56,6 +59,7 @@ from fastres.options import (
     Precision,
     Sizes,
     as_device,
+    integer,
 )
 from fastres.tolerances import FLOOR
 
@@ -119,6 +123,7 @@ class Contents:
     ignored_weights: tuple[str, ...] = ()
     compiled: Mapping[str, bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # on what a file names and this process does not know
+    size: int = 0  # bytes of the file that it was read from
 
 
 def save(engine: Engine, path: PathLike) -> None:
@@ -149,8 +154,12 @@ def load(
     device: str | torch.device | None = None,
     target: str | None = None,
     trust_engine: bool = False,
+    allow_aten: bool = True,
+    max_bytes: int | None = None,
 ) -> Engine:
     """Loads a saved engine; the model's code and torch.export are not needed.
+
+    Nothing of the file is run before the engine is called; see docs/security.md.
 
     Args:
         path: folder or file.
@@ -159,19 +168,30 @@ def load(
             machine without it: it can be inspected and saved, not called.
         trust_engine: whether machine code in the file may run: it can do anything that this
             process can. False compiles the kernels on this machine; `engine.info` says so.
+        allow_aten: whether the network may call operators of PyTorch, which `fastres inspect` names
+            `aten.…`: those without side effects, see `fastres.graph.operators`.
+        max_bytes: what a run may hold at once, in place of 64 MiB and 64 times the file; 256 times
+            the inputs that it is called with are added to either.
 
     Raises:
-        ArtifactError: the artifact is damaged, incomplete, or newer than this version.
-        InputError: `device` is none, or `trust_engine` is neither True nor False.
+        ArtifactError: the artifact is damaged, incomplete, or newer than this version, or a run of
+            it would take more than it may.
+        InputError: `device` is none, `trust_engine` or `allow_aten` is neither True nor False, or
+            `max_bytes` is no number of bytes.
         BackendUnavailable, UnsupportedError: its backend or precision cannot run on this machine.
     """
     from fastres.compiler import assemble
     from fastres.engine import Origin
 
-    if not isinstance(trust_engine, bool):
-        raise InputError(f"trust_engine is {trust_engine!r}; give True or False")
+    for name, value in (("trust_engine", trust_engine), ("allow_aten", allow_aten)):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}; give True or False")
+    if max_bytes is not None:
+        max_bytes = integer("max_bytes", max_bytes)
     wanted = as_device(device)
-    contents = read(path)
+    contents = read(path, allow_aten=allow_aten)
+    allowance = Allowance(contents.size, max_bytes)
+    shapes = _affordable(contents, allowance, place(path))
     try:
         with naming(place(path)):
             engine = assemble(
@@ -181,8 +201,10 @@ def load(
                 contents.inputs,
                 contents.preprocess,
                 CompiledParts(contents.compiled, trust_engine),
+                prepared=shapes,
             )
         engine.notes = contents.notes
+        engine.allowance = CallAllowance(engine.options, allowance)
         return engine
     except BackendUnavailable as error:
         built_for = contents.options.target
@@ -193,6 +215,25 @@ def load(
             f"target={built_for!r} (fastres inspect --target {built_for}) opens it here, to be "
             f"looked at\n{error}"
         ) from error
+
+
+def _affordable(contents: Contents, allowance: Allowance, path: Path) -> tuple[Sizes, ...]:
+    """For which shapes an engine is made ready: the usual ones, or the smallest if these are less.
+
+    Raises:
+        ArtifactError: even these would take more than the file may.
+    """
+    usual = tuple(entry.usual for entry in contents.inputs)
+    smallest = tuple((1, *entry.smallest[1:]) for entry in contents.inputs)
+    for shapes in (usual, smallest):
+        try:
+            for graph in (contents.graph, contents.source):
+                allowance.check(graph, shapes)
+            return shapes
+        except GraphError as error:
+            if shapes == smallest:
+                raise defect(path, str(error)) from error
+    raise AssertionError("one of both was tried last")
 
 
 def write(contents: Contents, path: PathLike) -> None:
@@ -214,8 +255,11 @@ def write(contents: Contents, path: PathLike) -> None:
     write_container(where, {MANIFEST: text, SEAL: seal(text), **files})
 
 
-def read(path: PathLike) -> Contents:
+def read(path: PathLike, *, allow_aten: bool = True) -> Contents:
     """Reads an artifact without lowering it for a backend.
+
+    Args:
+        allow_aten: see `load`.
 
     Raises:
         ArtifactError: as `load`.
@@ -229,7 +273,7 @@ def read(path: PathLike) -> Contents:
         raise defect(container.path, f"{WEIGHTS} cannot be read: {error}") from error
     try:
         inputs = tuple(_input(entry) for entry in manifest.inputs)
-        graph, source, notes = serial.decode(files[GRAPH], tensors, _sizes(inputs))
+        graph, source, notes = serial.decode(files[GRAPH], tensors, _sizes(inputs), allow_aten)
         options = _options(manifest.options)
     except (GraphError, InputError) as error:
         raise defect(container.path, f"its content contradicts itself: {error}") from error
@@ -245,6 +289,7 @@ def read(path: PathLike) -> Contents:
         manifest.ignored_weights,
         compiled,
         notes,
+        sum(container.sizes.values()),
     )
 
 

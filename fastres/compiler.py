@@ -25,7 +25,7 @@ from fastres.errors import (
     InputError,
     UnsupportedError,
 )
-from fastres.graph.batching import why_not_split
+from fastres.graph.batching import check_split
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.ir import BatchNorm, Graph, identity
 from fastres.graph.kinds import accepted
@@ -42,6 +42,7 @@ from fastres.options import (
     Oversize,
     PathLike,
     Precision,
+    Sizes,
     as_device,
 )
 from fastres.quantizing import Calibration, opened, settled_precision, table_of
@@ -309,6 +310,7 @@ def assemble(
     preprocess: Preprocess | None = None,
     compiled: CompiledParts | None = None,
     table: CalibrationTable | None = None,
+    prepared: tuple[Sizes, ...] | None = None,
 ) -> Engine:
     """Chooses a backend for an optimised graph, lowers it, and makes the engine.
 
@@ -317,6 +319,7 @@ def assemble(
     Args:
         compiled: what an executable of the same graph had to spare.
         table: to quantise the graph by, as the backend wants it.
+        prepared: shapes that a file's engine is made ready for; nothing of it is run here.
     """
     precision = options.precision or PRECISION_OF[graph.floating_dtype]
     wanted = options
@@ -337,6 +340,7 @@ def assemble(
                 preprocess,
                 compiled,
                 table,
+                prepared,
             )
         except UnsupportedError as error:
             names = order(wanted.backend, wanted.device, wanted.target)
@@ -356,20 +360,16 @@ def _assembled(
     preprocess: Preprocess | None,
     compiled: CompiledParts | None,
     table: CalibrationTable | None,
+    prepared: tuple[Sizes, ...] | None,
 ) -> Engine:
     """The engine on the backend that was chosen."""
     options = replace(options, device=choice.backend.device(options))
     if table is not None:
         assert options.precision is not None  # settled by `assemble`
         graph = choice.backend.quantise(graph, table, options.precision)
-    usual = tuple(i.usual for i in inputs)
+    usual = prepared or tuple(i.usual for i in inputs)
     if options.max_batch_size is not None and options.oversize == "split":
-        reason = why_not_split(graph, usual)
-        if reason is not None:
-            raise InputError(
-                f"{reason}, so a batch above max_batch_size={options.max_batch_size} cannot be run "
-                "in parts: pass oversize='error' to refuse such batches, or no max_batch_size"
-            )
+        check_split(graph, usual, options.max_batch_size, tried=prepared is None)
     promised = replace(options, promised_batch=max(i.largest[0] for i in inputs))
     executable, refused = lower(choice.backend, graph, promised, usual, compiled)
     return Engine(

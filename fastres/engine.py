@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from fastres.backends.base import Backend, CompiledParts, Executable, Refusal, elsewhere
 from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import ImageLike, Preprocess, batches
+from fastres.engine_allowance import CallAllowance
 from fastres.engine_info import EngineInfo, describe
 from fastres.engine_inputs import EngineInputs
 from fastres.engine_tracing import beside_compiler, refuse
@@ -92,6 +93,7 @@ class Engine:
         self._tree = self.graph.output_tree
         self._gives_one = self._tree.is_leaf()
         self._given = EngineInputs(self.graph, self.inputs, self.options)
+        self.allowance = CallAllowance(self.options)
         self._streams = OnStreams(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -144,6 +146,7 @@ class Engine:
             return beside_compiler(self.__call__, inputs, named)
         lowered = self._runnable()
         inputs, size = self._given.take(inputs, named)
+        self.allowance.check(lowered.graph, inputs)
         if size == 0:
             outputs = self._empty(lowered.graph, inputs)
         else:
@@ -292,6 +295,7 @@ class Engine:
         inputs, size = self._given.take(inputs, named)
         if size == 0:
             raise InputError("the batch is empty: there is nothing to profile")
+        self.allowance.check(lowered.graph, inputs)
         shapes = infer_shapes(lowered.graph, [tuple(x.shape) for x in inputs])
         executable = lowered.executable
         with traced(trace):
@@ -389,7 +393,7 @@ class Engine:
         # an output without the batch has values all the same, such as the mean of nothing
         try:
             return ReferenceExecutable(graph, torch.float32, self.device).run(inputs)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, InputError) as error:
             raise InputError(
                 f"the batch is empty, and the model has no result for it: {error}"
             ) from error

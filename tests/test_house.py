@@ -28,7 +28,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fastres.options", "fastres.models"),
     ("fastres.weights", "fastres.checkpoint_files", "fastres.checkpoints", "fastres.graph"),
     ("fastres.backends",),
-    ("fastres.engine", "fastres.engine_info", "fastres.engine_inputs", "fastres.engine_tracing"),
+    (
+        *("fastres.engine", "fastres.engine_info", "fastres.engine_inputs"),
+        *("fastres.engine_allowance", "fastres.engine_tracing"),
+    ),
     (
         "fastres.artifact",
         "fastres.container",

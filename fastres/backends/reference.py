@@ -9,6 +9,7 @@ import torch
 
 from fastres.backends.base import HERE_ONLY, Account, CompiledParts, NodeTime, Refusal
 from fastres.calib.table import CalibrationTable
+from fastres.errors import InputError, first_line
 from fastres.graph import aten
 from fastres.graph.export import no_autocast
 from fastres.graph.ir import (
@@ -199,7 +200,13 @@ def evaluate(
         scale = params["scale"]
         params["weight"] = meaning.dequantise(params["weight"], scale, scale.dtype)
     if isinstance(node.op, Aten):
-        return aten.call(node.op, inputs, dtype)
+        try:
+            return aten.call(node.op, inputs, dtype)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{node.name} ({node.op.overload}) cannot compute with these values: "
+                f"{first_line(error)}"
+            ) from error
     if isinstance(node.op, Normalize):
         op, made = node.op, dtype or node.spec.torch_dtype
         return meaning.normalize(inputs[0], op.mean, op.std, op.scale, op.flip, made)

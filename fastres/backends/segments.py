@@ -21,6 +21,7 @@ from fastres.backends.base import (
     Refusal,
 )
 from fastres.backends.reference import ReferenceExecutable
+from fastres.errors import GraphError
 from fastres.graph.ir import Dequantize, Graph, Node, Quantize, Value
 from fastres.graph.shapes import infer_shapes
 from fastres.options import DTYPE_OF, Options, Sizes
@@ -58,6 +59,8 @@ def split(graph: Graph, refused: Collection[str]) -> tuple[Segment, ...]:
                 rest.append(node)
         if taken:
             parts.append((taken, fallback))
+        elif not any(all(n in produced for n in _reads(node, pairs)) for node in rest):
+            raise GraphError(f"{rest[0].name} reads what nothing before it produces")
         pending, fallback = rest, not fallback
     return tuple(
         Segment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import msgspec
 import torch
 
 from fastres.errors import CaptureError, GraphError
+from fastres.graph import operators
 from fastres.graph.ir import Aten
 from fastres.graph.specs import DTYPE_NAMES, DTYPES, Shape, TensorSpec
 
@@ -53,6 +55,80 @@ class SizeOf(msgspec.Struct, frozen=True):
         return (self.dim, self.add, self.div, self.mul) == (0, 0, 1, 1)
 
 
+# what kinds of arguments are written as, of those that PyTorch would take a number for
+_OF_KIND = {"ScalarType": "dtype", "MemoryFormat": "memory_format", "Layout": "layout"}
+_DEEPEST, _LONGEST, _FARTHEST = 4, 4096, 2**63
+
+
+def check(name: str, op: Aten, inputs: int) -> None:
+    """What `call` takes for granted, because `encode` wrote it, but a file can say otherwise.
+
+    Args:
+        name: of the node.
+        inputs: how many values it reads.
+
+    Raises:
+        GraphError: the operator is none that a saved engine may call, or its arguments are not
+            written as `encode` does.
+    """
+    operator = resolve(op.overload)
+    reason = operators.refusal(operator)
+    if reason is not None:
+        raise GraphError(f"{name} calls {op.overload}, which no saved engine may: {reason}")
+    try:
+        given = msgspec.json.decode(op.args, type=list[Any])
+        named = msgspec.json.decode(op.kwargs, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise GraphError(f"{name} has arguments that cannot be read: {error}") from error
+    arguments = {each.name: str(each.real_type) for each in operator._schema.arguments}
+    if len(given) > len(arguments) or not set(named) <= set(arguments):
+        raise GraphError(f"{name} calls {op.overload} with other arguments than it takes")
+    kinds = []
+    for argument, arg in (*zip(arguments, given, strict=False), *named.items()):
+        found = _check(name, arg, inputs, 0)
+        kinds.append(found)
+        word = next((w for kind, w in _OF_KIND.items() if kind in arguments[argument]), None)
+        if word is not None and arg is not None and found != {word}:  # PyTorch takes any number
+            raise GraphError(f"{name} calls {op.overload} with {argument} {reprlib.repr(arg)}")
+    wanted = "input" if operators.takes_tensors(operator) else "size"
+    if not any(wanted in found for found in kinds):
+        raise GraphError(f"{name} calls {op.overload} with no {wanted} of a value of the graph")
+    if op.index is not None and not 0 <= op.index < _LONGEST:
+        raise GraphError(f"{name} stands for result {op.index} of {op.overload}")
+
+
+def _check(name: str, arg: Any, inputs: int, depth: int) -> set[str]:
+    """The kinds of what an argument holds."""
+    if isinstance(arg, list):
+        if depth == _DEEPEST or len(arg) > _LONGEST:
+            raise GraphError(f"{name} has an argument of {len(arg)} items, nested {depth} deep")
+        return set().union(*(_check(name, each, inputs, depth + 1) for each in arg))
+    if isinstance(arg, int) and not -_FARTHEST <= arg < _FARTHEST:
+        raise GraphError(f"{name} has the argument {arg}; numbers have 64 bits")
+    if not isinstance(arg, dict):
+        return set()
+    kind, value = next(iter(arg.items()), ("", None))
+    numbers: list[Any] = value if isinstance(value, list) else [value]
+    whole = all(type(n) is int and abs(n) < 2**31 for n in numbers)
+    fits = {
+        "input": whole and len(numbers) == 1 and 0 <= numbers[0] < inputs,
+        "size": whole
+        and len(numbers) in (4, 5)
+        and 0 <= numbers[0] < inputs
+        and min(numbers[1], *(n - 1 for n in numbers[3:])) >= 0,
+        "float": value in ("inf", "-inf", "nan"),
+        "dtype": isinstance(value, str) and value in DTYPES,
+        "device": isinstance(value, str),
+        "memory_format": isinstance(value, str) and value in _MEMORY_FORMATS,
+        "layout": value == "strided",
+    }
+    if len(arg) != 1 or not fits.get(kind, False):
+        raise GraphError(
+            f"{name} has the argument {reprlib.repr(arg)}, which no engine is saved with"
+        )
+    return {kind}
+
+
 def resolve(overload: str) -> torch._ops.OpOverload[..., Any]:
     """The operator behind a name such as `aten.roll.default`.
 
@@ -71,6 +147,12 @@ def resolve(overload: str) -> torch._ops.OpOverload[..., Any]:
     return operator
 
 
+def is_known(op: Aten) -> bool:
+    """Whether the meta device tells the shape of its result, and is safe to be asked."""
+    operator = resolve(op.overload)
+    return operators.refusal(operator) is None and not operators.same_as_first(operator)
+
+
 def call(
     op: Aten, inputs: Sequence[torch.Tensor], dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -78,7 +160,13 @@ def call(
 
     A device that the call names gives way to that of its inputs; a floating dtype that it names
     gives way to `dtype`, in which the whole graph is being run.
+
+    Raises:
+        GraphError: an argument or result is of a kind that no engine is saved with, or meta tensors
+            are given to an operator that may crash with them.
     """
+    if any(tensor.is_meta for tensor in inputs) and not is_known(op):
+        raise GraphError(f"{op.overload} is not asked on the meta device")
 
     def written(arg: Any) -> Any:
         value = _decode(arg, inputs)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from fastres.errors import InputError
 from fastres.graph import aten
 from fastres.graph.ir import Add, Aten, Graph, Mul, Node, Softmax
 from fastres.graph.shapes import infer_shapes
@@ -15,7 +16,28 @@ _PROBED = (5, 8)  # images in the batches on which an operation outside the IR i
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def why_not_split(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> str | None:
+def check_split(
+    graph: Graph, input_shapes: Sequence[Sequence[int]], largest: int, tried: bool = True
+) -> None:
+    """
+    Args:
+        largest: batch that is run as one.
+        tried: see `why_not_split`.
+
+    Raises:
+        InputError: running a batch in parts would give other results.
+    """
+    reason = why_not_split(graph, input_shapes, tried)
+    if reason is not None:
+        raise InputError(
+            f"{reason}, so a batch above max_batch_size={largest} cannot be run in parts: pass "
+            "oversize='error' to refuse such batches, or no max_batch_size"
+        )
+
+
+def why_not_split(
+    graph: Graph, input_shapes: Sequence[Sequence[int]], tried: bool = True
+) -> str | None:
     """Why running a batch in parts would give other results; None if it would not.
 
     The operations of the IR are known. One outside it must not compute with the batch size, and is
@@ -23,6 +45,7 @@ def why_not_split(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> str | 
 
     Args:
         input_shapes: a shape of each input to try them at; its batch size does not matter.
+        tried: False runs nothing, and leaves that to the first batch that is run in parts.
     """
     first = [value.spec.shape[0] for value in graph.inputs]
     batch = first[0]
@@ -35,7 +58,7 @@ def why_not_split(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> str | 
             continue  # computed from constants alone
         if node.spec.shape[:1] != (batch,):
             return f"{node.name} has the shape {node.spec}, which does not begin with the batch"
-        if _mixes(graph, node, images, shapes):
+        if _mixes(graph, node, images, shapes if tried else ()):
             return f"{node.name} mixes the images of a batch"
         images.add(node.name)
     loose = [name for name in graph.outputs if name not in images]

@@ -11,6 +11,7 @@ import torch.fx
 import torch.utils._pytree as pytree
 
 from fastres.errors import CaptureError
+from fastres.graph import operators
 from fastres.graph.ir import Op
 from fastres.graph.names import place_of
 from fastres.kernels.geometry import Pair
@@ -56,7 +57,7 @@ class Call:
                 "Write that part with operations on the whole batch"
             )
         self.schema = target._schema
-        self.tags = target.tags
+        self.operator = target
         self.overload = str(target)
         self.args: dict[str, Any] = {a.name: a.default_value for a in self.schema.arguments}
         names = [a.name for a in self.schema.arguments]
@@ -91,10 +92,7 @@ class Call:
     @property
     def is_random(self) -> bool:
         """Whether it draws random numbers: such a call, and no argument that switches it off."""
-        if torch.Tag.nondeterministic_seeded not in self.tags:
-            return False
-        switches = ("p", "dropout_p", "train", "training")
-        return all(self.args[name] for name in switches if name in self.args)
+        return operators.draws(self.operator, (), self.args)
 
     @property
     def changes_oddly(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,7 @@ class _Reader:
                 outputs = self._outputs(node)
             elif node.op != "placeholder" and node.op != "get_attr":
                 raise CaptureError(f"the program holds a {node.op} node ({node.name}), not an op")
+        self._settle(outputs)
         used = {n for node in self.nodes for n in (*node.inputs, *node.params.values())}
         graph = Graph(
             inputs=tuple(self.inputs),
@@ -142,6 +143,14 @@ class _Reader:
             output_tree=trees.of_program(self.program.call_spec.out_spec, outputs),
         )
         return Captured(laws.check(graph, "capture"), self.program, values)
+
+    def _settle(self, outputs: Collection[str | None]) -> None:
+        """What is made of numbers alone, as by torch.ones(3), is a constant like any other."""
+        for node in [n for n in self.nodes if not n.inputs and n.name not in outputs]:
+            assert isinstance(node.op, Aten)  # all others read something
+            with torch.no_grad():
+                self.constants[node.name] = aten.call(node.op, ())
+            self.nodes.remove(node)
 
     def _placeholders(self) -> None:
         nodes = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}

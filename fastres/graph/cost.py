@@ -22,8 +22,9 @@ def multiply_adds(node: Node, shapes: Shapes, graph: Graph) -> int:
     """
     if not isinstance(node.op, Conv2d | Linear):
         return 0
-    weight = graph.constants[node.params["weight"]]
-    return math.prod(shapes[node.name]) * math.prod(weight.shape[1:])
+    name = node.params["weight"]  # computed where it has not been folded yet
+    weight = shapes[name] if name in shapes else graph.constants[name].shape
+    return math.prod(shapes[node.name]) * math.prod(weight[1:])
 
 
 def traffic(node: Node, shapes: Shapes, graph: Graph, itemsize: int) -> int:

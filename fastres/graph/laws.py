@@ -8,7 +8,11 @@
 5. A variable size of a graph input is a bare symbol (N, H, W): an engine can only read those off.
 6. A Normalize makes a floating-point value of a graph input in uint8, which it alone reads.
 7. A Quantize makes 8 bits of a floating-point value, a Dequantize the reverse, by a finite positive
-   scale; a weight has 8 bits exactly where there is a scale, float32 [K].
+   scale; a weight has 8 bits exactly where there is a scale, float32 [K]. Nothing but a Dequantize
+   reads a Quantize, and no caller.
+8. Settings are numbers that the operation can have, of as many dimensions as its operand has.
+9. What has parameters computes in floating point, and so do they, but for weights of 8 bits; what
+   a node claims and what its call of PyTorch does are the same.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from fastres.graph.ir import (
     Op,
     Quantize,
 )
+from fastres.graph.settings import check_settings
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import EIGHT_BITS, Shape, Sym, TensorSpec, spec_of
 
@@ -43,20 +48,23 @@ _SLOTS: dict[type, tuple[set[str], set[str]]] = {
 }
 
 
-def check(graph: Graph, after: str = "capture") -> Graph:
+def check(graph: Graph, after: str = "capture", ask: bool = True) -> Graph:
     """Returns the graph if it is lawful.
+
+    Args:
+        ask: whether PyTorch is asked about its operators; else what they claim is believed.
 
     Raises:
         GraphError: names the law, the node, and the step after which it was broken.
     """
     try:
-        _check(graph)
+        _check(graph, ask)
     except GraphError as error:
         raise GraphError(f"after {after}: {error}") from error
     return graph
 
 
-def _check(graph: Graph) -> None:
+def _check(graph: Graph, ask: bool) -> None:
     shapes: dict[str, Shape] = {}
     fixed = set(graph.constants)
     for value in graph.inputs:
@@ -70,11 +78,22 @@ def _check(graph: Graph) -> None:
             if name not in shapes and name not in graph.constants:
                 raise GraphError(f"{node.name} reads {name}, which nothing before it produces")
         _check_operands(graph, node, fixed)
-        shape = node_shape(graph, node, shapes)
+        ranks = [len(shapes[n] if n in shapes else graph.constants[n].shape) for n in node.inputs]
+        check_settings(node.name, node.op, ranks)
+        asked = ask or not isinstance(node.op, Aten)
+        shape = node_shape(graph, node, shapes) if asked else node.spec.shape
         if shape != node.spec.shape:
             want = ", ".join(map(str, shape))
             raise GraphError(f"{node.name} claims {node.spec}, the shape rules say [{want}]")
         dtypes = {graph.spec(name).dtype for name in node.inputs}
+        params = (name for slot, name in node.params.items() if _is_plain(node, slot))
+        for spec in (node.spec, *map(graph.spec, params)) if node.params else ():
+            if not _is_real(spec):
+                raise GraphError(
+                    f"{node.name} computes with {spec}, expected floating-point numbers"
+                )
+        if isinstance(node.op, Aten) and node.op.result != node.spec:
+            raise GraphError(f"{node.name} claims {node.spec}, its call {node.op.result}")
         if isinstance(node.op, Normalize):
             _check_normalize(graph, node)
         elif isinstance(node.op, Quantize | Dequantize):
@@ -93,6 +112,11 @@ def _check(graph: Graph) -> None:
         raise GraphError(f"{len(graph.outputs)} outputs, but the output tree has {leaves} leaves")
 
 
+def _is_plain(node: Node, slot: str) -> bool:
+    """Whether a parameter is floating-point: all but weights of 8 bits."""
+    return "scale" not in node.params or slot != "weight"
+
+
 def _check_normalize(graph: Graph, node: Node) -> None:
     (name,) = node.inputs
     given = {value.name: value.spec.dtype for value in graph.inputs}.get(name)
@@ -107,6 +131,10 @@ def _check_quantised(graph: Graph, node: Node) -> None:
     whole, real = (node.spec, read) if isinstance(node.op, Quantize) else (read, node.spec)
     if whole.dtype not in EIGHT_BITS or not _is_real(real):
         raise GraphError(f"{node.name} makes {node.spec} of {read}, expected 8 bits and floating")
+    if isinstance(node.op, Quantize):
+        readers = graph.users().get(node.name, ())
+        if node.name in graph.outputs or not all(isinstance(n.op, Dequantize) for n in readers):
+            raise GraphError(f"{node.name} makes 8 bits, which only a Dequantize may read")
     if not (math.isfinite(node.op.scale) and node.op.scale > 0):
         raise GraphError(f"{node.name} has the scale {node.op.scale}, expected a positive number")
 

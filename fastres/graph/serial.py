@@ -18,8 +18,8 @@ import torch.utils._pytree as pytree
 
 from fastres.errors import GraphError
 from fastres.graph import aten, laws, trees
-from fastres.graph.ir import Aten, Conv2d, Graph, Node, Normalize, Op, Pad, Value, identity
-from fastres.graph.shapes import infer_shapes
+from fastres.graph.ir import Aten, Graph, Node, Pad, Value, identity
+from fastres.graph.need import need
 from fastres.graph.specs import DTYPE_NAMES, DTYPES, Dim, Sym, TensorSpec, spec_of
 from fastres.options import Sizes
 
@@ -108,13 +108,19 @@ def encode(graph: Graph, source: Graph) -> tuple[bytes, dict[str, torch.Tensor]]
         raise GraphError(f"the graph cannot be written as JSON: {error}") from error
 
 
-def decode(data: bytes, tensors: Mapping[str, torch.Tensor], sizes: Sequence[Sizes]) -> Decoded:
+def decode(
+    data: bytes,
+    tensors: Mapping[str, torch.Tensor],
+    sizes: Sequence[Sizes],
+    allow_aten: bool = True,
+) -> Decoded:
     """Reads both graphs back; the source's weights come to lie on the meta device.
 
     Args:
         data: JSON as `encode` writes it; nothing is taken on trust.
         tensors: the table of tensors, by stored name.
         sizes: of the inputs; both graphs must be able to take them.
+        allow_aten: whether the graph that runs may call operators of PyTorch.
 
     Raises:
         GraphError: the JSON is not what this version writes, the tensors do not fit it, or a graph
@@ -123,6 +129,10 @@ def decode(data: bytes, tensors: Mapping[str, torch.Tensor], sizes: Sequence[Siz
     document = strict(data, Document)
     for entry in (document.graph, document.source):
         _check_entry(entry)
+    called = {n.name: n.op.overload for n in document.graph.nodes if isinstance(n.op, Aten)}
+    if called and not allow_aten:
+        some = ", ".join(f"{name} ({overload})" for name, overload in list(called.items())[:5])
+        raise GraphError(f"it calls operators of PyTorch, which allow_aten=False refuses: {some}")
     own = {entry.stored: entry for entry in document.source.constants.values()}
     if sorted(document.kept) != sorted(name for name in own if _KEPT + name in tensors):
         raise GraphError("the constants kept of the source are not those among the weights")
@@ -228,8 +238,8 @@ def _graph(entry: GraphEntry, tensors: Mapping[str, torch.Tensor], tree: pytree.
 
 def _lawful(graph: Graph, sizes: Sequence[Sizes], which: str) -> Graph:
     try:
-        laws.check(graph, f"loading the {which}")
-        infer_shapes(graph, sizes)
+        laws.check(graph, f"loading the {which}", ask=False)
+        need(graph, sizes)  # which asks PyTorch, watched
         return graph
     except GraphError:
         raise
@@ -256,7 +266,8 @@ def _check_entry(entry: GraphEntry) -> None:
         if math.prod(d for d in spec.shape if isinstance(d, int)) >= _HUGE:
             raise GraphError(f"{name} is {spec}: more elements than any memory holds")
     for node in entry.nodes:
-        _check_settings(node.name, node.op)
+        if isinstance(node.op, Aten):
+            aten.check(node.name, node.op, len(node.inputs))
 
 
 def _specs(entry: GraphEntry) -> Iterator[tuple[str, TensorSpec]]:
@@ -275,20 +286,3 @@ def _smallest(dim: Dim) -> int:
     if isinstance(dim, Sym):
         return 0 if dim.div > 0 and dim.mul > 0 else -1
     return dim
-
-
-def _check_settings(name: str, op: Op) -> None:
-    for setting in ("kernel", "stride", "dilation", "steps"):
-        if any(size < 1 for size in getattr(op, setting, ())):
-            raise GraphError(f"{name} has {setting} {getattr(op, setting)}; it must be above 0")
-    for setting in ("padding", "before", "after"):
-        if any(size < 0 for size in getattr(op, setting, ())):
-            raise GraphError(f"{name} has {setting} {getattr(op, setting)}; it must not be below 0")
-    if isinstance(op, Conv2d) and op.groups < 1:
-        raise GraphError(f"{name} has {op.groups} groups; it must have at least 1")
-    if isinstance(op, Normalize) and min(op.std) <= 0:
-        raise GraphError(f"{name} has std {op.std}; it must be above 0")
-    if isinstance(op, Aten):
-        aten.resolve(op.overload)  # the laws need not look at it where sizes are open
-        if op.overload.startswith("aten.from_file"):
-            raise GraphError(f"{name} would open a file ({op.overload}); a network has no need to")

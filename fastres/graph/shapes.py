@@ -52,8 +52,9 @@ def infer_shapes(graph: Graph, input_shapes: Sequence[Sequence[int]]) -> dict[st
         if isinstance(dim, Sym) and isinstance(size, int)
     }
     for node in graph.nodes:
-        if isinstance(node.op, Aten) and any(0 in shapes.get(name, ()) for name in node.inputs):
-            # an empty batch: some of PyTorch's operators refuse it
+        if isinstance(node.op, Aten) and (
+            not aten.is_known(node.op) or any(0 in shapes.get(name, ()) for name in node.inputs)
+        ):  # an empty batch: some of PyTorch's operators refuse it
             shapes[node.name] = tuple(
                 d.at(symbols[Sym(d.symbol)]) if isinstance(d, Sym) else d
                 for d in node.op.result.shape
@@ -289,7 +290,7 @@ def _(op: Slice, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
     out: list[Dim] = []
     for size, start, stop, step in zip(inputs[0], op.starts, op.stops, op.steps, strict=True):
         if isinstance(size, Sym):
-            if stop is not None:
+            if stop is not None or start < 0:
                 raise GraphError("a slice that ends inside a variable size is not supported")
             out.append(_floordiv(_plus(size, step - 1 - start), step))
         else:
@@ -298,20 +299,16 @@ def _(op: Slice, inputs: Sequence[Shape], params: Mapping[str, Sizes]) -> Shape:
 
 
 def _aten_shape(op: Aten, inputs: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> Shape:
-    """PyTorch's own answer, or while sizes are open the exporter's."""
+    """PyTorch's own answer; the exporter's while sizes are open, or where it cannot be asked."""
     shapes = [[size for size in shape if isinstance(size, int)] for shape in inputs]
     if [len(shape) for shape in shapes] != [len(shape) for shape in inputs]:
         return op.result.shape
 
-    def answer(device: str) -> Shape:
-        pairs = zip(shapes, dtypes, strict=True)
-        operands = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in pairs]
-        return tuple(aten.call(op, operands).shape)
-
+    if not aten.is_known(op):
+        return op.result.shape
+    pairs = zip(shapes, dtypes, strict=True)
+    operands = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in pairs]
     try:
-        try:
-            return answer("meta")
-        except NotImplementedError:  # of fake quantisation PyTorch has no kernel for these
-            return answer("cpu")
+        return tuple(aten.call(op, operands).shape)
     except Exception as error:  # PyTorch raises many kinds where a call does not fit
         raise GraphError(str(error).strip().partition("\n")[0]) from error
