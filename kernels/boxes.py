@@ -85,7 +85,7 @@ class BoxTile:
     def __str__(self) -> str:
         box = f"({self.tn},{self.th},{self.tw})x{self.block_n}x{self.block_k}"
         split = f" split {self.split_k}" if self.split_k > 1 else ""
-        split += " last adds" if self.last_adds else ""
+        split += " last" if self.last_adds else ""
         return f"{box} w{self.num_warps} s{self.num_stages}{split} p{self.programs_per_sm}"
 
     @property

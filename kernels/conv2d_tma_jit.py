@@ -28,7 +28,7 @@ def conv2d_tma_kernel(
     bias_ptr,
     residual,  # [N, P, Q, K]
     y,  # [N, P, Q, K], or [SPLIT_K, N, P, Q, K] of 32 bits
-    parts_ptr,  # memory for parts that the last one to arrive adds, and their counters
+    parts_ptr,  # of a split depth whose parts are added here: `last_block_jit`
     counters_ptr,
     residual_scale,
     out_scale,
@@ -112,13 +112,13 @@ def conv2d_tma_kernel(
         if SPLIT_K > 1 and counters_ptr is None:  # the epilogue is the second kernel's
             y.store([part, n0, p0, q0, k0], acc.T.reshape(1, BOX_N, BOX_P, BOX_Q, BLOCK_N))
         elif SPLIT_K == 1 or is_last(acc.T, parts_ptr, counters_ptr, tile, SUMS, SPLIT_K):
-            total = acc.T
+            total = acc
             if SPLIT_K > 1:
-                total = sum_in_order(parts_ptr, tile, SUMS, SPLIT_K, BLOCK_M, BLOCK_N)
+                total = sum_in_order(parts_ptr, tile, SUMS, SPLIT_K, BLOCK_M, BLOCK_N).T
             scale = None
             bias = None
             if scale2_ptr is not None:
-                total = (first + _scaled(acc, scale2_ptr, None, k, K)).T
+                total = first + _scaled(acc, scale2_ptr, None, k, K)
             else:
                 if scale_ptr is not None:
                     scale = tl.load(scale_ptr + k, mask=k < K, other=0.0)
@@ -127,7 +127,7 @@ def conv2d_tma_kernel(
             r = None
             if residual is not None:
                 r = residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N)
-            v = apply_epilogue(total, bias, r, ACTIVATION, scale, residual_scale, out_scale)
+            v = apply_epilogue(total.T, bias, r, ACTIVATION, scale, residual_scale, out_scale)
             v = round_to(v, y.dtype, ROUND_TF32)
             y.store([n0, p0, q0, k0], v.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
         tile += tl.num_programs(0)

@@ -124,7 +124,7 @@ class TestWhatThereIs:
         for name, case in CASES.items():
             posed = case.pose(SM_90, META)
             assert posed.calls and case.shape and case.layout, name
-            last, splits = " last adds" in posed.tiles, " split " in posed.tiles
+            last, splits = " last " in posed.tiles, " split " in posed.tiles
             assert (len(posed.calls) == 2) == (splits and not last), name
             if case.family.startswith("split_k"):
                 assert splits and last == case.family.endswith("last")

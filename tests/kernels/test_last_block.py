@@ -178,7 +178,8 @@ def test_the_bits_of_a_second_kernel_again_and_again(posed, case):
         memory = given.memory(tile)
         launches = given.launches(tile, out, sm_count, memory)
         assert len(launches) == 1
-        for _ in range(2):  # the counters are those that the first left behind
+        # the counters are those that the run before left behind; a race does not show at once
+        for _ in range(2 if given.device.type == "cpu" else 50):
             assert torch.equal(given.result(launches, out), wanted)
             assert not memory["counters"].any() and len(memory["counters"]) > 0
             rest = memory["around"].cpu()
