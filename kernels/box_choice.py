@@ -25,7 +25,7 @@ _LATENCY = 0.8e-6  # seconds from asking for a box to having it; a guess, as the
 _TILE_OVERHEAD = 1.35e-6  # seconds to fill the pipeline of one tile and to start its epilogue
 _SECOND_KERNEL = 2.0e-6  # seconds that the kernel which sums the parts of a split adds by itself
 _ARRIVAL = 1.0e-6  # seconds from having the last part of a sum to reading the first; a guess
-_ALONE = 2.0  # times its share of L2's rate, what an SM loads while others do not; a guess, of 2.6
+_ALONE = 2.0  # what an SM loads while few others do, in shares of L2's rate; a guess
 _REGISTERS = 65_536  # of one SM, 32 bits each
 _RESERVED = 1024  # bytes of shared memory the driver takes from each block
 
