@@ -31,6 +31,7 @@ from fastres.backends.triton.plan import Plan as NetworkPlan
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.table import Tiles, shipped_for
 from fastres.backends.triton.trial_eight_bits import make_trial
+from fastres.backends.triton.tune import tiles_to_try
 from fastres.graph.capture import capture
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.cost import Target
@@ -110,7 +111,7 @@ def _of_question(name: str, target: Target) -> Iterator[Launch]:
 
 
 def _of_tile(problem: Problem, rank: int, target: Target) -> Iterator[Launch]:
-    for tile in problem.candidates(target)[rank : rank + 1]:
+    for tile in tiles_to_try(problem, target)[rank : rank + 1]:
         yield from make_trial(problem, META).launches(tile, target)
 
 

@@ -89,13 +89,14 @@ class ProductCase:
     """A kernel that multiplies matrices: a problem that plans have tiles for.
 
     Args:
-        split: whether the depth is cut into parts, which a second kernel sums.
+        last_adds: of a depth that is cut into parts: whether the last one's program sums them, or
+            a second kernel; None where tiles say whether it is cut.
     """
 
     family: str
     layer: str
     problem: Problem
-    split: bool = False
+    last_adds: bool | None = None
     layout: str = "NHWC"
 
     @property
@@ -131,11 +132,13 @@ class ProductCase:
         return Posed(trial.launches(tile, tiles.target), trial.difference, str(tile))
 
     def _tile(self, tiles: Tiles) -> AnyTile:
-        """The best that is known, or of those that split the depth the best by estimate."""
-        if not self.split:
+        """The best that is known, or of those that split the depth so the best by estimate."""
+        if self.last_adds is None:
             return tiles.best(self.problem).tile
-        candidates = self.problem.candidates(tiles.target)
-        return next(tile for tile in candidates if isinstance(tile, BoxTile) and tile.split_k > 1)
+        boxes = (
+            tile for tile in self.problem.candidates(tiles.target) if isinstance(tile, BoxTile)
+        )
+        return next(x for x in boxes if x.split_k > 1 and x.last_adds == self.last_adds)
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,8 @@ def _boxes() -> Iterator[KernelCase]:
         for kind in ("fp16", "int8"):
             shape = replace(BOXES[name].shape, n=1)
             problem = Problem("boxes", shape, kind, residual=BOXES[name].residual)
-            yield ProductCase("split_k", name, problem, split=True)
+            yield ProductCase("split_k", name, problem, last_adds=False)
+            yield ProductCase("split_k+last", name, problem, last_adds=True)
 
 
 def _precisions(name: str, quantised: bool = True) -> Iterator[tuple[Precision, Iterable[int]]]:

@@ -15,11 +15,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.table import Tiles
 from fastres.kernels.bottleneck_chain import chain_launch
-from fastres.kernels.boxes import BoxTile, workspace_bytes
+from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainShape, ChainTile, chain_cost
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.launch import Launch, is_interpreted
+from fastres.kernels.parts import new_parts
 
 _LOADED = 4e9  # bytes that a pass of the question about L2 loads
 _BUFFER = 16 << 20  # bytes it loads them from: well within L2
@@ -184,7 +185,6 @@ def _pose_chain(s: ChainShape, tiles: Tiles, way: str, device: torch.device) -> 
         shape = ConvShape(*x.shape, len(w), side, side, padding=(side // 2, side // 2))
         tile = tiles.best(Problem("boxes", shape, "fp16", residual=r is not None)).tile
         assert isinstance(tile, BoxTile)
-        room = workspace_bytes(shape, tile) // 4
         calls += conv2d_tma_launches(
             x,
             w.flatten(1),
@@ -195,7 +195,7 @@ def _pose_chain(s: ChainShape, tiles: Tiles, way: str, device: torch.device) -> 
             target=target,
             activation=relu,
             tile=tile,
-            workspace=torch.empty(room, device=device),
+            **new_parts(shape, tile, x),
         )
         chosen.append(str(tile))
     return Posed(calls, wrong, "; ".join(chosen))

@@ -31,7 +31,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 PLANS = "compiled_triton_plans.json"
 FILES = (KERNELS, CODE, PLANS, GRAPH, WEIGHTS)
 _MARGIN, _FOLDED = (2, 1), 16  # of a folded picture, as in fastres.kernels.folding
-_ELEMENTS = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "int8": "i1"}
+_ELEMENTS = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "int8": "i1", "int32": "i4"}
 
 
 class Gpu(Protocol):

@@ -13,7 +13,7 @@ import torch
 from fastres.kernels.aot import MATRIX, TYPES, compile_launch, fits
 from fastres.kernels.bottleneck_chain import ChainScales, chain_launch
 from fastres.kernels.box_choice import choose_box_tile
-from fastres.kernels.boxes import Projection, workspace_bytes
+from fastres.kernels.boxes import Projection
 from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
@@ -25,6 +25,7 @@ from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import to_nchw_launch, to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
+from fastres.kernels.parts import new_parts
 from fastres.kernels.pool import avg_pool_launch, max_pool_launch
 from fastres.kernels.quantised import is_bytes
 from fastres.kernels.space_to_depth import space_to_depth_launch
@@ -317,7 +318,8 @@ def chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> Com
 def boxes_cases(
     name: str, boxes: Boxes, n: int, dtype: torch.dtype, sm: int
 ) -> Iterator[CompileCase]:
-    """One case, and one for the sum of the parts where the depth is split."""
+    """One case; where the depth is split both ways to add up its parts, the second kernel's and
+    the last part's."""
     shape, projection, target = replace(boxes.shape, n=n), boxes.projection, Target.typical(sm)
     y_sizes, depth, x2 = (n, shape.p, shape.q, shape.k), shape.r * shape.s * shape.c, None
     if projection is not None:
@@ -330,27 +332,30 @@ def boxes_cases(
         scales["residual_scale"] = 0.125
     if projection is not None:
         scales["scale2"] = meta(shape.k, dtype=torch.float32)
-    sums = torch.int32 if dtype == torch.int8 else torch.float32
-    launches = conv2d_tma_launches(
-        meta(n, shape.h, shape.w, shape.c, dtype=dtype),
-        meta(shape.k, depth, dtype=dtype),
-        meta(shape.k, dtype=torch.float32),
-        meta(*y_sizes, dtype=dtype) if boxes.residual else None,
-        meta(*y_sizes, dtype=dtype),
-        shape=shape,
-        target=target,
-        x2=x2,
-        stride2=(1, 1) if projection is None else projection.stride,
-        activation="relu",
-        tile=tile,
-        workspace=meta(workspace_bytes(shape, tile) // 4, dtype=sums),
-        allow_tf32=dtype == torch.float32,
-        **(scales if is_bytes(dtype) else {}),
-    )
-    kind = "tf32" if dtype == torch.float32 else TYPES[dtype]
-    for launch, part in zip(launches, ("", ".sum"), strict=False):
-        launch = launch.rounded() if kind == "tf32" else launch
-        yield CompileCase(f"{name}.boxes{part}-b{n}-{kind}", launch)
+    x, kind = meta(n, shape.h, shape.w, shape.c, dtype=dtype), TYPES[dtype]
+    kind = "tf32" if dtype == torch.float32 else kind
+    names = {False: ("", ".sum"), True: (".last",)} if tile.split_k > 1 else {False: ("",)}
+    for last_adds, parts in names.items():
+        tile = replace(tile, last_adds=last_adds)
+        launches = conv2d_tma_launches(
+            x,
+            meta(shape.k, depth, dtype=dtype),
+            meta(shape.k, dtype=torch.float32),
+            meta(*y_sizes, dtype=dtype) if boxes.residual else None,
+            meta(*y_sizes, dtype=dtype),
+            shape=shape,
+            target=target,
+            x2=x2,
+            stride2=(1, 1) if projection is None else projection.stride,
+            activation="relu",
+            tile=tile,
+            allow_tf32=dtype == torch.float32,
+            **new_parts(shape, tile, x, projection),
+            **(scales if is_bytes(dtype) else {}),
+        )
+        for launch, part in zip(launches, parts, strict=True):
+            launch = launch.rounded() if kind == "tf32" else launch
+            yield CompileCase(f"{name}.boxes{part}-b{n}-{kind}", launch)
 
 
 def meta(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ from functools import cache
 from fastres.kernels.boxes import (
     BoxTile,
     Projection,
+    counter_bytes,
     input_channels,
     tile_refusal,
     walk_shape,
@@ -23,6 +24,8 @@ from fastres.kernels.tiles import least_depth
 _LATENCY = 0.8e-6  # seconds from asking for a box to having it; a guess, as the two below
 _TILE_OVERHEAD = 1.35e-6  # seconds to fill the pipeline of one tile and to start its epilogue
 _SECOND_KERNEL = 2.0e-6  # seconds that the kernel which sums the parts of a split adds by itself
+_ARRIVAL = 1.0e-6  # seconds from having the last part of a sum to reading the first; a guess
+_ALONE = 2.0  # what an SM loads while few others do, in shares of L2's rate; a guess
 _REGISTERS = 65_536  # of one SM, 32 bits each
 _RESERVED = 1024  # bytes of shared memory the driver takes from each block
 
@@ -65,10 +68,19 @@ def box_candidates(
     block_k = _depth(input_channels(shape, projection), itemsize)
     walk = walk_shape(shape, projection)
     tiles = (
-        BoxTile(*_best_box(pixels, walk), block_n, block_k, num_warps, num_stages, split_k)
+        BoxTile(
+            *_best_box(pixels, walk),
+            block_n,
+            block_k,
+            num_warps,
+            num_stages,
+            split_k,
+            last_adds=last_adds,
+        )
         for pixels, block_n, num_warps in _BLOCKS
         for num_stages in _STAGES
         for split_k in _SPLITS
+        for last_adds in ((False, True) if split_k > 1 else (False,))
     )
     return [
         replace(tile, programs_per_sm=_resident(tile, shape, itemsize, target, projection, fp8))
@@ -137,8 +149,8 @@ def box_work(
         bytes=itemsize * (x + shape.k * depth) + results,
         l2=steps * tile.stage_bytes(itemsize)
         + results
-        + 2 * workspace_bytes(shape, tile),  # written once and read once
-        launches=2 if tile.split_k > 1 else 1,
+        + 2 * workspace_bytes(shape, tile, projection),  # written once and read once
+        launches=2 if tile.split_k > 1 and not tile.last_adds else 1,
     )
 
 
@@ -175,7 +187,21 @@ def box_seconds(
     drains = _cdiv(tiles, resident) * _TILE_OVERHEAD  # others resident go on meanwhile
     moved = busiest * max(work.arithmetic_seconds(target, itemsize), work.l2_seconds(target))
     seconds = max(work.memory_seconds(target), moved, tiles * latency) + drains
-    return seconds + (_SECOND_KERNEL if tile.split_k > 1 else 0.0)
+    return seconds + _adding_seconds(tile, shape, target, projection)
+
+
+def _adding_seconds(
+    tile: BoxTile, shape: ConvShape, target: Target, projection: Projection | None
+) -> float:
+    """From the last part of a split depth to the sum: a second kernel's, or one SM's, which loads
+    all parts of a tile by itself."""
+    if tile.split_k == 1:
+        return 0.0
+    if not tile.last_adds:
+        return _SECOND_KERNEL
+    sums = _cdiv(counter_bytes(shape, tile, projection) // 4, target.sm_count)  # of the busiest SM
+    loaded = sums * tile.split_k * tile.result_bytes(4)
+    return _ARRIVAL + loaded / (_ALONE * target.l2_bytes)
 
 
 def _part(tile: BoxTile, shape: ConvShape, projection: Projection | None) -> int:

@@ -43,8 +43,10 @@ class BoxTile:
         block_k: input channels a step of the K-loop; a step lies within one filter tap.
         num_warps: warps of 32 threads.
         num_stages: depth of the software pipeline.
-        split_k: parts the depth is cut into, each a tile of its own, summed by a second kernel.
+        split_k: parts the depth is cut into, each a tile of its own.
         programs_per_sm: programs launched for each SM; together they walk over all tiles.
+        last_adds: whether the parts are added by the program that stores the last of them, and not
+            by a second kernel.
     """
 
     tn: int
@@ -56,6 +58,7 @@ class BoxTile:
     num_stages: int
     split_k: int = 1
     programs_per_sm: int = 1
+    last_adds: bool = False
 
     def __post_init__(self) -> None:
         sides = (self.tn, self.th, self.tw, self.block_n, self.block_k)
@@ -76,10 +79,13 @@ class BoxTile:
                 f"num_stages is {self.num_stages}, split_k {self.split_k}, programs_per_sm "
                 f"{self.programs_per_sm}; expected each to be at least 1"
             )
+        if self.last_adds and self.split_k == 1:
+            raise ValueError("last_adds is set with split_k 1: there are no parts to add")
 
     def __str__(self) -> str:
         box = f"({self.tn},{self.th},{self.tw})x{self.block_n}x{self.block_k}"
         split = f" split {self.split_k}" if self.split_k > 1 else ""
+        split += " last" if self.last_adds else ""
         return f"{box} w{self.num_warps} s{self.num_stages}{split} p{self.programs_per_sm}"
 
     @property
@@ -235,10 +241,23 @@ def tile_refusal(
     return None
 
 
-def workspace_bytes(shape: ConvShape, tile: BoxTile) -> int:
-    """Bytes of workspace `conv2d_tma` needs: 32 bits for each part of a split depth, or nothing."""
-    parts = tile.split_k if tile.split_k > 1 else 0
-    return 4 * parts * shape.n * shape.p * shape.q * shape.k
+def workspace_bytes(shape: ConvShape, tile: BoxTile, projection: Projection | None = None) -> int:
+    """Bytes of workspace `conv2d_tma` needs: 32 bits for each part of a split depth, or nothing.
+
+    For a second kernel parts lie as the output does; where the last one adds, each in one piece.
+    """
+    if tile.split_k == 1:
+        return 0
+    if tile.last_adds:
+        return 4 * tile.tiles(walk_shape(shape, projection)) * tile.pixels * tile.block_n
+    return 4 * tile.split_k * shape.n * shape.p * shape.q * shape.k
+
+
+def counter_bytes(shape: ConvShape, tile: BoxTile, projection: Projection | None = None) -> int:
+    """Bytes of counters `conv2d_tma` needs: 32 bits for each sum whose last part adds up all."""
+    if not tile.last_adds:
+        return 0
+    return 4 * tile.tiles(walk_shape(shape, projection)) // tile.split_k
 
 
 def _cdiv(a: int, b: int) -> int:

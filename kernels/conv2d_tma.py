@@ -17,6 +17,7 @@ from fastres.kernels.box_choice import choose_box_tile
 from fastres.kernels.boxes import (
     BoxTile,
     Projection,
+    counter_bytes,
     refusal,
     tile_refusal,
     walk_shape,
@@ -27,6 +28,7 @@ from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted
+from fastres.kernels.parts import new_parts, room_in, sum_dtype
 from fastres.kernels.quantised import (
     ANY_DTYPES,
     bias_dtypes,
@@ -144,7 +146,6 @@ def conv2d_tma(
         size = _result_itemsize(out, residual)
         fp8 = x.dtype == torch.float8_e4m3fn
         tile = choose_box_tile(shape, x.element_size(), target, projection, size, fp8)
-    parts = workspace_bytes(shape, tile) // 4
     for launch in conv2d_tma_launches(
         x,
         matrix,
@@ -161,8 +162,8 @@ def conv2d_tma(
         residual_scale=residual_scale,
         out_scale=out_scale,
         tile=tile,
-        workspace=torch.empty(parts, dtype=_sum_dtype(x.dtype), device=x.device),
         allow_tf32=allow_tf32,
+        **new_parts(shape, tile, x, projection),
     ):
         launch.run()
     return out
@@ -186,6 +187,7 @@ def conv2d_tma_launches(
     out_scale: float = 1.0,
     tile: BoxTile | None = None,
     workspace: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
     allow_tf32: bool = False,
 ) -> tuple[Launch, ...]:
     """The calls `conv2d_tma` makes, not yet made; tensors may be on the meta device.
@@ -194,11 +196,13 @@ def conv2d_tma_launches(
         weight: [K, R*S*C + C2], as `pack_weight` gives it.
         shape: sizes of the convolution, as x and weight have them.
         target: the GPU it is meant for.
-        workspace: fp32, for int8 int32, contiguous, of at least `workspace_bytes(shape, tile)`
-            bytes.
+        workspace: fp32, for int8 int32, contiguous, of at least `workspace_bytes` bytes.
+        counters: int32, contiguous, of at least `counter_bytes` bytes, all 0, as the launch leaves
+            them; no two launches may use the same at a time.
 
     Returns:
-        One launch; two where the tile splits the depth; none for an empty batch.
+        One launch; two where a second kernel adds the parts of a split depth; none for an empty
+        batch.
 
     Raises:
         ValueError: operands that do not fit together, or that `boxes.refusal` refuses.
@@ -244,16 +248,22 @@ def conv2d_tma_launches(
     walk = walk_shape(shape, projection)
     grid, box = (walk.n, walk.p, walk.q), (tile.tn, tile.th, tile.tw)
     second: tuple[Launch, ...] = ()
-    if tile.split_k == 1:
-        y = _descriptor("out", out.view(*grid, shape.k), (*box, tile.block_n))
-    else:
-        parts = _parts(workspace, shape, tile, x)
+    y = _descriptor("out", out.view(*grid, shape.k), (*box, tile.block_n))
+    memory: dict[str, torch.Tensor] = {}  # of a sum that the last part's program takes
+    if tile.split_k > 1:
+        size = workspace_bytes(shape, tile, projection)
+        parts = room_in("workspace", workspace, size, sum_dtype(x.dtype), tile, x)
+    if tile.last_adds:
+        size = counter_bytes(shape, tile, projection)
+        counted = room_in("counters", counters, size, torch.int32, tile, x)
+        memory = {"parts_ptr": parts, "counters_ptr": counted}
+    elif tile.split_k > 1:
         view = parts.view(tile.split_k, *grid, shape.k)
         y = _descriptor("workspace", view, (1, *box, tile.block_n))
         flat = None if residual is None else residual.view(-1, shape.k)
         second = (
             sum_parts_launch(
-                parts,
+                parts.view(tile.split_k, -1, shape.k),
                 bias,
                 flat,
                 out.view(-1, shape.k),
@@ -279,11 +289,14 @@ def conv2d_tma_launches(
             if residual is None
             else _descriptor("residual", residual.view(*grid, shape.k), (*box, tile.block_n)),
             "y": y,
+            "parts_ptr": None,
+            "counters_ptr": None,
             "TILES": tile.tiles(walk),
             "BOXES_N": boxes[0],
             "BOXES_P": boxes[1],
             "BOXES_Q": boxes[2],
             **epilogue,
+            **memory,
         },
         constants={
             "C": shape.c,
@@ -362,22 +375,5 @@ def _projection(x2: torch.Tensor, stride: Pair, x: torch.Tensor, shape: ConvShap
     return Projection(x2.shape[3], stride)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.int32 if dtype == torch.int8 else torch.float32
-
-
 def _result_itemsize(out: torch.Tensor, residual: torch.Tensor | None) -> int:
     return max(v.element_size() for v in (out, residual) if v is not None)
-
-
-def _parts(
-    workspace: torch.Tensor | None, shape: ConvShape, tile: BoxTile, x: torch.Tensor
-) -> torch.Tensor:
-    """The workspace as [SPLIT_K, N*P*Q, K]."""
-    size = workspace_bytes(shape, tile) // 4
-    if workspace is None or workspace.numel() < size:
-        found = "missing" if workspace is None else f"of {workspace.numel()} elements"
-        kind = "int32" if x.dtype == torch.int8 else "fp32"
-        raise ValueError(f"workspace is {found}, expected {size} {kind} for tile {tile}")
-    check_like("workspace", workspace, workspace.shape, x, [_sum_dtype(x.dtype)])
-    return workspace.view(-1)[:size].view(tile.split_k, -1, shape.k)

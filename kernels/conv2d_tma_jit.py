@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue_jit import apply_epilogue, round_to
+from fastres.kernels.last_block_jit import is_last, sum_in_order
 from fastres.kernels.product_jit import add_product
 
 
@@ -27,6 +28,8 @@ def conv2d_tma_kernel(
     bias_ptr,
     residual,  # [N, P, Q, K]
     y,  # [N, P, Q, K], or [SPLIT_K, N, P, Q, K] of 32 bits
+    parts_ptr,  # of a split depth whose parts are added here: `last_block_jit`
+    counters_ptr,
     residual_scale,
     out_scale,
     TILES,
@@ -105,10 +108,13 @@ def conv2d_tma_kernel(
                 pixels = a.reshape(BLOCK_M, BLOCK_K).T
                 acc = add_product(acc, b, pixels, INPUT_PRECISION, WIDEN, BY_STEPS)
 
-        if SPLIT_K > 1:  # the epilogue is the second kernel's
+        SUMS = TILES // SPLIT_K
+        if SPLIT_K > 1 and counters_ptr is None:  # the epilogue is the second kernel's
             y.store([part, n0, p0, q0, k0], acc.T.reshape(1, BOX_N, BOX_P, BOX_Q, BLOCK_N))
-        else:
+        elif SPLIT_K == 1 or is_last(acc.T, parts_ptr, counters_ptr, tile, SUMS, SPLIT_K):
             total = acc
+            if SPLIT_K > 1:
+                total = sum_in_order(parts_ptr, tile, SUMS, SPLIT_K, BLOCK_M, BLOCK_N).T
             scale = None
             bias = None
             if scale2_ptr is not None:

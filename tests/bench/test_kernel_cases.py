@@ -92,7 +92,7 @@ class TestWhatThereIs:
             "conv2d": floats | {"fp32"},
             "boxes": floats,
             "boxes+projection": {"fp16"},
-            "split_k": {"fp16", "int8"},
+            **dict.fromkeys(("split_k", "split_k+last"), {"fp16", "int8"}),
             "chain": {"fp16", "bf16", "int8", "fp8"},
             "stem": {"fp16", "int8", "fp8"},
             "stem+pool": {"fp16", "int8", "fp8"},
@@ -100,7 +100,7 @@ class TestWhatThereIs:
             **dict.fromkeys(("max_pool", "global_pool", "elementwise", "fold"), {"fp16", "int8"}),
             **dict.fromkeys(("avg_pool", "layout"), {"fp16"}),
         }
-        for family in of.keys() - {"split_k"}:
+        for family in of.keys() - {"split_k", "split_k+last"}:
             assert {c.batch for c in CASES.values() if c.family == family} == set(BATCHES)
 
     def test_kinds_of_convolution(self) -> None:
@@ -124,12 +124,19 @@ class TestWhatThereIs:
         for name, case in CASES.items():
             posed = case.pose(SM_90, META)
             assert posed.calls and case.shape and case.layout, name
-            assert (len(posed.calls) == 2) == (" split " in posed.tiles), name
-            assert case.family != "split_k" or len(posed.calls) == 2
+            last, splits = " last " in posed.tiles, " split " in posed.tiles
+            assert (len(posed.calls) == 2) == (splits and not last), name
+            if case.family.startswith("split_k"):
+                assert splits and last == case.family.endswith("last")
 
     @pytest.mark.compile
     @pytest.mark.parametrize(
-        "name", ["max_pool-maxpool-b256-int8", "split_k-layer4.1.conv1-b1-fp16"]
+        "name",
+        [
+            "max_pool-maxpool-b256-int8",
+            "split_k-layer4.1.conv1-b1-fp16",
+            "split_k+last-layer4.1.conv1-b1-fp16",
+        ],
     )
     def test_cases_are_compiled_beforehand(self, name: str) -> None:
         assert precompile(name, SM_90.target) == len(posed(name).calls)

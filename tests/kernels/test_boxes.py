@@ -80,6 +80,22 @@ def test_a_single_image_takes_small_boxes_and_splits_the_depth():
     assert box_seconds(tile, shape, 2, HOPPER) < box_seconds(whole, shape, 2, HOPPER)
 
 
+def test_who_adds_the_parts_depends_on_how_much_there_is_to_load():
+    """A second kernel costs its launch, the last part's program what one SM loads by itself."""
+    shape, tile = layer("layer4-3x3", 1), BoxTile(1, 4, 8, 64, 64, 4, 4, 8)
+
+    def dearer(tile: BoxTile) -> float:
+        ways = (replace(tile, last_adds=last) for last in (True, False))
+        ours, theirs = (box_seconds(way, shape, 2, HOPPER) for way in ways)
+        return ours - theirs
+
+    assert dearer(tile) < 0 < dearer(replace(tile, th=8, split_k=12))
+    loaded = 4 * (12 * 64 * 64 - 8 * 32 * 64)  # bytes
+    more = dearer(replace(tile, th=8, split_k=12)) - dearer(tile)
+    assert more == pytest.approx(loaded / (2 * HOPPER.l2_bytes), rel=0.1)
+    assert str(replace(tile, last_adds=True)) == "(1,4,8)x64x64 w4 s4 split 8 last p1"
+
+
 def test_a_large_batch_is_not_split():
     for name in LAYERS:
         tile = choose_box_tile(layer(name, 256), 2, HOPPER)
@@ -106,6 +122,10 @@ def test_estimate_counts_what_a_form_reads():
     split = box_work(replace(tile, split_k=3), layer("layer1-3x3", 256), 2)
     whole = box_work(tile, layer("layer1-3x3", 256), 2)
     assert split.l2 - whole.l2 == 2 * 3 * 4 * pixels * 64 and split.launches == 2
+    last = replace(tile, split_k=3, last_adds=True)
+    added, walk = box_work(last, layer("layer1-3x3", 256), 2), walk_shape(layer("layer1-3x3", 256))
+    # parts are whole boxes, also where these stick out of the picture
+    assert added.l2 - whole.l2 == 2 * 4 * last.tiles(walk) * 128 * 128 and added.launches == 1
     for more in ({}, {"residual": True}):
         work = box_work(tile, shape, 2, **more)
         least = max(work.memory_seconds(HOPPER), work.l2_seconds(HOPPER))

@@ -194,6 +194,7 @@ def _box_conv2d(
         **_scales(step.scales, constants),
         tile=step.tile,
         workspace=_optional(at, step.workspace),
+        counters=_optional(at, step.counters),
         allow_tf32=allow_tf32,
     )
 

@@ -62,7 +62,7 @@ from fastres.graph.ir import (
 )
 from fastres.graph.shapes import infer_shapes
 from fastres.graph.specs import DTYPE_NAMES
-from fastres.kernels.boxes import BoxTile, workspace_bytes
+from fastres.kernels.boxes import BoxTile, counter_bytes, workspace_bytes
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.folding import packed_shape
 from fastres.kernels.geometry import Pair
@@ -297,10 +297,13 @@ class _Planner:
         self, node: Node, op: Conv2d, projection: Node | None, tile: BoxTile
     ) -> LaunchBoxConv2d:
         shape = self.posing.shape(node)
-        workspace = None
-        if size := workspace_bytes(shape, tile):
+        sizes = shape, tile, self.posing.projection(projection)
+        workspace = counters = None
+        if size := workspace_bytes(*sizes):
             parts = torch.int32 if self.precision == "int8" and is_whole(node) else torch.float32
             workspace = self.tensors.scratch(f"{node.name}:parts", size // 4, parts)
+        if size := counter_bytes(*sizes):
+            counters = self.tensors.counters(size // 4)
         residual = node.inputs[1] if op.epilogue.residual and not projection else None
         return LaunchBoxConv2d(
             node=node.name,
@@ -320,6 +323,7 @@ class _Planner:
             workspace=workspace,
             tile=tile,
             scales=self._layer(node, residual),
+            counters=counters,
         )
 
     def _layer(

@@ -160,6 +160,7 @@ class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
             stride, is summed into the same accumulator; None without one.
         filter: height and width of `weight`.
         workspace: scratch tensor for the parts of a split depth; None where it is not split.
+        counters: 0 before and after each launch; None where no last part's program adds them all.
     """
 
     weight: str
@@ -176,12 +177,13 @@ class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
     workspace: str | None
     tile: BoxTile
     scales: Scales | None = None
+    counters: str | None = None
 
     def reads(self) -> tuple[str, ...]:
         return (self.source, *(name for name in (self.projected, self.residual) if name))
 
     def writes(self) -> tuple[str, ...]:
-        return (self.target, *((self.workspace,) if self.workspace else ()))
+        return (self.target, *(name for name in (self.workspace, self.counters) if name))
 
 
 class LinkScales(msgspec.Struct, frozen=True):

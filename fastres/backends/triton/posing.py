@@ -73,7 +73,7 @@ class Posing:
             "boxes",
             self.shape(node),
             precision,
-            self._projection(projection),
+            self.projection(projection),
             residual=self._adds(node) and projection is None,
             floating=precision in EIGHT_BITS and self._in_float(node),
         )
@@ -92,7 +92,7 @@ class Posing:
             self.shape(node),
             OPERAND_OF[self._in(node)],
             self._target,
-            self._projection(projection),
+            self.projection(projection),
             allow_tf32=self._precision == "tf32",
         )
 
@@ -177,7 +177,8 @@ class Posing:
         shape = self.shape(node)
         return stem_shape(shape.n, shape.p, shape.q, shape.k)
 
-    def _projection(self, node: Node | None) -> Projection | None:
+    def projection(self, node: Node | None) -> Projection | None:
+        """A 1x1 as what is merged into another convolution; None of none."""
         if node is None:
             return None
         shape = self.shape(node)

@@ -16,6 +16,8 @@ from fastres.backends.triton.eight_bits import FLOAT_OF, OPERAND_OF
 from fastres.backends.triton.plan import AnyStep, LaunchElementwise, Scales
 from fastres.options import Precision, Sizes
 
+COUNTERS = ":counters"  # no value has such a name
+
 
 class Tensors:
     """Tensors by name, with the steps that fill them.
@@ -81,6 +83,15 @@ class Tensors:
         self.places[name] = (size,), dtype
         return name
 
+    def counters(self, count: int) -> str:
+        """A tensor of at least so many counters, the same for all launches of the plan.
+
+        Each leaves zeros behind, and nothing else may lie there meanwhile.
+        """
+        (before,), dtype = self.places.get(COUNTERS, ((0,), torch.int32))
+        self.places[COUNTERS] = (max(before, count),), dtype
+        return COUNTERS
+
     def alias(self, value: str, source: str) -> None:
         """The same tensors under another name."""
         for tensors in (self._real, self._whole):
@@ -136,6 +147,7 @@ class Tensors:
             first.update(dict.fromkeys(step.writes(), i))
             last.update(dict.fromkeys((*step.writes(), *step.reads()), i))
         last.update(dict.fromkeys((self._real[name] for name in self._outputs), len(self.steps)))
+        first[COUNTERS], last[COUNTERS] = 0, len(self.steps)  # from one run to the next
         return [
             Lifetime(name, math.prod(shape) * dtype.itemsize, first[name], last[name])
             for name, (shape, dtype) in self.places.items()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastres.backends.triton.eight_bits import OPERAND_OF
 from fastres.backends.triton.problems import AnyTile, Problem
 from fastres.kernels.bottleneck_chain import chain_launch
-from fastres.kernels.boxes import BoxTile, workspace_bytes
+from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches
@@ -18,6 +18,7 @@ from fastres.kernels.cost import Target
 from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, Pair, PoolShape
 from fastres.kernels.launch import Launch
+from fastres.kernels.parts import new_parts
 from fastres.kernels.pool import max_pool_launch
 from fastres.kernels.reference import round_tf32
 from fastres.kernels.space_to_depth import space_to_depth
@@ -184,9 +185,6 @@ class Trial:
             self._outputs.append(self._random(*pixels, s.next_mid))
 
     def _box_launches(self, shape: ConvShape, tile: BoxTile, target: Target) -> tuple[Launch, ...]:
-        size = workspace_bytes(shape, tile) // 4
-        parts = torch.int32 if self._dtype == torch.int8 else torch.float32
-        workspace = torch.empty(size, dtype=parts, device=self.device) if size else None
         return conv2d_tma_launches(
             self._x,
             self._matrix,
@@ -199,8 +197,8 @@ class Trial:
             stride2=self._stride2,
             activation="relu",
             tile=tile,
-            workspace=workspace,
             allow_tf32=self._narrow,
+            **new_parts(shape, tile, self._x, self.problem.projection),
             **self._scales,
         )
 

@@ -19,6 +19,7 @@ from fastres.backends.triton.timing import milliseconds
 from fastres.backends.triton.trial import Trial
 from fastres.backends.triton.trial_eight_bits import make_trial
 from fastres.errors import DeviceLost
+from fastres.kernels.boxes import BoxTile
 from fastres.kernels.cost import Target, target_of
 
 _TRIED = 16  # tiles a problem: the best by estimate
@@ -72,6 +73,21 @@ def tune(
     return attempts
 
 
+def tiles_to_try(problem: Problem, target: Target) -> list[AnyTile]:
+    """A problem's tiles in the order in which they are tried, the best by estimate first.
+
+    Where that splits the depth, the best that has the parts added by somebody else comes second:
+    who is quicker, a second kernel or the last part's program, is what estimates know least.
+    """
+    tiles = problem.candidates(target)
+    splits = [tile for tile in tiles if isinstance(tile, BoxTile) and tile.split_k > 1]
+    if not splits or splits[0] is not tiles[0]:
+        return tiles
+    other = next((tile for tile in splits if tile.last_adds != splits[0].last_adds), None)
+    ahead = tiles[:1] if other is None else [tiles[0], other]
+    return [*ahead, *(tile for tile in tiles if tile not in ahead)]
+
+
 def precompile(problem: Problem, target: Target, tried: int = _TRIED) -> int:
     """Compiles what `measure` will run, into Triton's cache; needs no GPU, so many can at a time.
 
@@ -81,7 +97,7 @@ def precompile(problem: Problem, target: Target, tried: int = _TRIED) -> int:
     from fastres.kernels.aot import compile_kernel
 
     trial, compiled = make_trial(problem, torch.device("meta")), 0
-    for tile in problem.candidates(target)[:tried]:
+    for tile in tiles_to_try(problem, target)[:tried]:
         try:
             for launch in trial.launches(tile, target):
                 compile_kernel(launch, target.sm)
@@ -94,14 +110,14 @@ def precompile(problem: Problem, target: Target, tried: int = _TRIED) -> int:
 def measure(
     problem: Problem, device: torch.device, target: Target, tried: int = _TRIED
 ) -> list[Attempt]:
-    """Tries the best tiles by estimate, one after the other.
+    """Tries tiles, the best by estimate first, one after the other.
 
     Raises:
         DeviceLost: the GPU answers no more.
     """
     trial = make_trial(problem, device)
     attempts = []
-    for tile in problem.candidates(target)[:tried]:
+    for tile in tiles_to_try(problem, target)[:tried]:
         try:
             with answering(device, f"{problem.key} with {tile}"):
                 attempts.append(_attempt(trial, tile, target))

@@ -33,6 +33,7 @@ from fastres.backends.triton.plan import (
 from fastres.backends.triton.run import PlanRunner
 from fastres.backends.triton.run_driver import DriverRunner
 from fastres.backends.triton.table import Entry, Machine, Table, Tiles
+from fastres.backends.triton.tensors import COUNTERS
 from fastres.calib.table import CalibrationTable
 from fastres.calibrating import collect
 from fastres.errors import UnsupportedError
@@ -152,6 +153,8 @@ def run(graph: Graph, x: Tensor, tiles: Tiles) -> tuple[Tensor, Plan]:
     runner = PlanRunner(plan, Packed(graph, FLOAT_OF["int8"], DEVICE), DEVICE)
     with runner.context() as context:
         context.arena.fill_(0x80)
+        if COUNTERS in context.tensors:
+            context.tensors[COUNTERS].zero_()  # as every launch leaves them
     (y,) = runner.run([x.to(DEVICE)])
     return y.cpu(), plan
 
