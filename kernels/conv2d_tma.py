@@ -27,6 +27,7 @@ from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted
+from fastres.kernels.pairs import in_pairs, interleaved
 from fastres.kernels.quantised import (
     ANY_DTYPES,
     bias_dtypes,
@@ -63,15 +64,18 @@ def conv2d_tma_cost(
 def pack_weight(weight: torch.Tensor, weight2: torch.Tensor | None = None) -> torch.Tensor:
     """One matrix [K, R*S*C + C2] of weight [K, R, S, C] and the projection's weight2 [K, C2].
 
+    Rows of 8 bits are interleaved: see `fastres.kernels.pairs`.
+
     Raises:
         ValueError: weights that do not fit together.
     """
     if weight.ndim != 4:
         raise ValueError(f"weight has shape {list(weight.shape)}, expected [K, R, S, C]")
-    if weight2 is None:
-        return weight.flatten(1)
-    check_like("weight2", weight2, (len(weight), weight2.shape[-1]), weight, [weight.dtype])
-    return torch.cat([weight.flatten(1), weight2], 1)
+    matrix = weight.flatten(1)
+    if weight2 is not None:
+        check_like("weight2", weight2, (len(weight), weight2.shape[-1]), weight, [weight.dtype])
+        matrix = torch.cat([matrix, weight2], 1)
+    return interleaved(matrix)
 
 
 def conv2d_tma(
@@ -245,7 +249,7 @@ def conv2d_tma_launches(
     grid, box = (walk.n, walk.p, walk.q), (tile.tn, tile.th, tile.tw)
     second: tuple[Launch, ...] = ()
     if tile.split_k == 1:
-        y = _descriptor("out", out.view(*grid, shape.k), (*box, tile.block_n))
+        y = _descriptor("out", *in_pairs(out.view(*grid, shape.k), (*box, tile.block_n)))
     else:
         parts = _parts(workspace, shape, tile, x)
         view = parts.view(tile.split_k, *grid, shape.k)
@@ -277,7 +281,9 @@ def conv2d_tma_launches(
             "bias_ptr": bias,
             "residual": None
             if residual is None
-            else _descriptor("residual", residual.view(*grid, shape.k), (*box, tile.block_n)),
+            else _descriptor(
+                "residual", *in_pairs(residual.view(*grid, shape.k), (*box, tile.block_n))
+            ),
             "y": y,
             "TILES": tile.tiles(walk),
             "BOXES_N": boxes[0],

@@ -194,8 +194,8 @@ def dequantise(
 
 
 def requantise(v: torch.Tensor) -> torch.Tensor:
-    """Rounds half to even and saturates: int8 in units of the scale that v is in."""
-    return saturated(v).to(torch.int8)
+    """Rounds half to even and saturates: int8 in units of the scale that v is in; NaN becomes 0."""
+    return saturated(v).nan_to_num(0.0).to(torch.int8)
 
 
 def saturated(v: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:

@@ -13,11 +13,12 @@ from fastres.kernels.bottleneck_chain import chain_launch
 from fastres.kernels.boxes import BoxTile, workspace_bytes
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
 from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches
+from fastres.kernels.conv2d_tma import conv2d_tma_launches, pack_weight
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, Pair, PoolShape
 from fastres.kernels.launch import Launch
+from fastres.kernels.pairs import interleaved
 from fastres.kernels.pool import max_pool_launch
 from fastres.kernels.reference import round_tf32
 from fastres.kernels.space_to_depth import space_to_depth
@@ -138,14 +139,13 @@ class Trial:
         self._bias = self._random(k, dtype=torch.float32)
         self._residual = self._random(*pixels, k) if self.problem.residual else None
         self._x2: torch.Tensor | None = None
-        self._matrix = self._filters.flatten(1)
+        self._weight2: torch.Tensor | None = None
         self._stride2: Pair = (1, 1)
         if projection is not None:
             self._stride2 = projection.stride
             h2, w2 = (p * s for p, s in zip(pixels[1:], projection.stride, strict=True))
             self._x2 = self._random(n, h2, w2, projection.channels, positive=True)
             self._weight2 = self._random(k, projection.channels, depth=total)
-            self._matrix = torch.cat([self._matrix, self._weight2], 1)
         self._outputs = [self._random(*pixels, k)]
 
     def _make_stem(self, s: ConvShape) -> None:
@@ -189,7 +189,7 @@ class Trial:
         workspace = torch.empty(size, dtype=parts, device=self.device) if size else None
         return conv2d_tma_launches(
             self._x,
-            self._matrix,
+            pack_weight(self._filters, self._weight2),
             self._bias,
             self._residual,
             self._outputs[0],
@@ -209,10 +209,10 @@ class Trial:
         assert out is not None
         return chain_launch(
             self._x,
-            self._w2,
-            self._w3,
+            interleaved(self._w2),
+            interleaved(self._w3),
             self._shortcut,
-            self._w1,
+            None if self._w1 is None else interleaved(self._w1),
             self._b2,
             self._b3,
             self._b1,
@@ -239,7 +239,7 @@ class Trial:
                 return [y]
             return [F.max_pool2d(y.permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)]
         y = _conv(x, self._filters, dtype, shape.stride, shape.padding, shape)
-        if self._x2 is not None:
+        if self._x2 is not None and self._weight2 is not None:
             weight2 = self._weight2[:, None, None, :]
             y = y + _conv(self._x2[chosen], weight2, dtype, self._stride2)
         y = y + self._bias.to(dtype)

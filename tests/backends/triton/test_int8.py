@@ -124,19 +124,20 @@ def exact(graph: Graph, x: Tensor) -> dict[str, Tensor]:
         target = source.scales.get(node.name)
         last = node.name in source.graph.outputs or target is None
         residual = values[node.inputs[1]] if node.op.epilogue.residual else None
+        factor = 1.0 if last or target is None else float(1 / torch.tensor(target))
+        assert node.op.epilogue.activation in (None, "relu"), "factors stand before these"
         values[node.name] = reference.conv2d_int8(
             values[node.inputs[0]],
             constants["weight"],
-            constants["scale"] * torch.tensor(source.scales[node.inputs[0]]),
-            constants["bias"],
+            constants["scale"] * torch.tensor(source.scales[node.inputs[0]]) * torch.tensor(factor),
+            (constants["bias"].double() * factor).float(),
             stride=node.op.stride,
             padding=node.op.padding,
             dilation=node.op.dilation,
             groups=node.op.groups,
             residual=residual,
-            residual_scale=source.scales[node.inputs[1]] if residual is not None else 1.0,
+            residual_scale=source.scales[node.inputs[1]] * factor if residual is not None else 1.0,
             activation=node.op.epilogue.activation,
-            out_scale=1.0 if last or target is None else float(1 / torch.tensor(target)),
             dtype=torch.float16 if last else torch.int8,
         )
     return values
