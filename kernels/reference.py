@@ -296,7 +296,8 @@ def finish_int8(
         scale: fp32, broadcast over acc: s_x * s_w per output channel.
         bias: fp32, broadcast over acc.
         residual: int8 (or a float) of acc's shape, in units of residual_scale.
-        out_scale: 1 / s_y for an int8 result, 1 for a float.
+        out_scale: 1 / s_y for an int8 result, 1 for a float, and where scale, bias and
+            residual_scale hold it already, as a ReLU allows (plans have them so).
         dtype: of y. int8: rounded half to even and saturated; else cast.
     """
     v = acc.to(torch.float32) * scale.to(torch.float32)

@@ -13,7 +13,7 @@ from fastres.kernels.bottleneck_chain import chain_launch
 from fastres.kernels.boxes import BoxTile, workspace_bytes
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
 from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches, pack_weight
+from fastres.kernels.conv2d_tma import conv2d_tma_launches
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, Pair, PoolShape
@@ -139,13 +139,14 @@ class Trial:
         self._bias = self._random(k, dtype=torch.float32)
         self._residual = self._random(*pixels, k) if self.problem.residual else None
         self._x2: torch.Tensor | None = None
-        self._weight2: torch.Tensor | None = None
+        self._matrix = self._filters.flatten(1)
         self._stride2: Pair = (1, 1)
         if projection is not None:
             self._stride2 = projection.stride
             h2, w2 = (p * s for p, s in zip(pixels[1:], projection.stride, strict=True))
             self._x2 = self._random(n, h2, w2, projection.channels, positive=True)
             self._weight2 = self._random(k, projection.channels, depth=total)
+            self._matrix = torch.cat([self._matrix, self._weight2], 1)
         self._outputs = [self._random(*pixels, k)]
 
     def _make_stem(self, s: ConvShape) -> None:
@@ -189,7 +190,7 @@ class Trial:
         workspace = torch.empty(size, dtype=parts, device=self.device) if size else None
         return conv2d_tma_launches(
             self._x,
-            pack_weight(self._filters, self._weight2),
+            interleaved(self._matrix),
             self._bias,
             self._residual,
             self._outputs[0],
@@ -239,7 +240,7 @@ class Trial:
                 return [y]
             return [F.max_pool2d(y.permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)]
         y = _conv(x, self._filters, dtype, shape.stride, shape.padding, shape)
-        if self._x2 is not None and self._weight2 is not None:
+        if self._x2 is not None:
             weight2 = self._weight2[:, None, None, :]
             y = y + _conv(self._x2[chosen], weight2, dtype, self._stride2)
         y = y + self._bias.to(dtype)
