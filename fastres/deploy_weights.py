@@ -15,6 +15,7 @@ from fastres.kernels.epilogue import TF32_LIMIT
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _TAPS, _FOLDED = 4, 16  # of a folded stem, as in fastres.kernels.folding
+_ROWS = 16  # as in fastres.kernels.pairs
 
 
 def bf16(values: Array) -> Array:
@@ -78,6 +79,11 @@ class PackedArrays:
         parts = [self._constant(name).transpose(0, 2, 3, 1) for name in names]
         return self._rounded(np.concatenate([part.reshape(len(part), -1) for part in parts], 1))
 
+    def _interleaved(self, *names: str) -> Array:
+        matrix = self._matrix(*names)
+        pairs = matrix.reshape(len(matrix) // _ROWS, _ROWS // 2, 2, -1)
+        return pairs.transpose(0, 2, 1, 3).reshape(matrix.shape)
+
     def _grouped(self, name: str, groups: float, merged: float) -> Array:
         groups, merged = int(groups), int(merged)
         filters = self._constant(name).transpose(0, 2, 3, 1)
@@ -101,12 +107,14 @@ class PackedArrays:
     def _rows(self, name: str) -> Array:
         return self._rounded(self._constant(name))
 
-    def _bias(self, *names: str) -> Array:
+    def _bias(self, *given: str | float) -> Array:
+        names = [name for name in given if isinstance(name, str)]
+        (factor,) = [x for x in given if not isinstance(x, str)] or [1.0]
         total = sum(self._constant(name).astype(np.float64) for name in names)
-        return np.asarray(total, np.float32)
+        return np.asarray(total * factor, np.float32)
 
-    def _products(self, name: str, factor: float) -> Array:
-        return self._constant(name) * np.float32(factor)
+    def _products(self, name: str, factor: float, result: float = 1.0) -> Array:
+        return self._constant(name) * np.float32(factor) * np.float32(result)
 
     def _scale(self, *norm: Any) -> Array:
         return self._norm(*norm)[0]
@@ -137,6 +145,7 @@ class PackedArrays:
 _KINDS = (
     "filters",
     "matrix",
+    "interleaved",
     "grouped",
     "stem",
     "rows",

@@ -28,6 +28,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.float8_e4m3fn: "fp8e4nv",
 }
@@ -37,6 +38,8 @@ _EVERY_ATTRIBUTE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 MATRIX = re.compile(r"U?T?C?[HIQ]G?MMA\b")
 _GLOBAL = re.compile(r"(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP|ATOMG?|REDG?|LD|ST)(?:\.|$)")
 _NARROW = re.compile(r"LDG\..*U(?:8|16)\b")
+_STORE = re.compile(r"(?:STS|STG|ST)(?:\.|$)")
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "64": 8, "128": 16}  # of a store; without any of these 4
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.M)
 
 
@@ -69,6 +72,21 @@ class KernelFacts:
         """Instructions whose dotted name holds all the parts: count("LDG", "128")."""
         wanted = set(parts)
         return sum(n for name, n in self.instructions.items() if wanted <= set(name.split(".")))
+
+
+def stores(facts: KernelFacts) -> dict[int, int]:
+    """Stores to shared and global memory by how many bytes a thread moves with each.
+
+    The copy engine's are left out, local memory's are spills. STSM stores 1, 2 or 4 registers.
+    """
+    found: Counter[int] = Counter()
+    for name, count in facts.instructions.items():
+        parts = name.split(".")
+        if parts[0] == "STSM":
+            found[4 * int(parts[-1]) if parts[-1].isdigit() else 4] += count
+        elif _STORE.match(name):
+            found[next((_BYTES[part] for part in parts if part in _BYTES), 4)] += count
+    return dict(sorted(found.items()))
 
 
 def compile_kernel(launch: Launch, sm: int) -> CompiledKernel:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastres.kernels.aot import MATRIX, TYPES, compile_launch, fits
+from fastres.kernels.aot import MATRIX, TYPES, compile_launch, fits, stores
 from fastres.kernels.bottleneck_chain import ChainScales, chain_launch
 from fastres.kernels.box_choice import choose_box_tile
 from fastres.kernels.boxes import Projection
@@ -258,7 +258,7 @@ def conv2d_case(
     out_dtype: torch.dtype | None = None,
 ) -> CompileCase:
     """A layer over pointers; `out_dtype` is dtype when None."""
-    scales: dict[str, Any] = {"scale": meta(layer.k, dtype=torch.float32), "out_scale": 9.5}
+    scales: dict[str, Any] = {"scale": meta(layer.k, dtype=torch.float32)}
     if layer.residual:
         scales["residual_scale"] = 0.125
     shape = layer.shape(batch)
@@ -292,9 +292,6 @@ def chain_case(name: str, shape: ChainShape, dtype: torch.dtype, sm: int) -> Com
             w1=meta(shape.next_mid, dtype=torch.float32) if shape.next_mid else None,
             projection=meta(shape.ko, dtype=torch.float32) if shape.projected else None,
             residual=1.0 if shape.projected else 0.02,
-            b=48.5,
-            out=30.5,
-            a_next=27.5,
         )
     n, p, q, step = shape.n, shape.p, shape.q, shape.shortcut_stride
     launch = chain_launch(
@@ -327,7 +324,7 @@ def boxes_cases(
         x2 = meta(n, step * shape.p, step * shape.q, projection.channels, dtype=dtype)
     fp8 = dtype == torch.float8_e4m3fn
     tile = choose_box_tile(shape, dtype.itemsize, target, projection, fp8=fp8)
-    scales: dict[str, Any] = {"scale": meta(shape.k, dtype=torch.float32), "out_scale": 9.5}
+    scales: dict[str, Any] = {"scale": meta(shape.k, dtype=torch.float32)}
     if boxes.residual:
         scales["residual_scale"] = 0.125
     if projection is not None:
@@ -375,7 +372,10 @@ def main() -> None:
 
 def print_table(cases: Iterable[CompileCase], sm: int) -> None:
     """One line for each case: what its machine code uses."""
-    print(f"{'case':38} {'tile':16} regs spill  shared fits matrix instructions")
+    print(
+        f"{'case':38} {'tile':16} regs spill  shared fits code "
+        f"{'stores by bytes':24} matrix instructions"
+    )
     for case in cases:
         facts = compile_launch(case.launch, sm)
         blocks = [
@@ -385,7 +385,8 @@ def print_table(cases: Iterable[CompileCase], sm: int) -> None:
         matrix = {name: n for name, n in facts.instructions.items() if MATRIX.match(name)}
         print(
             f"{case.name:38} {tile:16} {facts.registers:4} {facts.spill_stores:5} "
-            f"{facts.shared_bytes:7} {'yes' if fits(facts, sm) else 'NO':4} {matrix}"
+            f"{facts.shared_bytes:7} {'yes' if fits(facts, sm) else 'NO':4} "
+            f"{sum(facts.instructions.values()):4} {stores(facts)!s:24} {matrix}"
         )
 
 

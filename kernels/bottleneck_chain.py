@@ -28,6 +28,7 @@ from fastres.kernels.chain_tiles import (
 from fastres.kernels.cost import Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.launch import Argument, Launch, check_like, check_nhwc, is_interpreted
+from fastres.kernels.pairs import in_pairs, interleaved
 from fastres.kernels.quantised import ANY_DTYPES, bias_dtypes, by_steps, factor, is_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
@@ -111,7 +112,8 @@ def bottleneck_chain(
         out = torch.empty((*pixels, shape.ko), dtype=a.dtype, device=a.device)
     if a_next is None and w1 is not None:
         a_next = torch.empty((*pixels, shape.next_mid), dtype=a.dtype, device=a.device)
-    operands = (a, w2, w3, shortcut, w1, b2, b3, b1, out, a_next)
+    rows = (interleaved(w2), interleaved(w3), None if w1 is None else interleaved(w1))
+    operands = (a, *rows[:2], shortcut, rows[2], b2, b3, b1, out, a_next)
     target = target_of(a.device)
     if shape.n == 0:  # no descriptor may be empty
         _check(shape, *operands, target=target)
@@ -170,6 +172,7 @@ def chain_launch(
     """The call `bottleneck_chain` makes, not yet made; tensors may be on the meta device.
 
     Args:
+        w2, w3, w1: of 8 bits with their rows interleaved, see `fastres.kernels.pairs`.
         shape: sizes of the chain, from `chain_shape`.
         target: the GPU it is meant for.
 
@@ -205,15 +208,17 @@ def chain_launch(
             if shape.projected
             else None,
             "b3_ptr": b3,
-            "shortcut_desc": _boxes(
-                shortcut[:, ::step, ::step], (*box, shape.projected or tile.chunk)
-            ),
-            "out_desc": _boxes(out, (*box, tile.chunk)),
+            "shortcut_desc": _boxes(shortcut[:, ::step, ::step], (*box, shape.projected))
+            if shape.projected
+            else _boxes(*in_pairs(shortcut, (*box, tile.chunk))),
+            "out_desc": _boxes(*in_pairs(out, (*box, tile.chunk))),
             "w1_desc": None
             if w1 is None
             else _boxes(w1.view(shape.next_mid, -1), (shape.next_mid, tile.chunk)),
             "b1_ptr": b1,
-            "next_desc": None if a_next is None else _boxes(a_next, (*box, shape.next_mid)),
+            "next_desc": None
+            if a_next is None
+            else _boxes(*in_pairs(a_next, (*box, shape.next_mid))),
             "TILES_P": -(-shape.p // box[1]),
             "TILES_Q": -(-shape.q // box[2]),
             **scale_arguments,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue_jit import apply_activation, round_to
+from fastres.kernels.pairs_jit import in_order, load_box, store_box
 from fastres.kernels.product_jit import add_product
 
 
@@ -20,24 +21,24 @@ def _scaled(acc, scale_ptr, bias_ptr, channels):
 
 
 @triton.jit
-def _finish(v, out_scale, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """act(v) * out_scale, as it is stored; out_scale may be None."""
+def _finish(v, out_scale, ACTIVATION: tl.constexpr):
+    """act(v) * out_scale; out_scale may be None."""
     v = apply_activation(v, ACTIVATION)
     if out_scale is not None:
         v *= out_scale
-    return round_to(v, DTYPE)
+    return v
 
 
 @triton.jit
 def bottleneck_chain_kernel(
     a_desc,  # box [BOX_N, BOX_P, BOX_Q, DEPTH]; of stride 2 [BOX_N, BOX_P, 1, BOX_Q, DEPTH]
-    w2_desc,  # [MID, DEPTH] of [MID, 9 * MID]
+    w2_desc,  # [MID, DEPTH] of [MID, 9 * MID]; rows of 8 bits are interleaved, of all weights
     b2_ptr,
     w3_desc,  # [CHUNK, MID] of [KO, MID]
     projection_desc,  # [CHUNK, PROJECTED] of [KO, PROJECTED], or None
     b3_ptr,
     shortcut_desc,  # box of CHUNK channels of the residual, or of all PROJECTED channels of x
-    out_desc,  # box of CHUNK channels
+    out_desc,  # box of CHUNK channels; of 8 bits pairs, as the residual and a_next are
     w1_desc,  # [NEXT_MID, CHUNK] of [NEXT_MID, KO], or None
     b1_ptr,
     next_desc,  # box of NEXT_MID channels, or None
@@ -71,7 +72,7 @@ def bottleneck_chain_kernel(
 ):
     await_predecessor(DEPENDENT)
     PIXELS: tl.constexpr = BOX_N * BOX_P * BOX_Q
-    dtype: tl.constexpr = out_desc.dtype
+    dtype: tl.constexpr = a_desc.dtype
     SUM: tl.constexpr = tl.int32 if dtype == tl.int8 else tl.float32
     wide: tl.constexpr = tl.float32 if WIDEN else dtype
     tile = tl.program_id(0)
@@ -95,8 +96,8 @@ def bottleneck_chain_kernel(
         w2 = w2_desc.load([0, tap * MID + c]).to(wide)
         acc = add_product(acc, w2, x.T, "ieee", False, BY_STEPS)
     # rounded here as a kernel of its own would store it
-    sum_b = _scaled(acc, scale2_ptr, b2_ptr, tl.arange(0, MID))
-    b = _finish(sum_b, b_scale, ACTIVATION, dtype).to(wide)
+    sum_b = _scaled(in_order(acc, dtype), scale2_ptr, b2_ptr, tl.arange(0, MID))
+    b = round_to(_finish(sum_b, b_scale, ACTIVATION), dtype).to(wide)
 
     if PROJECTED > 0:
         shortcut = shortcut_desc.load([n, p, q, 0]).reshape(PIXELS, PROJECTED).to(wide)
@@ -107,21 +108,21 @@ def bottleneck_chain_kernel(
         acc_out = tl.dot(w3_desc.load([k, 0]).to(wide), b, out_dtype=SUM)
         if PROJECTED > 0 and projection_scale_ptr is None:
             acc_out = tl.dot(projection_desc.load([k, 0]).to(wide), shortcut.T, acc_out)
-        v = _scaled(acc_out, scale3_ptr, b3_ptr, channels)
+        v = _scaled(in_order(acc_out, dtype), scale3_ptr, b3_ptr, channels)
         if PROJECTED == 0:
-            residual = shortcut_desc.load([n, p, q, k]).reshape(PIXELS, CHUNK).T.to(tl.float32)
+            residual = load_box(shortcut_desc, n, p, q, k, dtype, PIXELS, CHUNK).T.to(tl.float32)
             if residual_scale is not None:
                 residual *= residual_scale
             v += residual
         elif projection_scale_ptr is not None:  # of 8 bits a sum of its own, for its own scales
             acc_out = tl.dot(projection_desc.load([k, 0]), shortcut.T, out_dtype=SUM)
-            v += _scaled(acc_out, projection_scale_ptr, None, channels)
-        out = _finish(v, out_scale, ACTIVATION, dtype)
-        out_desc.store([n, p, q, k], out.T.reshape(BOX_N, BOX_P, BOX_Q, CHUNK))
+            v += _scaled(in_order(acc_out, dtype), projection_scale_ptr, None, channels)
+        v = _finish(v, out_scale, ACTIVATION)
+        out = store_box(out_desc, n, p, q, k, v.T, dtype).T
         if NEXT_MID > 0:
             w1 = w1_desc.load([0, k]).to(wide)
             acc_next = add_product(acc_next, w1, out.to(wide), "ieee", False, NEXT_BY_STEPS)
     if NEXT_MID > 0:
+        acc_next = in_order(acc_next, dtype)
         sum_next = _scaled(acc_next, scale1_ptr, b1_ptr, tl.arange(0, NEXT_MID))
-        a_next = _finish(sum_next, next_scale, ACTIVATION, dtype)
-        next_desc.store([n, p, q, 0], a_next.T.reshape(BOX_N, BOX_P, BOX_Q, NEXT_MID))
+        store_box(next_desc, n, p, q, 0, _finish(sum_next, next_scale, ACTIVATION).T, dtype)

@@ -28,6 +28,7 @@ from fastres.kernels.cost import Cost, Target, target_of
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import ConvShape, Pair
 from fastres.kernels.launch import Launch, check_like, check_nhwc, is_interpreted
+from fastres.kernels.pairs import in_pairs, interleaved
 from fastres.kernels.parts import new_parts, room_in, sum_dtype
 from fastres.kernels.quantised import (
     ANY_DTYPES,
@@ -65,15 +66,18 @@ def conv2d_tma_cost(
 def pack_weight(weight: torch.Tensor, weight2: torch.Tensor | None = None) -> torch.Tensor:
     """One matrix [K, R*S*C + C2] of weight [K, R, S, C] and the projection's weight2 [K, C2].
 
+    Rows of 8 bits are interleaved: see `fastres.kernels.pairs`.
+
     Raises:
         ValueError: weights that do not fit together.
     """
     if weight.ndim != 4:
         raise ValueError(f"weight has shape {list(weight.shape)}, expected [K, R, S, C]")
-    if weight2 is None:
-        return weight.flatten(1)
-    check_like("weight2", weight2, (len(weight), weight2.shape[-1]), weight, [weight.dtype])
-    return torch.cat([weight.flatten(1), weight2], 1)
+    matrix = weight.flatten(1)
+    if weight2 is not None:
+        check_like("weight2", weight2, (len(weight), weight2.shape[-1]), weight, [weight.dtype])
+        matrix = torch.cat([matrix, weight2], 1)
+    return interleaved(matrix)
 
 
 def conv2d_tma(
@@ -248,7 +252,7 @@ def conv2d_tma_launches(
     walk = walk_shape(shape, projection)
     grid, box = (walk.n, walk.p, walk.q), (tile.tn, tile.th, tile.tw)
     second: tuple[Launch, ...] = ()
-    y = _descriptor("out", out.view(*grid, shape.k), (*box, tile.block_n))
+    y = _descriptor("out", *in_pairs(out.view(*grid, shape.k), (*box, tile.block_n)))
     memory: dict[str, torch.Tensor] = {}  # of a sum that the last part's program takes
     if tile.split_k > 1:
         size = workspace_bytes(shape, tile, projection)
@@ -287,7 +291,9 @@ def conv2d_tma_launches(
             "bias_ptr": bias,
             "residual": None
             if residual is None
-            else _descriptor("residual", residual.view(*grid, shape.k), (*box, tile.block_n)),
+            else _descriptor(
+                "residual", *in_pairs(residual.view(*grid, shape.k), (*box, tile.block_n))
+            ),
             "y": y,
             "parts_ptr": None,
             "counters_ptr": None,

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.dependent import await_predecessor
-from fastres.kernels.epilogue_jit import apply_epilogue, round_to
+from fastres.kernels.epilogue_jit import apply_epilogue
 from fastres.kernels.last_block_jit import is_last, sum_in_order
+from fastres.kernels.pairs_jit import in_order, load_box, store_box
 from fastres.kernels.product_jit import add_product
 
 
@@ -22,12 +23,12 @@ def _scaled(acc, scale_ptr, bias_ptr, k, K: tl.constexpr):
 def conv2d_tma_kernel(
     x,  # descriptors: [N, H, W, C], or [N, H/2, 2, W/2, 2C] for a stride of 2
     x2,  # [N, P, Q, C2]
-    weight,  # [K, R*S*C + C2]
+    weight,  # [K, R*S*C + C2], rows of 8 bits interleaved
     scale_ptr,
     scale2_ptr,
     bias_ptr,
-    residual,  # [N, P, Q, K]
-    y,  # [N, P, Q, K], or [SPLIT_K, N, P, Q, K] of 32 bits
+    residual,  # [N, P, Q, K], of 8 bits as pairs
+    y,  # [N, P, Q, K], of 8 bits as pairs, or [SPLIT_K, N, P, Q, K] of 32 bits
     parts_ptr,  # of a split depth whose parts are added here: `last_block_jit`
     counters_ptr,
     residual_scale,
@@ -96,6 +97,7 @@ def conv2d_tma_kernel(
             b = weight.load([k0, step * BLOCK_K])
             pixels = a.reshape(BLOCK_M, BLOCK_K).T
             acc = add_product(acc, b, pixels, INPUT_PRECISION, WIDEN, BY_STEPS)
+        acc = in_order(acc, x.dtype)
         k = k0 + tl.arange(0, BLOCK_N)
         if scale2_ptr is not None:  # a projection of 8 bits has scales, and so a sum, of its own
             first = _scaled(acc, scale_ptr, bias_ptr, k, K)
@@ -118,7 +120,7 @@ def conv2d_tma_kernel(
             scale = None
             bias = None
             if scale2_ptr is not None:
-                total = first + _scaled(acc, scale2_ptr, None, k, K)
+                total = first + _scaled(in_order(acc, x.dtype), scale2_ptr, None, k, K)
             else:
                 if scale_ptr is not None:
                     scale = tl.load(scale_ptr + k, mask=k < K, other=0.0)
@@ -126,8 +128,7 @@ def conv2d_tma_kernel(
                     bias = tl.load(bias_ptr + k, mask=k < K, other=0.0)
             r = None
             if residual is not None:
-                r = residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N)
+                r = load_box(residual, n0, p0, q0, k0, x.dtype, BLOCK_M, BLOCK_N)
             v = apply_epilogue(total.T, bias, r, ACTIVATION, scale, residual_scale, out_scale)
-            v = round_to(v, y.dtype, ROUND_TF32)
-            y.store([n0, p0, q0, k0], v.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+            store_box(y, n0, p0, q0, k0, v, x.dtype, ROUND_TF32)
         tile += tl.num_programs(0)

@@ -2,18 +2,19 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from fastres.kernels.epilogue import TF32_LIMIT
 
 _TF32_LIMIT = tl.constexpr(TF32_LIMIT)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # which has no machine instructions
 
 
 @triton.jit
 def apply_activation(v, ACTIVATION: tl.constexpr):
     """act(v) on an fp32 tile; NaN stays NaN, as in PyTorch. ACTIVATION None returns v."""
     if ACTIVATION == "relu":
-        # not tl.maximum(v, 0): that returns the number where the other operand is NaN
-        v = tl.where(v < 0.0, 0.0, v)
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
         v = v / (1.0 + tl.exp(-v))
     elif ACTIVATION == "sigmoid":
@@ -57,14 +58,26 @@ def apply_epilogue(
 
 
 @triton.jit
-def saturate(v, DTYPE: tl.constexpr):
-    """An fp32 tile within the range of an 8-bit DTYPE, for int8 rounded half to even."""
-    if DTYPE == tl.int8:
+def nearest_int8(v):
+    """An fp32 tile rounded half to even and saturated to int8; NaN becomes 0."""
+    if INTERPRETED:
+        v = tl.where(v == v, v, 0.0)
         v = tl.minimum(tl.maximum(v, -128.0), 127.0)
         v = (v + 12582912.0) - 12582912.0  # 1.5 * 2**23, whose neighbours are 1 apart
-    elif DTYPE == tl.float8e4nv:
-        v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))  # NaN stays
-    return v
+        return v.to(tl.int8)
+    else:  # one machine instruction does all of it to two values
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, c, d;
+            cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2;
+            cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;
+            cvt.pack.sat.s8.s32.b32 c, d, c, 0;
+            cvt.pack.sat.s8.s32.b32 $0, b, a, c; }""",
+            "=r,r,r,r,r",
+            [v],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
 
 
 @triton.jit
@@ -89,11 +102,16 @@ def round_to(v, DTYPE: tl.constexpr, ROUND_TF32: tl.constexpr = False):
     if ROUND_TF32:
         tl.static_assert(DTYPE == tl.float32, "TF32 is stored as fp32")
         v = nearest_tf32(v)
-    return saturate(v, DTYPE).to(DTYPE)
+    if DTYPE == tl.int8:
+        return nearest_int8(v)
+    else:
+        if DTYPE == tl.float8e4nv and INTERPRETED:  # machine code saturates as it converts
+            v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))  # NaN stays
+        return v.to(DTYPE)
 
 
 @triton.jit
 def lowest(DTYPE: tl.constexpr):
     """What loses against every value of the type: the padding of a max pool."""
-    BYTES: tl.constexpr = -128.0 if DTYPE == tl.int8 else -448.0
+    BYTES: tl.constexpr = -128 if DTYPE == tl.int8 else -448.0
     return BYTES if DTYPE.primitive_bitwidth == 8 else float("-inf")

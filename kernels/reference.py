@@ -194,8 +194,8 @@ def dequantise(
 
 
 def requantise(v: torch.Tensor) -> torch.Tensor:
-    """Rounds half to even and saturates: int8 in units of the scale that v is in."""
-    return saturated(v).to(torch.int8)
+    """Rounds half to even and saturates: int8 in units of the scale that v is in; NaN becomes 0."""
+    return saturated(v).nan_to_num(0.0).to(torch.int8)
 
 
 def saturated(v: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
@@ -296,7 +296,8 @@ def finish_int8(
         scale: fp32, broadcast over acc: s_x * s_w per output channel.
         bias: fp32, broadcast over acc.
         residual: int8 (or a float) of acc's shape, in units of residual_scale.
-        out_scale: 1 / s_y for an int8 result, 1 for a float.
+        out_scale: 1 / s_y for an int8 result, 1 for a float, and where scale, bias and
+            residual_scale hold it already, as a ReLU allows (plans have them so).
         dtype: of y. int8: rounded half to even and saturated; else cast.
     """
     v = acc.to(torch.float32) * scale.to(torch.float32)

@@ -12,7 +12,7 @@ import triton.language as tl
 from fastres.kernels.cost import Cost
 from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.epilogue_jit import apply_epilogue, lowest, saturate
+from fastres.kernels.epilogue_jit import apply_epilogue, lowest, round_to
 from fastres.kernels.folding import FOLDED, ROW, TAPS
 from fastres.kernels.launch import Launch, check_like, is_interpreted
 from fastres.kernels.quantised import bias_dtypes, epilogue_arguments, is_bytes
@@ -135,11 +135,10 @@ def _stem_pool_kernel(
     # rounding keeps the order, so it may come first: half as much is moved
     OUT: tl.constexpr = y_ptr.dtype.element_ty
     BYTES: tl.constexpr = OUT.primitive_bitwidth == 8
-    if BYTES:  # all that 8 bits hold, fp16 holds too
-        v = saturate(v, OUT)
-        if OUT != tl.int8:
-            v = v.to(OUT)
-        v = v.to(tl.float16)
+    if OUT == tl.int8:
+        v = round_to(v, OUT).to(tl.int16)  # of which one instruction compares two
+    elif BYTES:  # all that fp8 holds, fp16 holds too
+        v = round_to(v, OUT).to(tl.float16)
     v = tl.where(inside[:, None], v, lowest(OUT))  # the pool's padding
     if not WIDEN and not BYTES:
         v = v.to(OUT)

@@ -5,12 +5,12 @@ The tensors may be on the meta device: then the calls can be compiled, and nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
-from fastres.backends.triton.eight_bits import inverse
+from fastres.backends.triton.eight_bits import around, inverse
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import (
     AnyStep,
@@ -24,7 +24,6 @@ from fastres.backends.triton.plan import (
     LaunchMaxPool,
     LaunchStem,
     LaunchStemPool,
-    LinkScales,
     LoadInput,
     Plan,
     Scales,
@@ -45,6 +44,7 @@ from fastres.kernels.stem import stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
 
 Tensors = Mapping[str, torch.Tensor]
+Product: TypeAlias = LaunchConv2d | LaunchStem | LaunchStemPool | LaunchBoxConv2d | LaunchLinear
 
 
 def bind(
@@ -132,7 +132,7 @@ def _conv2d(
     return conv2d_launch(
         x,
         weight,
-        constants.bias([step.bias]),
+        _bias(step, [step.bias], constants),
         residual,
         at[step.target],
         shape=ConvShape(n, h, w, c, k, r, s, step.stride, step.padding, step.dilation, groups),
@@ -140,7 +140,7 @@ def _conv2d(
         merged=step.merged,
         residual_channel_offset=offset,
         activation=step.activation,
-        **_scales(step.scales, constants),
+        **_scales(step, constants, residual is not None),
         tile=step.tile,
         allow_tf32=allow_tf32,
     )
@@ -152,11 +152,11 @@ def _stem(
     return stem_launch(
         at[step.source],
         constants.stem(step.weight),
-        constants.bias([step.bias]),
+        _bias(step, [step.bias], constants),
         at[step.target],
         target=target,
         activation=step.activation,
-        **_scales(step.scales, constants, residual=False),
+        **_scales(step, constants),
         tile=step.tile,
         allow_tf32=allow_tf32,
     )
@@ -166,10 +166,10 @@ def _stem_pool(step: LaunchStemPool, at: Tensors, constants: Packed) -> Launch:
     return stem_pool_launch(
         at[step.source],
         constants.stem(step.weight),
-        constants.bias([step.bias]),
+        _bias(step, [step.bias], constants),
         at[step.target],
         activation=step.activation,
-        **_scales(step.scales, constants, residual=False),
+        **_scales(step, constants),
         tile=step.tile,
     )
 
@@ -182,8 +182,8 @@ def _box_conv2d(
     shape = ConvShape(n, h, w, c, out.shape[3], r, s, step.stride, step.padding, step.dilation)
     return conv2d_tma_launches(
         x,
-        constants.matrix(step.weight, step.projection),
-        constants.bias(step.biases),
+        constants.interleaved(step.weight, step.projection),
+        _bias(step, step.biases, constants),
         _optional(at, step.residual),
         out,
         shape=shape,
@@ -191,7 +191,7 @@ def _box_conv2d(
         x2=_optional(at, step.projected),
         stride2=step.projection_stride,
         activation=step.activation,
-        **_scales(step.scales, constants),
+        **_scales(step, constants, step.residual is not None),
         tile=step.tile,
         workspace=_optional(at, step.workspace),
         counters=_optional(at, step.counters),
@@ -201,9 +201,12 @@ def _box_conv2d(
 
 def _chain(step: LaunchChain, at: Tensors, constants: Packed, target: Target) -> Launch:
     a = at[step.source]
-    w2 = constants.filters(step.weight2)
-    w3 = constants.matrix(step.weight3, step.projection)[:, None, None, :]
-    w1 = None if step.weight1 is None else constants.filters(step.weight1)
+    w2 = constants.interleaved(step.weight2).view(-1, 3, 3, a.shape[3])
+    w3 = constants.interleaved(step.weight3, step.projection)[:, None, None, :]
+    w1 = None
+    if step.weight1 is not None:
+        w1 = constants.interleaved(step.weight1)[:, None, None, :]
+    scales, (of_b, of_out, of_next) = _chain_scales(step, constants)
     shape = chain_shape(a, w2, w3, w1, stride=step.stride, shortcut_stride=step.shortcut_stride)
     return chain_launch(
         a,
@@ -211,33 +214,16 @@ def _chain(step: LaunchChain, at: Tensors, constants: Packed, target: Target) ->
         w3,
         at[step.shortcut],
         w1,
-        constants.bias([step.bias2]),
-        constants.bias(step.biases3),
-        constants.bias([step.bias1]),
+        constants.bias([step.bias2], of_b),
+        constants.bias(step.biases3, of_out),
+        constants.bias([step.bias1], of_next),
         at[step.target],
         _optional(at, step.next_target),
         shape=shape,
         target=target,
         activation=step.activation,
-        scales=_chain_scales(step.scales, constants),
+        scales=scales,
         tile=step.tile,
-    )
-
-
-def _chain_scales(scales: LinkScales | None, constants: Packed) -> ChainScales | None:
-    if scales is None:
-        return None
-    w1 = None
-    if scales.weight1 is not None:
-        w1 = constants.products(scales.weight1, scales.target)
-    return ChainScales(
-        w2=constants.products(scales.weight2, scales.source),
-        w3=constants.products(scales.weight3, scales.inner),
-        w1=w1,
-        residual=scales.shortcut,
-        b=inverse(scales.inner),
-        out=inverse(scales.target),
-        a_next=inverse(scales.next_target),
     )
 
 
@@ -250,13 +236,13 @@ def _linear(
     return conv2d_launch(
         x[:, None, None, :],
         weight[:, None, None, :],
-        constants.bias([step.bias]),
+        _bias(step, [step.bias], constants),
         None,
         out[:, None, None, :],
         shape=ConvShape(n, 1, 1, c, k, 1, 1),
         target=target,
         activation=step.activation,
-        **_scales(step.scales, constants),
+        **_scales(step, constants),
         tile=step.tile,
         allow_tf32=allow_tf32,
     )
@@ -308,20 +294,54 @@ def _global_avg_pool(step: LaunchGlobalAvgPool, at: Tensors) -> Launch:
     )
 
 
-def _scales(scales: Scales | None, constants: Packed, residual: bool = True) -> dict[str, Any]:
+def _bias(step: Product, names: Sequence[str | None], constants: Packed) -> torch.Tensor | None:
+    """What is added to a product, in what its result is rounded in."""
+    if step.scales is None:
+        return constants.bias(names)
+    return constants.bias(names, around(step.scales.target, step.activation)[0])
+
+
+def _scales(step: Product, constants: Packed, residual: bool = False) -> dict[str, Any]:
     """The arguments of a product of 8 bits; none of a floating-point one.
 
     Args:
-        residual: whether the kernel can add something.
+        residual: whether something is added.
     """
+    scales = step.scales
     if scales is None:
         return {}
     assert scales.weight is not None
+    before, behind = around(scales.target, step.activation)
     given = {
-        "scale": constants.products(scales.weight, scales.source),
-        "out_scale": inverse(scales.target),
+        "scale": constants.products(scales.weight, scales.source, before),
+        "out_scale": behind,
     }
-    return given | ({"residual_scale": scales.residual} if residual else {})
+    return given | ({"residual_scale": scales.residual * before} if residual else {})
+
+
+def _chain_scales(
+    step: LaunchChain, constants: Packed
+) -> tuple[ChainScales | None, tuple[float, float, float]]:
+    """The scales of a chain of 8 bits, and by what the biases of its results are multiplied."""
+    scales = step.scales
+    if scales is None:
+        return None, (1.0, 1.0, 1.0)
+    of_b, behind_b = around(scales.inner, step.activation)
+    of_out, behind_out = around(scales.target, step.activation)
+    of_next, behind_next = around(scales.next_target, step.activation)
+    w1 = None
+    if scales.weight1 is not None:
+        w1 = constants.products(scales.weight1, scales.target, of_next)
+    found = ChainScales(
+        w2=constants.products(scales.weight2, scales.source, of_b),
+        w3=constants.products(scales.weight3, scales.inner, of_out),
+        w1=w1,
+        residual=scales.shortcut * of_out,
+        b=behind_b,
+        out=behind_out,
+        a_next=behind_next,
+    )
+    return found, (of_b, of_out, of_next)
 
 
 def _optional(at: Tensors, name: str | None) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ import torch
 
 from fastres.graph.ir import Dequantize, Graph, Node, Quantize
 from fastres.graph.passes.merging import rename_inputs
+from fastres.kernels.epilogue import ActivationKind
 from fastres.options import DTYPE_OF, Precision
 
 # What floating-point values are kept in: around int8 layers, what tensor cores are fast in.
@@ -29,6 +30,16 @@ OPERAND_OF: dict[Precision, torch.dtype] = {
 def inverse(scale: float | None) -> float:
     """What a result is multiplied by: a float32; 1 of a floating-point one."""
     return 1.0 if scale is None else float(1 / torch.tensor(scale, dtype=torch.float32))
+
+
+def around(scale: float | None, activation: ActivationKind | None) -> tuple[float, float]:
+    """What is multiplied before an activation, and behind it, for a result of this scale.
+
+    Before it, it is part of what sums, biases and residuals are multiplied by anyway. A ReLU allows
+    that, and none: max(0, v) * f is max(0, v * f), for f > 0.
+    """
+    factor = inverse(scale)
+    return (factor, 1.0) if activation in (None, "relu") else (1.0, factor)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from fastres.errors import UnsupportedError
 from fastres.graph.ir import Graph, Normalize
 from fastres.kernels.folding import pack_stem_weight
 from fastres.kernels.geometry import mergeable
+from fastres.kernels.pairs import interleaved
 from fastres.kernels.reference import round_tf32
 from fastres.weights import is_finite
 
-_RANKS = dict.fromkeys(("filters", "grouped", "matrix", "stem"), 4) | {"rows": 2}
+_RANKS = dict.fromkeys(("filters", "grouped", "matrix", "interleaved", "stem"), 4) | {"rows": 2}
 _RANKS |= dict.fromkeys(("bias", "scale", "shift", "products"), 1)
 
 
@@ -83,11 +84,19 @@ class Packed:
         if projection is None:
             return self.filters(name).flatten(1)
         names = (name, projection)
+        return self._once(("matrix", *names), lambda: self._rounded(self._joined(names)))
+
+    def interleaved(self, name: str, projection: str | None = None) -> torch.Tensor:
+        """`matrix` as boxes and chains read it: rows of 8 bits interleaved.
+
+        Raises:
+            ValueError: there are no pairs of rows (`fastres.kernels.pairs`).
+        """
+        if self._constants[name].dtype.itemsize > 1:
+            return self.matrix(name, projection)
+        names = (name,) if projection is None else (name, projection)
         return self._once(
-            ("matrix", *names),
-            lambda: self._rounded(
-                torch.cat([self._constants[n].permute(0, 2, 3, 1).flatten(1) for n in names], 1)
-            ),
+            ("interleaved", *names), lambda: self._rounded(interleaved(self._joined(names)))
         )
 
     def stem(self, name: str) -> torch.Tensor:
@@ -100,8 +109,8 @@ class Packed:
         """[K, C] of a linear layer."""
         return self._once(("rows", name), lambda: self._rounded(self._constants[name]))
 
-    def bias(self, names: Sequence[str | None]) -> torch.Tensor | None:
-        """[K] fp32, the sum of the biases named; None if there are none."""
+    def bias(self, names: Sequence[str | None], factor: float = 1.0) -> torch.Tensor | None:
+        """[K] fp32, the sum of the biases named, times a factor; None if there are none."""
         present = tuple(name for name in names if name is not None)
         if not present:
             return None
@@ -109,20 +118,25 @@ class Packed:
         def make() -> torch.Tensor:
             total = sum(self._constants[name].double() for name in present)
             assert isinstance(total, torch.Tensor)
-            return total.to(self._device, torch.float32).contiguous()
+            return (total * factor).to(self._device, torch.float32).contiguous()
 
-        return self._once(("bias", *present), make)
+        key = ("bias", *present)
+        return self._once(key if factor == 1.0 else (*key, factor), make)
 
-    def products(self, name: str, factor: float) -> torch.Tensor:
-        """[K] fp32: what a product of 8 bits stands for, by output channel.
+    def products(self, name: str, factor: float, result: float = 1.0) -> torch.Tensor:
+        """[K] fp32: what a product of 8 bits stands for, by output channel, times `result`.
 
         Args:
             name: of the weight's scales.
             factor: the scale of what is multiplied.
+            result: 1 / the result's scale, where nothing stands between the two.
         """
+        key = ("products", name, factor)
         return self._once(
-            ("products", name, factor),
-            lambda: (self._constants[name] * torch.tensor(factor)).to(self._device, torch.float32),
+            key if result == 1.0 else (*key, result),
+            lambda: (self._constants[name] * torch.tensor(factor) * torch.tensor(result)).to(
+                self._device, torch.float32
+            ),
         )
 
     def scale_and_shift(self, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,20 +187,22 @@ class Packed:
             counts = [n for n in rest[1:] if isinstance(n, float | int) and n == int(n)]
             groups, merged = map(int, counts)
             return self.grouped(names[0], groups, merged)
-        if kind == "products":
-            if len(rest) != 2 or not isinstance(rest[1], float):
-                raise ValueError(f"{key} stands for no constants of this graph")
-            return self.products(names[0], rest[1])
-        if kind == "bias":
-            total = self.bias(names)
+        numbers = [x for x in rest if isinstance(x, float)]
+        if kind == "products" and len(names) == 1 and len(numbers) in (1, 2):
+            return self.products(names[0], *numbers)
+        if kind == "bias" and len(numbers) < 2:
+            total = self.bias(names, *numbers)
             assert total is not None
             return total
         make = {
             "filters": self.filters,
             "matrix": self.matrix,
+            "interleaved": self.interleaved,
             "stem": self.stem,
             "rows": self.rows,
         }
+        if kind not in make:
+            raise ValueError(f"{key} stands for no constants of this graph")
         return make[str(kind)](*names)
 
     @property
@@ -200,6 +216,10 @@ class Packed:
             return torch.tensor(factors, dtype=torch.float32).view(2, 3).to(self._device)
 
         return self._once(("factors", *factors), make)
+
+    def _joined(self, names: Sequence[str]) -> torch.Tensor:
+        """The matrices of filters side by side, as they are stored."""
+        return torch.cat([self._constants[n].permute(0, 2, 3, 1).flatten(1) for n in names], 1)
 
     def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
         dtype = weight.dtype if weight.dtype.itemsize == 1 else self._dtype

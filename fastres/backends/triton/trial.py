@@ -18,6 +18,7 @@ from fastres.kernels.cost import Target
 from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, Pair, PoolShape
 from fastres.kernels.launch import Launch
+from fastres.kernels.pairs import interleaved
 from fastres.kernels.parts import new_parts
 from fastres.kernels.pool import max_pool_launch
 from fastres.kernels.reference import round_tf32
@@ -187,7 +188,7 @@ class Trial:
     def _box_launches(self, shape: ConvShape, tile: BoxTile, target: Target) -> tuple[Launch, ...]:
         return conv2d_tma_launches(
             self._x,
-            self._matrix,
+            interleaved(self._matrix),
             self._bias,
             self._residual,
             self._outputs[0],
@@ -207,10 +208,10 @@ class Trial:
         assert out is not None
         return chain_launch(
             self._x,
-            self._w2,
-            self._w3,
+            interleaved(self._w2),
+            interleaved(self._w3),
             self._shortcut,
-            self._w1,
+            None if self._w1 is None else interleaved(self._w1),
             self._b2,
             self._b3,
             self._b1,

@@ -68,6 +68,8 @@ class TestWeights:
         "s": draw(5, 3, 7, 7),
         "l": draw(7, 9),
         "q": torch.randint(-127, 128, (8, 6, 3, 3), dtype=torch.int8),
+        "i": torch.randint(-127, 128, (32, 6, 3, 3), dtype=torch.int8),
+        "j": torch.randint(-127, 128, (32, 4, 1, 1), dtype=torch.int8),
         "b": draw(8),
         "c": draw(8) * 1e-3,
         "m": draw(8) + 1,
@@ -82,12 +84,16 @@ class TestWeights:
             ("filters", "q"),
             ("matrix", "w"),
             ("matrix", "w", "p"),
+            ("interleaved", "i"),
+            ("interleaved", "i", "j"),
             ("grouped", "g", 8, 4),
             ("stem", "s"),
             ("rows", "l"),
             ("bias", "b"),
             ("bias", "b", "c"),
+            ("bias", "b", "c", 41.3),
             ("products", "v", 0.0371),
+            ("products", "v", 0.0371, 1 / 0.0219),
             ("factors", 0.1, 0.2, 0.3, -1.0, -2.0, 3e-7),
         ],
         ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else str(x),
@@ -120,7 +126,9 @@ class TestWeights:
         nan = torch.from_numpy(bf16(np.float32([np.nan, -np.nan]))).view(torch.bfloat16)
         assert bool(nan.isnan().all())
 
-    @pytest.mark.parametrize("key", [(), ("__init__", "w"), ("get", "w"), ("stem", "l"), ("rows",)])
+    @pytest.mark.parametrize(
+        "key", [(), ("__init__", "w"), ("get", "w"), ("stem", "l"), ("rows",), ("interleaved", "q")]
+    )
     def test_keys_that_are_none(self, key: Any) -> None:
         arrays = PackedArrays(lambda name: self.CONSTANTS[name].numpy(), "fp16")
         with pytest.raises(ArtifactError, match="the plan reads"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastres
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.triton.backend import TritonExecutable
+from fastres.backends.triton.cross import launches_of
 from fastres.backends.triton.eight_bits import FLOAT_OF, inverse, is_whole, plain
 from fastres.backends.triton.lower import make_plan
 from fastres.backends.triton.pack import Packed
@@ -48,6 +49,7 @@ from fastres.kernels.space_to_depth import space_to_depth
 from fastres.options import Input
 
 PhotoBatch = Callable[[int, int], Tensor]
+TILES = Tiles(Target.typical(90))
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETING else "cuda")
 runs = [
@@ -90,6 +92,11 @@ def cifar(images: Tensor, **more: Any) -> nn.Module:
     return fastres.models.settle(fastres.models.cifar_resnet(8, seed=0, **more), images)
 
 
+def two_layers(activation: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 32, 3), activation(), nn.Conv2d(32, 32, 3), nn.ReLU()).eval()
+
+
 def quantised(
     model: nn.Module, images: Tensor, keep: tuple[str, ...] = ()
 ) -> tuple[Graph, CalibrationTable]:
@@ -125,19 +132,20 @@ def exact(graph: Graph, x: Tensor) -> dict[str, Tensor]:
         target = source.scales.get(node.name)
         last = node.name in source.graph.outputs or target is None
         residual = values[node.inputs[1]] if node.op.epilogue.residual else None
+        factor = 1.0 if last or target is None else float(1 / torch.tensor(target))
+        assert node.op.epilogue.activation in (None, "relu"), "factors stand before these"
         values[node.name] = reference.conv2d_int8(
             values[node.inputs[0]],
             constants["weight"],
-            constants["scale"] * torch.tensor(source.scales[node.inputs[0]]),
-            constants["bias"],
+            constants["scale"] * torch.tensor(source.scales[node.inputs[0]]) * torch.tensor(factor),
+            (constants["bias"].double() * factor).float(),
             stride=node.op.stride,
             padding=node.op.padding,
             dilation=node.op.dilation,
             groups=node.op.groups,
             residual=residual,
-            residual_scale=source.scales[node.inputs[1]] if residual is not None else 1.0,
+            residual_scale=source.scales[node.inputs[1]] * factor if residual is not None else 1.0,
             activation=node.op.epilogue.activation,
-            out_scale=1.0 if last or target is None else float(1 / torch.tensor(target)),
             dtype=torch.float16 if last else torch.int8,
         )
     return values
@@ -315,6 +323,15 @@ class Odd(nn.Module):
 class TestOddNetworks:
     pytestmark = runs
 
+    def test_a_factor_behind_an_activation(self, photo_batch: PhotoBatch) -> None:
+        images = photo_batch(8, 12)
+        model = two_layers(nn.SiLU)
+        engine = fastres.compile(
+            model, images[:2], calibration=[images], backend="triton", device=DEVICE
+        )
+        report = fastres.verify(model, engine, images[:2])
+        assert report.passed, str(report)
+
     def test_sums_activations_and_outputs(self) -> None:
         model = Odd().eval()
         x = torch.randn(4, 3, 12, 10, generator=torch.Generator().manual_seed(1))
@@ -341,6 +358,22 @@ class TestPlans:
         assert all(source.scales[name] == table.scale(name) for name in ("x", "conv1"))
         untouched = optimise(capture(cifar(images), (Input((1, 3, 32, 32)),)).graph)
         assert plain(untouched).graph is untouched
+
+    @pytest.mark.parametrize(("activation", "before"), [(nn.ReLU, True), (nn.SiLU, False)])
+    def test_the_results_scale_stands_before_a_relu(
+        self, photo_batch: PhotoBatch, activation: type[nn.Module], before: bool
+    ) -> None:
+        """There it is part of other factors; behind, each sum is multiplied once more."""
+        images = photo_batch(8, 32)
+        graph, table = quantised(two_layers(activation), images)
+        plan, target = make_plan(graph, ((4, 3, 32, 32),), "int8", TILES), TILES.target
+        constants = Packed(graph, FLOAT_OF["int8"], torch.device("meta"))
+        first, last = (launch for _, launch in launches_of(plan, constants, target))
+        factor = inverse(table.scale("0"))
+        assert first.arguments["out_scale"] == (None if before else factor)
+        assert last.arguments["out_scale"] is None  # of a result in floating point
+        keys = {key[0]: key for key in constants.made() if key[1].startswith("0.")}
+        assert (keys["bias"][-1] == keys["products"][-1] == factor) == before
 
     def test_stored_plans_are_taken_over(self, photo_batch: PhotoBatch) -> None:
         images = photo_batch(8, 32)

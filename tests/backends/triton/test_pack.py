@@ -62,6 +62,29 @@ def test_a_projection_stands_behind_the_filters_and_biases_are_summed() -> None:
     assert torch.equal(packed.bias(["a.bias", None]), constants["a.bias"])
 
 
+def test_rows_of_8_bits_are_interleaved_and_wider_ones_are_not() -> None:
+    weight = torch.randint(-127, 128, (32, 4, 3, 3), dtype=torch.int8)
+    constants = {"w": weight, "p": weight[:, :, :1, :1], "f": weight.float()}
+    packed = Packed(Graph((), (), (), constants, ""), torch.float16, CPU)
+    rows = [start + i for start in (0, 16) for i in (*range(0, 16, 2), *range(1, 16, 2))]
+    assert torch.equal(packed.interleaved("w"), packed.matrix("w")[rows])
+    assert torch.equal(packed.interleaved("w", "p"), packed.matrix("w", "p")[rows])
+    assert packed.interleaved("f").data_ptr() == packed.filters("f").data_ptr()
+    assert packed.interleaved("f", "f") is packed.matrix("f", "f")
+
+
+def test_factors_of_scales_and_biases() -> None:
+    constants = {"b": torch.tensor([1.0, -3.0]), "c": torch.tensor([0.5, 2.0])}
+    packed = Packed(Graph((), (), (), constants, ""), torch.float16, CPU)
+    wanted = ((constants["b"].double() + constants["c"].double()) * 0.3).float()
+    assert torch.equal(packed.bias(["b", None, "c"], 0.3), wanted)
+    assert packed.bias(["b"], 1.0) is packed.bias(["b"])
+    step, result = torch.tensor(0.07), torch.tensor(0.3)
+    assert torch.equal(packed.products("b", 0.07, 0.3), constants["b"] * step * result)
+    assert packed.products("b", 0.07, 1.0) is packed.products("b", 0.07)
+    assert packed.bias([None], 0.3) is None
+
+
 @pytest.mark.parametrize("merged", [1, 2, 3, 6])
 def test_groups_in_one_product_have_zeros_for_each_others_channels(merged: int) -> None:
     conv = nn.Conv2d(24, 12, 3, groups=6, bias=False)
@@ -98,12 +121,16 @@ def test_everything_made_is_found_by_its_key() -> None:
     )
     model["c"], model["stem"] = nn.Linear(6, 5), nn.Conv2d(3, 8, 7)
     constants = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    constants["q"] = torch.randint(-127, 128, (16, 4, 3, 3), dtype=torch.int8)
+    constants["p"] = constants["q"][:, :, :1, :1]
     packed, again = (Packed(Graph((), (), (), constants, ""), torch.float16, CPU) for _ in range(2))
     packed.filters("a.weight"), packed.matrix("a.weight", "b.weight"), packed.rows("c.weight")
     packed.bias(["a.bias", "b.bias"]), packed.stem("stem.weight")
     packed.scale_and_shift(Norm("n.running_mean", "n.running_var", None, "n.bias", 1e-5))
     packed.grouped("a.weight", 2, 2)
-    assert len(packed.made()) == 8
+    packed.interleaved("q"), packed.interleaved("q", "p"), packed.bias(["a.bias", "b.bias"], 0.3)
+    packed.products("a.bias", 0.07), packed.products("a.bias", 0.07, 0.3)
+    assert len(packed.made()) == 13
     for key, made in packed.made().items():
         text = msgspec.json.encode(key)
         assert torch.equal(again.get(msgspec.json.decode(text, type=Key)), made)
@@ -111,7 +138,17 @@ def test_everything_made_is_found_by_its_key() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    [(), ("filters",), ("filters", "b"), ("filters", "a.bias"), ("odd", "a.weight"), (None, "a.x")],
+    [
+        (),
+        ("filters",),
+        ("filters", "b"),
+        ("filters", "a.bias"),
+        ("odd", "a.weight"),
+        (None, "a.x"),
+        ("products", "a.bias"),
+        ("products", "a.bias", 0.1, 0.2, 0.3),
+        ("products", "a.bias", 0.1, "a.bias"),
+    ],
     ids=str,
 )
 def test_other_keys_are_refused(key: Key) -> None:
