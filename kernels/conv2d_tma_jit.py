@@ -53,6 +53,7 @@ def conv2d_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    FLATTEN: tl.constexpr,  # `boxes.BoxTile.flattens`
     ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -66,8 +67,9 @@ def conv2d_tma_kernel(
     # A fixed number of programs walks over the tiles. Channel tiles run fastest: programs side by
     # side share their pixels in L2, and with the next box the weights, which all fit there. Parts
     # of a split run slowest: programs side by side are at the same depth of the weights.
-    tile = tl.program_id(0)
-    while tile < TILES:
+    # FLATTEN makes one loop of this and the one over a tile's steps, in which the boxes of the next
+    # tile are on their way while this one's sums go through the epilogue.
+    for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), flatten=FLATTEN):
         k0 = tile % TILES_N * BLOCK_N
         box = tile // TILES_N
         q0 = box % BOXES_Q * BOX_Q
@@ -124,4 +126,3 @@ def conv2d_tma_kernel(
             v = apply_epilogue(total.T, bias, r, ACTIVATION, scale, residual_scale, out_scale)
             v = round_to(v, y.dtype, ROUND_TF32)
             y.store([n0, p0, q0, k0], v.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
-        tile += tl.num_programs(0)
