@@ -278,6 +278,7 @@ def conv2d_tma_launches(
             "x": _source(x, shape, walk, tile),
             "x2": None if x2 is None else _pixels("x2", x2, stride2, walk, tile),
             "weight": _descriptor("weight", weight, (tile.block_n, tile.block_k)),
+            "weight_ptr": weight,
             "scale2_ptr": scale2,
             "bias_ptr": bias,
             "residual": None

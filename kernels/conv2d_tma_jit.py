@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastres.kernels.dependent import await_predecessor
+from fastres.kernels.dependent import await_predecessor, prefetch_weights
 from fastres.kernels.epilogue_jit import apply_epilogue, round_to
 from fastres.kernels.product_jit import add_product
 
@@ -22,6 +22,7 @@ def conv2d_tma_kernel(
     x,  # descriptors: [N, H, W, C], or [N, H/2, 2, W/2, 2C] for a stride of 2
     x2,  # [N, P, Q, C2]
     weight,  # [K, R*S*C + C2]
+    weight_ptr,  # the same
     scale_ptr,
     scale2_ptr,
     bias_ptr,
@@ -57,6 +58,7 @@ def conv2d_tma_kernel(
     ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    prefetch_weights(weight_ptr, K * (R * S * C + C2), DEPENDENT)
     await_predecessor(DEPENDENT)
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
