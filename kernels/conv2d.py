@@ -190,8 +190,7 @@ def conv2d_cost(
     """
     gemm = shape.gemm
     x = shape.n * shape.h * shape.w * shape.c
-    weight = shape.k * gemm.k
-    read = itemsize * (x + weight + gemm.m * residual_channels)
+    read = itemsize * (x + shape.k * gemm.k + gemm.m * residual_channels)
     y = gemm.m * shape.k * (out_itemsize or itemsize)
     return Cost(2 * gemm.m * shape.k * gemm.k, read + y)
 
