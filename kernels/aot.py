@@ -57,6 +57,7 @@ class KernelFacts:
         unguarded: accesses to global memory that stand before the wait for the kernel in front
             (`fastres.kernels.dependent`): all of them in a kernel that does not wait.
         narrow: loads of 1 or 2 bytes from global memory before the last matrix instruction.
+        ahead: requests to L2 for weights that stand before that wait.
     """
 
     registers: int
@@ -67,6 +68,7 @@ class KernelFacts:
     instructions: Mapping[str, int]
     unguarded: int = 0
     narrow: int = 0
+    ahead: int = 0
 
     def count(self, *parts: str) -> int:
         """Instructions whose dotted name holds all the parts: count("LDG", "128")."""
@@ -117,7 +119,7 @@ def facts_of(kernel: CompiledKernel) -> KernelFacts:
         code = _tool(knobs.nvidia.nvdisasm.path, "-c", cubin.name)
     names = _INSTRUCTION.findall(code)
     instructions = Counter(names)
-    before = takewhile(lambda name: not name.startswith("ACQBULK"), names)
+    before = list(takewhile(lambda name: not name.startswith("ACQBULK"), names))
     last = max((i for i, name in enumerate(names) if MATRIX.match(name)), default=0)
     return KernelFacts(
         registers=int(_REGISTERS.findall(usage)[0]),
@@ -128,6 +130,7 @@ def facts_of(kernel: CompiledKernel) -> KernelFacts:
         instructions=dict(instructions),
         unguarded=sum(_GLOBAL.match(name) is not None for name in before),
         narrow=sum(_NARROW.match(name) is not None for name in names[:last]),
+        ahead=sum(name.startswith("UBLKPF") for name in before),
     )
 
 

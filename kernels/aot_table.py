@@ -323,7 +323,9 @@ def boxes_cases(
         step, depth = projection.stride[0], depth + projection.channels
         x2 = meta(n, step * shape.p, step * shape.q, projection.channels, dtype=dtype)
     fp8 = dtype == torch.float8_e4m3fn
-    tile = choose_box_tile(shape, dtype.itemsize, target, projection, fp8=fp8)
+    tile = choose_box_tile(
+        shape, dtype.itemsize, target, projection, fp8=fp8, residual=boxes.residual
+    )
     scales: dict[str, Any] = {"scale": meta(shape.k, dtype=torch.float32)}
     if boxes.residual:
         scales["residual_scale"] = 0.125

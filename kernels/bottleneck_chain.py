@@ -219,6 +219,9 @@ def chain_launch(
             "next_desc": None
             if a_next is None
             else _boxes(*in_pairs(a_next, (*box, shape.next_mid))),
+            "w2_ptr": w2,
+            "w3_ptr": w3,
+            "w1_ptr": w1,
             "TILES_P": -(-shape.p // box[1]),
             "TILES_Q": -(-shape.q // box[2]),
             **scale_arguments,

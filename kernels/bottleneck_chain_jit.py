@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastres.kernels.dependent import await_predecessor
+from fastres.kernels.dependent import await_predecessor, prefetch_weights
 from fastres.kernels.epilogue_jit import apply_activation, round_to
 from fastres.kernels.pairs_jit import in_order, load_box, store_box
 from fastres.kernels.product_jit import add_product
@@ -42,6 +42,9 @@ def bottleneck_chain_kernel(
     w1_desc,  # [NEXT_MID, CHUNK] of [NEXT_MID, KO], or None
     b1_ptr,
     next_desc,  # box of NEXT_MID channels, or None
+    w2_ptr,  # the weights once more
+    w3_ptr,  # [KO, MID + PROJECTED]
+    w1_ptr,
     scale2_ptr,  # of 8 bits, one value a channel: for b, out, the projection and a_next
     scale3_ptr,
     projection_scale_ptr,
@@ -70,6 +73,9 @@ def bottleneck_chain_kernel(
     CHUNK_STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    prefetch_weights(w2_ptr, 9 * MID * MID, DEPENDENT)
+    prefetch_weights(w3_ptr, KO * (MID + PROJECTED), DEPENDENT)
+    prefetch_weights(w1_ptr, KO * NEXT_MID, DEPENDENT)
     await_predecessor(DEPENDENT)
     PIXELS: tl.constexpr = BOX_N * BOX_P * BOX_Q
     dtype: tl.constexpr = a_desc.dtype

@@ -55,12 +55,14 @@ def box_candidates(
     projection: Projection | None = None,
     result_itemsize: int | None = None,
     fp8: bool = False,
+    residual: bool = False,
 ) -> list[BoxTile]:
     """The valid tiles, for each number of pixels the box of least waste.
 
     Args:
         result_itemsize: see `BoxTile.shared_bytes`.
         fp8: see `tile_refusal`.
+        residual: whether a residual is read.
 
     Raises:
         ValueError: channels which no step of the K-loop divides.
@@ -82,12 +84,21 @@ def box_candidates(
         for split_k in _SPLITS
         for last_adds in ((False, True) if split_k > 1 else (False,))
     )
-    return [
+    valid = (
         replace(tile, programs_per_sm=_resident(tile, shape, itemsize, target, projection, fp8))
         for tile in tiles
         if tile_refusal(tile, shape, itemsize, target, projection, result_itemsize, fp8) is None
-        and _fills(tile, max(tile.steps(shape, projection)) // tile.split_k)
-    ]
+    )
+
+    def steps(tile: BoxTile) -> int:
+        """Of the longest loop."""
+        flat = tile.flattens(
+            walk, target, itemsize, projection, residual=residual, result_itemsize=result_itemsize
+        )
+        turns = tile.turns(walk, target) if flat else 1
+        return turns * max(tile.steps(shape, projection)) // tile.split_k
+
+    return [tile for tile in valid if _fills(tile, steps(tile))]
 
 
 def _fills(tile: BoxTile, steps: int) -> bool:
@@ -102,20 +113,26 @@ def choose_box_tile(
     projection: Projection | None = None,
     result_itemsize: int | None = None,
     fp8: bool = False,
+    residual: bool = False,
 ) -> BoxTile:
     """The candidate of least `box_seconds`; ties go to the earlier one.
 
     Args:
-        result_itemsize: see `BoxTile.shared_bytes`.
-        fp8: see `tile_refusal`.
+        result_itemsize, fp8, residual: see `box_candidates`.
 
     Raises:
         ValueError: channels which no step of the K-loop divides.
     """
     return min(
-        box_candidates(shape, itemsize, target, projection, result_itemsize, fp8),
+        box_candidates(shape, itemsize, target, projection, result_itemsize, fp8, residual),
         key=lambda tile: box_seconds(
-            tile, shape, itemsize, target, projection, result_itemsize=result_itemsize
+            tile,
+            shape,
+            itemsize,
+            target,
+            projection,
+            residual=residual,
+            result_itemsize=result_itemsize,
         ),
     )
 
@@ -167,7 +184,8 @@ def box_seconds(
     """Estimated time: max(device memory, tiles of the busiest SM) + draining + summing the parts.
 
     A tile takes the longest of its arithmetic, its traffic to and from L2, and the latency of its
-    steps, of which as many overlap as there are stages. It ranks tiles, and this form of a
+    steps, of which as many overlap as there are stages. In one loop over tiles and steps only the
+    first tile's boxes are waited for (`BoxTile.flattens`). It ranks tiles, and this form of a
     convolution against others; it predicts no times.
 
     Args:
@@ -176,15 +194,20 @@ def box_seconds(
     work = box_work(
         tile, shape, itemsize, projection, residual=residual, result_itemsize=result_itemsize
     )
-    every = tile.tiles(walk_shape(shape, projection))
+    walk = walk_shape(shape, projection)
+    every, turns = tile.tiles(walk), tile.turns(walk, target)
     part = _part(tile, shape, projection)
     tiles = _cdiv(every, target.sm_count)  # of the busiest SM
     busiest = tiles * target.sm_count / max(1, every)
     resident = min(tile.programs_per_sm, max(1, tiles))
 
-    ahead = max(1, min(tile.num_stages - 1, part))  # one stage is being multiplied
+    flat = tile.flattens(
+        walk, target, itemsize, projection, residual=residual, result_itemsize=result_itemsize
+    )
+    in_one = turns if flat else 1
+    ahead = max(1, min(tile.num_stages - 1, part * in_one))  # one stage is being multiplied
     latency = part * _LATENCY / (ahead * resident)
-    drains = _cdiv(tiles, resident) * _TILE_OVERHEAD  # others resident go on meanwhile
+    drains = turns * _TILE_OVERHEAD - (in_one - 1) * _LATENCY  # others resident go on meanwhile
     moved = busiest * max(work.arithmetic_seconds(target, itemsize), work.l2_seconds(target))
     seconds = max(work.memory_seconds(target), moved, tiles * latency) + drains
     return seconds + _adding_seconds(tile, shape, target, projection)

@@ -101,16 +101,20 @@ class BoxTile:
         """Bytes a tile stores: elements of the output, or 32 bits each of a part of it."""
         return self.pixels * self.block_n * (4 if self.split_k > 1 else itemsize)
 
-    def shared_bytes(self, itemsize: int, result_itemsize: int | None = None) -> int:
+    def shared_bytes(
+        self, itemsize: int, result_itemsize: int | None = None, *, residual_apart: bool = False
+    ) -> int:
         """Upper bound of the shared memory: operands of every stage, the result on its way out.
 
         Args:
             result_itemsize: the larger of the output's and the residual's; as operands when None.
+            residual_apart: whether a residual has room of its own, as in one loop (`flattens`);
+                in two it takes the place of the operands, of which none is on its way then.
         """
         operands = self.num_stages * self.stage_bytes(itemsize)
         result = self.result_bytes(result_itemsize or itemsize)
-        # the result leaves while the next tile is under way; a residual takes the operands' place
-        return max(operands, result) + result + _BARRIERS
+        # the result leaves while the next tile is under way
+        return max(operands, result) + (2 if residual_apart else 1) * result + _BARRIERS
 
     def accumulators(self, itemsize: int = 2, projection: Projection | None = None) -> int:
         """Registers a thread holds for the result; of 8 bits, a projection has a second sum."""
@@ -146,6 +150,40 @@ class BoxTile:
     def programs(self, walk: ConvShape, target: Target) -> int:
         """Programs launched: they walk over the tiles."""
         return min(self.tiles(walk), target.sm_count * self.programs_per_sm)
+
+    def turns(self, walk: ConvShape, target: Target) -> int:
+        """Tiles of the busiest program."""
+        return _cdiv(self.tiles(walk), max(1, self.programs(walk, target)))
+
+    def flattens(
+        self,
+        walk: ConvShape,
+        target: Target,
+        itemsize: int,
+        projection: Projection | None = None,
+        *,
+        residual: bool = False,
+        result_itemsize: int | None = None,
+    ) -> bool:
+        """Whether the loops over tiles and over their steps are one, which never runs dry.
+
+        Then the boxes of the next tile are on their way during the epilogue. That needs a next
+        tile, one product (of three loops the compiler makes no one) with the same epilogue for all
+        programs, and, as operands do not make way for it, room for a residual in as many programs
+        as an SM is to hold.
+
+        Args:
+            residual: whether one is read.
+            result_itemsize: see `shared_bytes`.
+        """
+        if projection is not None or self.num_stages == 1 or self.turns(walk, target) <= 1:
+            return False
+        if self.last_adds:  # a branch that its last program alone takes, among the loop's steps
+            return False
+        if not residual or self.split_k > 1:  # a second kernel adds it then
+            return True
+        apart = self.shared_bytes(itemsize, result_itemsize, residual_apart=True)
+        return self.programs_per_sm * apart <= target.shared_bytes
 
 
 def input_channels(shape: ConvShape, projection: Projection | None) -> list[int]:

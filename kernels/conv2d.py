@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost, Target, target_of
-from fastres.kernels.dependent import await_predecessor
+from fastres.kernels.dependent import await_predecessor, prefetch_weights
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_epilogue, round_to
 from fastres.kernels.geometry import ConvShape, Pair
@@ -80,6 +80,7 @@ def _conv2d_kernel(
     ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    prefetch_weights(weight_ptr, GROUPS * K * R * S * C, DEPENDENT)
     await_predecessor(DEPENDENT)
     # Channel tiles run fastest, then groups: neighbouring blocks share their pixels in L2.
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -189,8 +190,7 @@ def conv2d_cost(
     """
     gemm = shape.gemm
     x = shape.n * shape.h * shape.w * shape.c
-    weight = shape.k * gemm.k
-    read = itemsize * (x + weight + gemm.m * residual_channels)
+    read = itemsize * (x + shape.k * gemm.k + gemm.m * residual_channels)
     y = gemm.m * shape.k * (out_itemsize or itemsize)
     return Cost(2 * gemm.m * shape.k * gemm.k, read + y)
 

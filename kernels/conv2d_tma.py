@@ -149,7 +149,8 @@ def conv2d_tma(
     if tile is None:
         size = _result_itemsize(out, residual)
         fp8 = x.dtype == torch.float8_e4m3fn
-        tile = choose_box_tile(shape, x.element_size(), target, projection, size, fp8)
+        added = residual is not None
+        tile = choose_box_tile(shape, x.element_size(), target, projection, size, fp8, added)
     for launch in conv2d_tma_launches(
         x,
         matrix,
@@ -242,7 +243,8 @@ def conv2d_tma_launches(
     itemsize, size = x.element_size(), _result_itemsize(out, residual)
     fp8 = x.dtype == torch.float8_e4m3fn
     if tile is None:
-        tile = choose_box_tile(shape, itemsize, target, projection, size, fp8)
+        added = residual is not None
+        tile = choose_box_tile(shape, itemsize, target, projection, size, fp8, added)
     reason = tile_refusal(tile, shape, itemsize, target, projection, size, fp8)
     if reason is not None:
         raise ValueError(f"tile {tile} cannot run this convolution: {reason}")
@@ -280,6 +282,9 @@ def conv2d_tma_launches(
         bias = residual = activation = None  # they are the second kernel's
         epilogue = dict.fromkeys(epilogue)
     boxes = tile.boxes(walk)
+    flatten = tile.flattens(
+        walk, target, itemsize, projection, residual=residual is not None, result_itemsize=size
+    )
     product = Launch(
         kernel=conv2d_tma_kernel,
         programs=tile.programs(walk, target),
@@ -287,6 +292,7 @@ def conv2d_tma_launches(
             "x": _source(x, shape, walk, tile),
             "x2": None if x2 is None else _pixels("x2", x2, stride2, walk, tile),
             "weight": _descriptor("weight", weight, (tile.block_n, tile.block_k)),
+            "weight_ptr": weight,
             "scale2_ptr": scale2,
             "bias_ptr": bias,
             "residual": None
@@ -325,6 +331,7 @@ def conv2d_tma_launches(
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
             "SPLIT_K": tile.split_k,
+            "FLATTEN": flatten,
             "ROUND_TF32": False,
             "DEPENDENT": False,
         },

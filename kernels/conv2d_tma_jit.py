@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastres.kernels.dependent import await_predecessor
+from fastres.kernels.dependent import await_predecessor, prefetch_weights
 from fastres.kernels.epilogue_jit import apply_epilogue
 from fastres.kernels.last_block_jit import is_last, sum_in_order
 from fastres.kernels.pairs_jit import in_order, load_box, store_box
@@ -24,6 +24,7 @@ def conv2d_tma_kernel(
     x,  # descriptors: [N, H, W, C], or [N, H/2, 2, W/2, 2C] for a stride of 2
     x2,  # [N, P, Q, C2]
     weight,  # [K, R*S*C + C2], rows of 8 bits interleaved
+    weight_ptr,  # the same
     scale_ptr,
     scale2_ptr,
     bias_ptr,
@@ -57,9 +58,11 @@ def conv2d_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    FLATTEN: tl.constexpr,  # `boxes.BoxTile.flattens`
     ROUND_TF32: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    prefetch_weights(weight_ptr, K * (R * S * C + C2), DEPENDENT)
     await_predecessor(DEPENDENT)
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -70,8 +73,9 @@ def conv2d_tma_kernel(
     # A fixed number of programs walks over the tiles. Channel tiles run fastest: programs side by
     # side share their pixels in L2, and with the next box the weights, which all fit there. Parts
     # of a split run slowest: programs side by side are at the same depth of the weights.
-    tile = tl.program_id(0)
-    while tile < TILES:
+    # FLATTEN makes one loop of this and the one over a tile's steps, in which the boxes of the next
+    # tile are on their way while this one's sums go through the epilogue.
+    for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), flatten=FLATTEN):
         k0 = tile % TILES_N * BLOCK_N
         box = tile // TILES_N
         q0 = box % BOXES_Q * BOX_Q
@@ -131,4 +135,3 @@ def conv2d_tma_kernel(
                 r = load_box(residual, n0, p0, q0, k0, x.dtype, BLOCK_M, BLOCK_N)
             v = apply_epilogue(total.T, bias, r, ACTIVATION, scale, residual_scale, out_scale)
             store_box(y, n0, p0, q0, k0, v, x.dtype, ROUND_TF32)
-        tile += tl.num_programs(0)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
-from fastres.kernels.dependent import await_predecessor
+from fastres.kernels.dependent import await_predecessor, prefetch_weights
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.epilogue_jit import apply_epilogue, lowest, round_to
 from fastres.kernels.folding import FOLDED, ROW, TAPS
@@ -69,8 +69,9 @@ def _stem_pool_kernel(
     BLOCK_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    await_predecessor(DEPENDENT)
     ROW: tl.constexpr = TAPS * C
+    prefetch_weights(weight_ptr, K * TAPS * ROW, DEPENDENT)
+    await_predecessor(DEPENDENT)
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     tiles_q = tl.cdiv(PQ, BLOCK_Q - 1)

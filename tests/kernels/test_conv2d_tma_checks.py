@@ -156,7 +156,9 @@ def test_machine_code(sm, case):
     sides = [case.launch.constants[name] for name in names]
     launch, itemsize = case.launch, case.launch.arguments["x"].base.element_size()
     tile = BoxTile(*sides, launch.num_warps, launch.num_stages, launch.constants["SPLIT_K"])
-    assert facts.shared_bytes <= tile.shared_bytes(itemsize)
+    # in one loop over tiles and steps the next tile's boxes do not make way for a residual
+    apart = launch.constants["FLATTEN"] and launch.arguments["residual"] is not None
+    assert facts.shared_bytes <= tile.shared_bytes(itemsize, residual_apart=apart)
 
 
 def test_table_has_nothing_for_older_targets():

@@ -93,6 +93,7 @@ class Problem:
                     self.projection,
                     self._result_itemsize,
                     fp8=self.precision == "fp8",
+                    residual=self.residual,
                 )
             ]
         else:
