@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from fastres.backends.triton.arena import Lifetime
+from fastres.backends.triton.arena import Lifetime, place
 from fastres.backends.triton.eight_bits import FLOAT_OF, OPERAND_OF
-from fastres.backends.triton.plan import AnyStep, LaunchElementwise, Scales
+from fastres.backends.triton.plan import AnyStep, LaunchElementwise, Place, Scales
+from fastres.graph.specs import DTYPE_NAMES
 from fastres.options import Precision, Sizes
 
 
@@ -42,6 +43,7 @@ class Tensors:
         self._dtype, self._eight = FLOAT_OF[precision], OPERAND_OF[precision]
         self._narrow = precision == "tf32"
         self.rounded = set(factors)  # tensors of TF32
+        self.outside: set[str] = set()  # of the arena
         self._real: dict[str, str] = {}  # a value → the tensor it was written to
         self._whole: dict[str, str] = {}  # a value that is read in 8 bits → the tensor of that
 
@@ -128,8 +130,23 @@ class Tensors:
             self.steps.append(LaunchElementwise(narrow, source, narrow, None, None, None))
         return narrow
 
+    def placed(self) -> tuple[dict[str, Place], int]:
+        """Where each tensor lies, and the bytes of the arena."""
+        offsets, total = place(self.lifetimes())
+        places = {
+            name: Place(
+                shape,
+                DTYPE_NAMES[dtype],
+                offsets.get(name, 0),
+                name in self.rounded,
+                name in self.outside,
+            )
+            for name, (shape, dtype) in self.places.items()
+        }
+        return places, total
+
     def lifetimes(self) -> list[Lifetime]:
-        """From which step to which each tensor is needed."""
+        """From which step to which each tensor of the arena is needed."""
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for i, step in enumerate(self.steps):
@@ -139,6 +156,7 @@ class Tensors:
         return [
             Lifetime(name, math.prod(shape) * dtype.itemsize, first[name], last[name])
             for name, (shape, dtype) in self.places.items()
+            if name not in self.outside
         ]
 
     def _cast(self, source: str, target: str, scales: Scales) -> None:
