@@ -70,7 +70,7 @@ def test_a_case_of_every_kernel_family() -> None:
 def test_the_vendors_form_is_tuned_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """And there only: nothing of it is compiled beforehand."""
     target, known = Target.typical(90), "cuDNN 91900 of PyTorch 2.11.0 on NVIDIA H200"
-    run = gpu_sections.Run(Path(), torch.device("cpu"), (), ("fp16",), (2,), 64, 0.0)
+    run = gpu_sections.Run(Path(), torch.device("cpu"), ("resnet50",), ("fp16",), (2,), 64, 0.0)
     monkeypatch.setattr(gpu_sections, "tiles_for", lambda *_: Tiles(target, (), known))
     found = [p for p in gpu_sections._problems("v1.5", 2, run) if p.kind == "vendor"]
     assert len(found) > 10 and all(p.library == known for p in found)
