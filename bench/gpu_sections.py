@@ -246,8 +246,8 @@ def _tuned(problem: Problem, table: Table, path: Path, run: Run) -> Row:
 
 
 def _problems(version: str, batch: int, run: Run) -> list[Problem]:
-    target = tiles_for(Options(), run.device).target
-    return problems(version, batch, run.precisions, run.image_size, target, run.tuned)
+    tiles, asked = tiles_for(Options(), run.device), (run.precisions, run.image_size)
+    return problems(version, batch, *asked, tiles.target, run.tuned, tiles.library)
 
 
 def problems(
@@ -257,12 +257,17 @@ def problems(
     image_size: int,
     target: cost.Target,
     net: str = "resnet50",
+    library: str | None = None,
 ) -> list[Problem]:
-    """What plans of a network want tiles for, in those of the precisions that are tuned."""
+    """What plans of a network want tiles for, in those of the precisions that are tuned.
+
+    Args:
+        library: the vendor's that is there (`vendor.library`), which is timed beside our kernels.
+    """
     weights = made(net, version).state_dict()
     shape = (batch, 3, image_size, image_size)
     graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
-    tiles = Tiles(target)
+    tiles = Tiles(target, (), library)
     for precision in FAST:
         if precision in precisions:
             make_plan(in_precision(graph, shape, precision), (shape,), precision, tiles)

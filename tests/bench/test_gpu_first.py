@@ -12,9 +12,15 @@ from typing import Any
 
 import gpu
 import gpu_carry
+import gpu_launches
+import gpu_sections
 import pytest
+import torch
 from gpu_families import one_of_each
 from gpu_plans import FIRST, PLANS, SECOND
+
+from fastres.backends.triton.table import Tiles
+from fastres.kernels.cost import Target
 
 SCRIPT = Path(gpu.__file__)
 TINY = ("--device=cpu", "--nets=cifar_resnet:8", "--image-size=16", "--batch-sizes=2")
@@ -60,6 +66,20 @@ def test_a_case_of_every_kernel_family() -> None:
         assert {(family, "fp16"), (family, "int8"), (family, "fp8")} <= by_number
     strides = {case.problem.shape.stride for case in cases if case.family == "conv2d"}
     assert strides >= {(1, 1), (2, 2)} and len(cases) < 80
+
+
+def test_the_vendors_form_is_tuned_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And there only: nothing of it is compiled beforehand."""
+    target, known = Target.typical(90), "cuDNN 91900 of PyTorch 2.11.0 on NVIDIA H200"
+    run = gpu_sections.Run(Path(), torch.device("cpu"), ("resnet50",), ("fp16",), (2,), 64, 0.0)
+    monkeypatch.setattr(gpu_sections, "tiles_for", lambda *_: Tiles(target, (), known))
+    found = [p for p in gpu_sections._problems("v1.5", 2, run) if p.kind == "vendor"]
+    assert len(found) > 10 and all(p.library == known for p in found)
+    (tuning,) = (asked for asked in FIRST.sections if asked.section == "tuning")
+    jobs = gpu_launches.jobs(gpu.PLANS["first"], target, 64)
+    tuned = {job[1] for job in jobs if job[0] == "tile"}
+    assert tuned and tuning.precisions == ("fp16",) and not tuned & {*found}
+    assert not any(problem.kind == "vendor" for problem in tuned)
 
 
 class TestCarrying:

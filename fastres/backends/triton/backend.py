@@ -155,7 +155,7 @@ class TritonExecutable:
         record = recorder(device) if _wants_graph(options, device) else None
         self._parts = compiled or CompiledParts()
         self._target = f"sm_{tiles.target.sm}"
-        stored = recorded(self._parts.files, self._target)
+        stored = recorded(self._parts.files, self._target, tiles.library)
         one_by_one = launched_one_by_one(options)
         self._notes = [_ONE_BY_ONE] if one_by_one else []
         notes = self._notes

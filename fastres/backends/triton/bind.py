@@ -24,6 +24,7 @@ from fastres.backends.triton.plan import (
     LaunchMaxPool,
     LaunchStem,
     LaunchStemPool,
+    LaunchVendor,
     LoadInput,
     Plan,
     Scales,
@@ -58,6 +59,7 @@ def bind(
         constants: the graph's weights, on the same device.
         target: the GPU they are meant for.
     """
+    assert not isinstance(step, LaunchVendor), "PyTorch's call, and no launch of ours"
     launches = _launches(step, at, constants, target, plan.allow_tf32)
     if plan.places[step.target].tf32:
         launches = tuple(launch.rounded() for launch in launches)

@@ -19,6 +19,7 @@ from fastres.backends.triton.plan import (
     LaunchLinear,
     LaunchStem,
     LaunchStemPool,
+    LaunchVendor,
     LoadInput,
     Plan,
 )
@@ -97,11 +98,11 @@ class _Reader:
             k, c = self._weights[step.weight]
             shape = ConvShape(self._shape(step.target)[0], 1, 1, c, k, 1, 1)
             return Problem("pointers", shape, self._in(step.source))
-        if isinstance(step, LaunchConv2d | LaunchBoxConv2d):
+        if isinstance(step, LaunchConv2d | LaunchBoxConv2d | LaunchVendor):
             return self._convolution(step)
         return None
 
-    def _convolution(self, step: LaunchConv2d | LaunchBoxConv2d) -> Problem:
+    def _convolution(self, step: LaunchConv2d | LaunchBoxConv2d | LaunchVendor) -> Problem:
         n, h, w, c = self._shape(step.source)
         k, _, r, s = self._weights[step.weight]
         precision = self._in(step.source)
@@ -110,6 +111,10 @@ class _Reader:
             shape = ConvShape(*sizes, step.groups // step.merged)
             adds = step.shortcut is not None
             return Problem("pointers", shape, precision, residual=adds, merged=step.merged)
+        if isinstance(step, LaunchVendor):
+            shape, adds = ConvShape(*sizes, step.groups), step.residual is not None
+            library = step.tile.library
+            return Problem("vendor", shape, precision, residual=adds, library=library)
         projection = None
         if step.projected is not None:
             projection = Projection(self._shape(step.projected)[3], step.projection_stride)

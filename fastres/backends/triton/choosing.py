@@ -16,6 +16,7 @@ from fastres.backends.triton.table import (
     this_machine,
     write_table,
 )
+from fastres.backends.triton.vendor import library
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Graph
 from fastres.kernels.cost import Target, target_of
@@ -34,7 +35,7 @@ def tiles_for(options: Options, device: torch.device) -> Tiles:
         return Tiles(Target(90, 1))
     machine = this_machine(device)
     own = read_table(cache_path(machine, options.cache_dir), machine)
-    return Tiles(target_of(device), [own, shipped(machine)])
+    return Tiles(target_of(device), [own, shipped(machine)], library(device))
 
 
 def ban(tiles: Tiles, plan: Plan, node: str, reason: str) -> None:
@@ -81,4 +82,4 @@ def tuned(graph: Graph, options: Options, device: torch.device, shapes: Shapes) 
 
     with progress_bar("tuning") as report:
         tune(tiles.asked(), table, device, keep=keep, progress=report)
-    return Tiles(tiles.target, [table, shipped(machine)])
+    return Tiles(tiles.target, [table, shipped(machine)], tiles.library)

@@ -33,11 +33,21 @@ _PICTURES = 4  # dimensions
 
 
 class Bound(NamedTuple):
-    """The launches of one step on one arena, and what they cost where that is known."""
+    """The launches of one step on one arena, and what they cost where that is known.
+
+    Args:
+        last: tensors outside of the arena that no later step reads.
+    """
 
     step: AnyStep
     calls: tuple[Call, ...]
     cost: Cost | None
+    last: tuple[str, ...] = ()
+
+    def release(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Gives back the memory of what was read for the last time."""
+        for name in self.last:
+            del tensors[name]
 
     def launch_one_by_one(self, device: torch.device, tell: bool = False) -> None:
         """Makes each call and waits for it.
@@ -55,7 +65,7 @@ class Context:
     """An arena with all of a plan's launches bound to it; one caller at a time uses it.
 
     Args:
-        tensors: the plan's, views of the arena.
+        tensors: the plan's, views of the arena, and in a run those outside of it.
         bound: for each step of the plan.
     """
 
@@ -138,6 +148,7 @@ class Runner(ABC):
                     bound.launch_one_by_one(self._device)
                 except self.failures as error:
                     return bound.step, error
+                bound.release(context.tensors)
         return None
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> list[NodeTime]:
@@ -145,7 +156,8 @@ class Runner(ABC):
         self.run(inputs)
         times = []
         with self.context() as context:
-            for step, calls, cost in context.bound:
+            for bound in context.bound:
+                step, calls, cost, _ = bound
 
                 def work(step: AnyStep = step, calls: tuple[Call, ...] = calls) -> None:
                     if isinstance(step, LoadInput):
@@ -155,6 +167,7 @@ class Runner(ABC):
 
                 with record_function(step.node), answering(self._device, title(step)):
                     spent = milliseconds(work, self._device)
+                bound.release(context.tensors)
                 name = type(step).__name__
                 if cost is None:
                     times.append(NodeTime(step.node, spent, name))
@@ -206,13 +219,14 @@ class Runner(ABC):
 
     def _replay_of(self, context: Context) -> Call:
         if self.one_by_one:
-            return partial(_launch_one_by_one, context.bound, self._device)
+            return partial(_launch_one_by_one, context.bound, context.tensors, self._device)
+        launch = partial(_launch, context.bound, context.tensors)
         if self._record is None:
-            return partial(_launch, context.bound)
+            return launch
 
         def all_of_it() -> None:
             self._load(context.given, context)
-            _launch(context.bound)
+            launch()
 
         return self._record(all_of_it)
 
@@ -255,16 +269,20 @@ def title(step: AnyStep) -> str:
     return f"{step.node} ({type(step).__name__})"
 
 
-def _launch(bound: Sequence[Bound]) -> None:
+def _launch(bound: Sequence[Bound], tensors: dict[str, torch.Tensor]) -> None:
     """Launches all kernels, in order."""
     for step in bound:
         for call in step.calls:
             call()
+        step.release(tensors)
 
 
-def _launch_one_by_one(bound: Sequence[Bound], device: torch.device) -> None:
+def _launch_one_by_one(
+    bound: Sequence[Bound], tensors: dict[str, torch.Tensor], device: torch.device
+) -> None:
     for step in bound:
         step.launch_one_by_one(device, tell=True)
+        step.release(tensors)
 
 
 def total(costs: Iterable[Cost | None]) -> Cost | None:
@@ -274,9 +292,11 @@ def total(costs: Iterable[Cost | None]) -> Cost | None:
 
 
 def views(plan: Plan, arena: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The plan's tensors by name, each a view of the arena."""
+    """The plan's tensors by name, each a view of the arena; none for those outside of it."""
     found = {}
     for name, place in plan.places.items():
+        if place.outside:
+            continue
         dtype = DTYPES[place.dtype]
         size = math.prod(place.shape) * dtype.itemsize
         found[name] = arena[place.offset : place.offset + size].view(dtype).view(place.shape)

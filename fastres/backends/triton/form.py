@@ -20,6 +20,7 @@ Kind = Literal[
     "folded stem",
     "stem and pool",
     "max pool",
+    "vendor",
     "boxes",
     "chain",
     "chain without the next 1x1",

@@ -3,12 +3,14 @@
 A form is a kernel with a tile. On sm_90 and newer, what the copy engine can take goes through it.
 Stems read folded pictures, with their max pool where they can. Whether a projection is merged into
 the last 1x1, and whether a whole bottleneck boundary becomes one kernel, is decided by the sum of
-times. A recorded plan decides in their stead.
+times. The vendor's form takes the place of ours where it was measured to be faster. A recorded plan
+decides in their stead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fastres.backends.base import Choice
 from fastres.backends.triton.form import (
@@ -30,6 +32,7 @@ from fastres.backends.triton.plan import (
     LaunchLinear,
     LaunchStem,
     LaunchStemPool,
+    LaunchVendor,
 )
 from fastres.backends.triton.posing import Posing
 from fastres.backends.triton.problems import Problem
@@ -44,6 +47,7 @@ from fastres.kernels.tiles import ConvTile
 
 _THEN_A_POOL = "and a pool"
 _BY_ITSELF = "and that by itself"
+_NOT_MEASURED = "not measured; tune=True does so"
 
 
 class Reckoner:
@@ -199,6 +203,26 @@ class Reckoner:
     def _convolution(
         self, node: Node, plain: bool, projection: Node | None
     ) -> tuple[Form, dict[str, str]]:
+        ours, others = self._ours(node, plain, projection)
+        library = self._tiles.library
+        if library is None or projection is not None:
+            return ours, others
+        problem = self._posing.vendor(node, library)
+        reason = self._posing.vendor_reason(node, plain) or self._no_tile(problem)
+        if reason is None and not self._tiles.best(problem).measured:
+            reason = _NOT_MEASURED
+        if reason is not None:
+            return ours, {**others, "vendor": reason}
+        # The model knows nothing of it. What estimates decide is decided as if ours ran.
+        theirs = replace(self._form("vendor", problem), estimate=ours.estimate)
+        if ours.measured and theirs.seconds < ours.seconds:
+            return theirs, {**others, str(ours): ours.time}
+        return ours, {**others, str(theirs): theirs.time}
+
+    def _ours(
+        self, node: Node, plain: bool, projection: Node | None
+    ) -> tuple[Form, dict[str, str]]:
+        """In a kernel of ours."""
         pointers, others = None, {}
         if projection is None:
             pointers = self._pointers(node)
@@ -281,4 +305,9 @@ class Reckoner:
         elif isinstance(step, LaunchBoxConv2d) and not posing.box_reason(node, plain, projection):
             if posing.boxes(node, projection).takes(step.tile, self._target):
                 return Form("boxes", step.tile, 0.0, 0.0)
+        elif isinstance(step, LaunchVendor) and projection is None:
+            problem = posing.vendor(node, self._tiles.library or "")
+            possible = not posing.vendor_reason(node, plain)
+            if possible and problem.takes(step.tile, self._target):
+                return Form("vendor", step.tile, 0.0, 0.0)
         raise strange(node)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from msgspec.structs import replace
 
-from fastres.backends.triton.arena import place
 from fastres.backends.triton.eight_bits import is_whole, plain
 from fastres.backends.triton.forms import Reckoner
 from fastres.backends.triton.overlap import has_dependent_launch, with_overlap
@@ -23,10 +22,10 @@ from fastres.backends.triton.plan import (
     LaunchMaxPool,
     LaunchStem,
     LaunchStemPool,
+    LaunchVendor,
     LinkScales,
     LoadInput,
     Norm,
-    Place,
     Plan,
     Scales,
     Shortcut,
@@ -45,6 +44,7 @@ from fastres.backends.triton.regions import (
 )
 from fastres.backends.triton.table import Tiles
 from fastres.backends.triton.tensors import Tensors
+from fastres.backends.triton.vendor import VendorTile
 from fastres.errors import ArtifactError, UnsupportedError
 from fastres.graph.ir import (
     Activation,
@@ -61,7 +61,6 @@ from fastres.graph.ir import (
     Normalize,
 )
 from fastres.graph.shapes import infer_shapes
-from fastres.graph.specs import DTYPE_NAMES
 from fastres.kernels.boxes import BoxTile, counter_bytes, workspace_bytes
 from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.folding import packed_shape
@@ -148,13 +147,10 @@ class _Planner:
             if node.name not in self.tensors and node.name not in self.covered:
                 self._node(node)
         outputs = tuple((self.tensors[n], self.shapes[n]) for n in self.graph.outputs)
-        offsets, total = place(self.tensors.lifetimes())
+        places, total = self.tensors.placed()
         return Plan(
             input_shapes=self.input_shapes,
-            places={
-                name: Place(shape, DTYPE_NAMES[dtype], offsets[name], name in self.tensors.rounded)
-                for name, (shape, dtype) in self.tensors.places.items()
-            },
+            places=places,
             steps=tuple(self.tensors.steps),
             outputs=outputs,
             arena_bytes=total,
@@ -263,12 +259,14 @@ class _Planner:
             None if scales == Scales() else scales,
         )
 
-    def _conv2d(self, node: Node, op: Conv2d) -> LaunchConv2d | LaunchBoxConv2d:
+    def _conv2d(self, node: Node, op: Conv2d) -> LaunchConv2d | LaunchBoxConv2d | LaunchVendor:
         view = self.shortcuts.get(node.name)
         projection = self.merged.get(node.name)
         form = self.reckoner.convolution(node, plain=view is None, projection=projection)
         if isinstance(form.tile, BoxTile):
             return self._box_conv2d(node, op, projection, form.tile)
+        if isinstance(form.tile, VendorTile):
+            return self._vendor(node, op, form.tile)
         shortcut, residual = None, None
         if op.epilogue.residual:
             view = view or ShortcutA(node.inputs[1], 1, 0, ())
@@ -325,6 +323,14 @@ class _Planner:
             scales=self._layer(node, residual),
             counters=counters,
         )
+
+    def _vendor(self, node: Node, op: Conv2d, tile: VendorTile) -> LaunchVendor:
+        self.tensors.place(node.name, outside=True)
+        source, params = self.tensors.read(node.inputs[0]), node.params
+        residual = self.tensors.read(node.inputs[1]) if op.epilogue.residual else None
+        windows = op.stride, op.padding, op.dilation, op.groups
+        operands = source, node.name, params["weight"], params["bias"]
+        return LaunchVendor(node.name, *operands, *windows, residual, tile)
 
     def _layer(
         self, node: Node, residual: str | None = None, target: str | None = None

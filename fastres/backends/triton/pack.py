@@ -123,6 +123,21 @@ class Packed:
         key = ("bias", *present)
         return self._once(key if factor == 1.0 else (*key, factor), make)
 
+    def narrow_bias(self, name: str) -> torch.Tensor:
+        """[K] in the weights' type, as PyTorch's own convolutions take it.
+
+        Raises:
+            ValueError: it is beyond the range of that.
+        """
+
+        def make() -> torch.Tensor:
+            narrow = self._constants[name].to(self._device, self._dtype).contiguous()
+            if not is_finite(narrow):
+                raise ValueError(f"the bias {name} is beyond the range of {self._dtype}")
+            return narrow
+
+        return self._once(("narrow", name), make)
+
     def products(self, name: str, factor: float, result: float = 1.0) -> torch.Tensor:
         """[K] fp32: what a product of 8 bits stands for, by output channel, times `result`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from fastres.backends.base import Choice
+from fastres.backends.triton.vendor import VendorTile
 from fastres.graph.ir import Normalize
 from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainTile
@@ -25,12 +26,15 @@ class Place(msgspec.Struct, frozen=True):
     Args:
         tf32: whether its fp32 values are rounded to TF32 as they are stored: products read it, and
             the caller does not get it.
+        outside: of the arena: each run gives it memory, from the step that writes it to the last
+            that reads it.
     """
 
     shape: Sizes
     dtype: str
     offset: int
     tf32: bool = False
+    outside: bool = False
 
 
 class Shortcut(msgspec.Struct, frozen=True):
@@ -186,6 +190,23 @@ class LaunchBoxConv2d(_OneToOne, frozen=True, tag=True):
         return (self.target, *(name for name in (self.workspace, self.counters) if name))
 
 
+class LaunchVendor(_OneToOne, frozen=True, tag=True):
+    """target = relu(source * weight + bias + residual), by PyTorch (`vendor.py`), which gives
+    `target` its memory: it lies outside of the arena."""
+
+    weight: str
+    bias: str
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    residual: str | None
+    tile: VendorTile
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,) if self.residual is None else (self.source, self.residual)
+
+
 class LinkScales(msgspec.Struct, frozen=True):
     """Of a chain in 8 bits: what steps stand for, and the names of the weights' scales.
 
@@ -301,6 +322,7 @@ AnyStep = (
     | LaunchStem
     | LaunchStemPool
     | LaunchBoxConv2d
+    | LaunchVendor
     | LaunchChain
     | LaunchMaxPool
     | LaunchAvgPool
@@ -332,6 +354,11 @@ class Plan(msgspec.Struct, frozen=True):
     allow_tf32: bool = False
     dependent: bool = False
     choices: tuple[Choice, ...] = ()
+
+    @property
+    def libraries(self) -> set[str | None]:
+        """What it was measured with, of steps that are not our kernels."""
+        return {step.tile.library for step in self.steps if isinstance(step, LaunchVendor)}
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from fastres.backends.triton.eight_bits import OPERAND_OF, is_whole, precision_of
 from fastres.backends.triton.problems import Problem
-from fastres.backends.triton.regions import Boundary
+from fastres.backends.triton.regions import Boundary, returned
+from fastres.backends.triton.vendor import PRECISIONS
 from fastres.graph.ir import Conv2d, Graph, Node
 from fastres.kernels import chain_tiles
 from fastres.kernels.boxes import Projection
@@ -41,6 +42,7 @@ class Posing:
         self._precision = precision
         self._target = target
         self._scales = scales
+        self._returned = returned(graph)
 
     def shape(self, node: Node) -> ConvShape:
         """The sizes of a node that is a Conv2d."""
@@ -95,6 +97,30 @@ class Posing:
             self.projection(projection),
             allow_tf32=self._precision == "tf32",
         )
+
+    def vendor(self, node: Node, library: str) -> Problem:
+        """A convolution by the vendor's library."""
+        adds = self._adds(node)
+        return Problem("vendor", self.shape(node), self._in(node), residual=adds, library=library)
+
+    def vendor_reason(self, node: Node, plain: bool) -> str | None:
+        """Why PyTorch has no one launch for it, or none to be had here; None where it has.
+
+        Args:
+            plain: whether its residual, if any, is a whole tensor: no view of another one.
+        """
+        assert isinstance(node.op, Conv2d)
+        if self._in(node) not in PRECISIONS:
+            return f"{self._in(node)} is not asked of PyTorch, only {' and '.join(PRECISIONS)}"
+        if node.op.epilogue.activation != "relu":
+            return "PyTorch fuses a ReLU only"
+        if "bias" not in node.params:
+            return "PyTorch would make a bias of zeros, in one launch more"
+        if not plain:
+            return "its residual is a strided view of another tensor (shortcut A)"
+        if node.name in self._returned:
+            return "the network's caller gets its result, which would lie outside of the arena"
+        return None
 
     def folded_stem(self, node: Node) -> Problem:
         """A stem over a folded picture."""

@@ -5,11 +5,13 @@ A problem is the key under which measurements are kept, and what tuning measures
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from fastres.backends.triton.eight_bits import OPERAND_OF
+from fastres.backends.triton.vendor import VendorTile, vendor_cost
 from fastres.kernels import box_choice, boxes, chain_tiles, folding, stem_pool_tiles, tiles
 from fastres.kernels.boxes import BoxTile, Projection
 from fastres.kernels.chain_tiles import ChainShape, ChainTile
@@ -19,8 +21,8 @@ from fastres.kernels.stem_pool_tiles import StemPoolTile
 from fastres.kernels.tiles import ConvTile, GemmShape, PoolTile
 from fastres.options import Precision
 
-Kind = Literal["pointers", "folded stem", "boxes", "chain", "stem and pool", "max pool"]
-AnyTile = ConvTile | BoxTile | ChainTile | StemPoolTile | PoolTile
+Kind = Literal["pointers", "folded stem", "boxes", "chain", "stem and pool", "max pool", "vendor"]
+AnyTile = ConvTile | BoxTile | ChainTile | StemPoolTile | PoolTile | VendorTile
 TILE_OF: dict[Kind, type[AnyTile]] = {
     "pointers": ConvTile,
     "folded stem": ConvTile,
@@ -28,22 +30,24 @@ TILE_OF: dict[Kind, type[AnyTile]] = {
     "chain": ChainTile,
     "stem and pool": StemPoolTile,
     "max pool": PoolTile,
+    "vendor": VendorTile,
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A convolution through pointers or boxes, a chain, a stem with or without its max pool, or a
-    max pool.
+    """A convolution through pointers or boxes or by the vendor, a chain, a stem with or without its
+    max pool, or a max pool.
 
     Args:
         kind: which kernel.
         shape: a ChainShape for a chain, a PoolShape for a pool, else a ConvShape; `stem_shape` of
             both kinds of stem.
         projection: of boxes: the 1x1 merged into the same accumulator.
-        residual: of pointers and boxes: whether a tensor is added in the epilogue.
+        residual: of a convolution that is no stem: whether a tensor is added in the epilogue.
         floating: of boxes in 8 bits: whether the result, or what is added, is in fp16.
         merged: of pointers: groups within each of the shape's, as `conv2d_launch` has them.
+        library: of the vendor's: what runs it (`vendor.library`).
     """
 
     kind: Kind
@@ -53,6 +57,7 @@ class Problem:
     residual: bool = False
     floating: bool = False
     merged: int = 1
+    library: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -68,6 +73,8 @@ class Problem:
             more += " floating"
         if self.merged > 1:
             more += f" merged={self.merged}"
+        if self.library:
+            more += f" by {self.library}"
         return f"{self.kind} {self.precision} {text}{more}"
 
     @property
@@ -82,6 +89,8 @@ class Problem:
             found = [*chain_tiles.chain_candidates(self.shape, self.itemsize, target)]
         elif isinstance(self.shape, PoolShape):
             found = [tiles.choose_pool_tile(self.shape.c, self.itemsize)]
+        elif self.kind == "vendor":
+            found = [VendorTile(self.library)]
         elif self.kind == "stem and pool":
             found = [*stem_pool_tiles.stem_pool_candidates(self.shape, self.itemsize, target)]
         elif self.kind == "boxes":
@@ -105,7 +114,9 @@ class Problem:
         return sorted(found, key=lambda tile: self.seconds(tile, target))
 
     def seconds(self, tile: AnyTile, target: Target) -> float:
-        """The estimate by which tiles and forms are ranked."""
+        """The estimate by which tiles and forms are ranked; infinite of the vendor's, unknown."""
+        if isinstance(tile, VendorTile):
+            return math.inf
         if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
             return chain_tiles.chain_seconds(tile, self.shape, self.itemsize, target)
         if isinstance(self.shape, PoolShape):
@@ -136,6 +147,9 @@ class Problem:
             cost = max_pool_cost(self.shape, self.itemsize)
             return Work(0, cost.bytes, cost.bytes)  # a block's windows overlap in its L1
         assert isinstance(self.shape, ConvShape)
+        if isinstance(tile, VendorTile):
+            cost = vendor_cost(self.shape, self.itemsize, residual=self.residual)
+            return Work(cost.flops, cost.bytes, cost.bytes)  # what it loads from L2 is not known
         if isinstance(tile, BoxTile):
             return box_choice.box_work(
                 tile,
@@ -154,6 +168,8 @@ class Problem:
         """Whether a tile, perhaps from a file, can run it there."""
         if not isinstance(tile, TILE_OF[self.kind]):
             return False
+        if isinstance(tile, VendorTile):
+            return tile.library == self.library
         if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
             return chain_tiles.is_valid(tile, self.shape, self.itemsize, target)
         if isinstance(self.shape, PoolShape):

@@ -199,6 +199,15 @@ def boundaries(graph: Graph) -> list[Boundary]:
     return found
 
 
+def returned(graph: Graph) -> set[str]:
+    """The values whose memory the network's caller gets to see, behind a Flatten or not."""
+    found = {*graph.outputs}
+    for node in reversed(graph.nodes):
+        if isinstance(node.op, Flatten) and node.name in found:
+            found.add(node.inputs[0])
+    return found
+
+
 def _is_pointwise(graph: Graph, node: Node) -> bool:
     if not isinstance(node.op, Conv2d):
         return False

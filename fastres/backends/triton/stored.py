@@ -50,8 +50,14 @@ def read_plans(files: Mapping[str, bytes]) -> Stored | None:
         raise ArtifactError(f"{PLANS} cannot be read: {error}") from error
 
 
-def recorded(files: Mapping[str, bytes], target: str) -> dict[tuple[Sizes, ...], Plan]:
+def recorded(
+    files: Mapping[str, bytes], target: str, library: str | None = None
+) -> dict[tuple[Sizes, ...], Plan]:
     """The stored plans for this target, by input shapes; others do not fit it.
+
+    Args:
+        library: the vendor's that is here (`vendor.library`); a plan that another one is to run
+            steps of is left out.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -59,4 +65,5 @@ def recorded(files: Mapping[str, bytes], target: str) -> dict[tuple[Sizes, ...],
     stored = read_plans(files)
     if stored is None or stored.target != target:
         return {}
-    return {plan.input_shapes: plan for plan in stored.plans}
+    fit = (plan for plan in stored.plans if plan.libraries <= {library})
+    return {plan.input_shapes: plan for plan in fit}

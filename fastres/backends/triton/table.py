@@ -115,10 +115,15 @@ class Tiles:
 
     Args:
         tables: asked in this order.
+        library: the vendor's that is here (`vendor.library`), whose measurements count; None where
+            all is to run in kernels of ours.
     """
 
-    def __init__(self, target: Target, tables: Sequence[Table] = ()) -> None:
+    def __init__(
+        self, target: Target, tables: Sequence[Table] = (), library: str | None = None
+    ) -> None:
         self.target = target
+        self.library = library
         self._tables = tables
         self._known: dict[Problem, Best] = {}
         self.banned: dict[tuple[str, AnyTile], str] = {}  # by problem: unfit tiles, and why

@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from fastres.backends.triton.arena import Lifetime
+from fastres.backends.triton.arena import Lifetime, place
 from fastres.backends.triton.eight_bits import FLOAT_OF, OPERAND_OF
-from fastres.backends.triton.plan import AnyStep, LaunchElementwise, Scales
+from fastres.backends.triton.plan import AnyStep, LaunchElementwise, Place, Scales
+from fastres.graph.specs import DTYPE_NAMES
 from fastres.options import Precision, Sizes
 
 COUNTERS = ":counters"  # no value has such a name
@@ -44,6 +45,7 @@ class Tensors:
         self._dtype, self._eight = FLOAT_OF[precision], OPERAND_OF[precision]
         self._narrow = precision == "tf32"
         self.rounded = set(factors)  # tensors of TF32
+        self.outside: set[str] = set()  # of the arena
         self._real: dict[str, str] = {}  # a value → the tensor it was written to
         self._whole: dict[str, str] = {}  # a value that is read in 8 bits → the tensor of that
 
@@ -54,11 +56,12 @@ class Tensors:
         """The tensor that a value was written to."""
         return self._real[value]
 
-    def place(self, value: str, whole: bool = False) -> float | None:
+    def place(self, value: str, whole: bool = False, outside: bool = False) -> float | None:
         """A tensor for a value that is about to be written: NHWC for maps.
 
         Args:
             whole: whether the kernel that writes it can round it to that.
+            outside: whether it lies outside of the arena: whoever writes it makes it.
 
         Returns:
             The scale of a quantised tensor; None of a floating-point one.
@@ -72,6 +75,8 @@ class Tensors:
         self.places[value] = shape, self._eight if quantised else self._dtype
         if quantised:
             self._whole[value] = value
+        if outside:
+            self.outside.add(value)
         return self._scales[value] if quantised else None
 
     def fold(self, value: str, shape: Sizes) -> None:
@@ -139,8 +144,23 @@ class Tensors:
             self.steps.append(LaunchElementwise(narrow, source, narrow, None, None, None))
         return narrow
 
+    def placed(self) -> tuple[dict[str, Place], int]:
+        """Where each tensor lies, and the bytes of the arena."""
+        offsets, total = place(self.lifetimes())
+        places = {
+            name: Place(
+                shape,
+                DTYPE_NAMES[dtype],
+                offsets.get(name, 0),
+                name in self.rounded,
+                name in self.outside,
+            )
+            for name, (shape, dtype) in self.places.items()
+        }
+        return places, total
+
     def lifetimes(self) -> list[Lifetime]:
-        """From which step to which each tensor is needed."""
+        """From which step to which each tensor of the arena is needed."""
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for i, step in enumerate(self.steps):
@@ -151,6 +171,7 @@ class Tensors:
         return [
             Lifetime(name, math.prod(shape) * dtype.itemsize, first[name], last[name])
             for name, (shape, dtype) in self.places.items()
+            if name not in self.outside
         ]
 
     def _cast(self, source: str, target: str, scales: Scales) -> None:

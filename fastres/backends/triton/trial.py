@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ class Trial:
         """The calls that compute the outputs."""
         launches = self._launches(tile, target)
         return tuple(launch.rounded() for launch in launches) if self._narrow else launches
+
+    def calls(self, tile: AnyTile, target: Target) -> tuple[Callable[[], None], ...]:
+        """The same, to be made."""
+        return tuple(launch.run for launch in self.launches(tile, target))
 
     def _launches(self, tile: AnyTile, target: Target) -> tuple[Launch, ...]:
         shape = self.problem.shape

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from fastres.backends.triton.problems import Problem
 from fastres.backends.triton.trial import Trial
+from fastres.backends.triton.trial_vendor import VendorTrial
 from fastres.kernels import reference
 from fastres.kernels.bottleneck_chain import ChainScales
 from fastres.kernels.chain_tiles import ChainShape
@@ -181,5 +182,7 @@ def _finished(*arguments: Any) -> torch.Tensor:
 
 
 def make_trial(problem: Problem, device: torch.device) -> Trial:
-    """The trial of a problem in its precision."""
+    """The trial of a problem: the vendor's, or of a kernel of ours in its precision."""
+    if problem.kind == "vendor":
+        return VendorTrial(problem, device)
     return (EightBitTrial if problem.precision in EIGHT_BITS else Trial)(problem, device)

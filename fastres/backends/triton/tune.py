@@ -131,11 +131,11 @@ def measure(
 
 def _attempt(trial: Trial, tile: AnyTile, target: Target) -> Attempt:
     trial.poison()
-    launches = trial.launches(tile, target)
+    calls = trial.calls(tile, target)
 
     def work() -> None:
-        for launch in launches:
-            launch.run()
+        for call in calls:
+            call()
 
     work()
     wrong = trial.difference()

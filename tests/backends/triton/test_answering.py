@@ -302,9 +302,9 @@ class TestTuning:
             def poison(self) -> None:
                 pass
 
-            def launches(self, tile: Any, target: Target) -> tuple[Any, ...]:
+            def calls(self, tile: Any, target: Target) -> tuple[Any, ...]:
                 self.do = next(doing)
-                return (SimpleNamespace(run=self.run),)
+                return (self.run,)
 
             def run(self) -> None:
                 self.said = self.do()

@@ -184,7 +184,7 @@ class TestTuning:
             def poison(self) -> None:
                 pass
 
-            def launches(self, tile: Any, target: Target) -> tuple[()]:
+            def calls(self, tile: Any, target: Target) -> tuple[()]:
                 ran.append(tile)
                 self.tile = tile
                 if times.get(tile) == "broken":
