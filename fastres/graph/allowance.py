@@ -21,7 +21,7 @@ class Allowance:
     """What one run may hold at once: BASE + OF_FILE * file + OF_INPUT * input bytes, and WORK
     operations for each byte of that.
 
-    A network that was not made to mislead stays far below: ResNet-50 at batch 256 holds a fortieth.
+    A network that was not made to mislead stays far below: ResNet-50 at batch 256 holds a 24th.
 
     Args:
         size: of the file, in bytes.

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fastres.errors import GraphError
 from fastres.graph import aten, operators
@@ -150,12 +149,38 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes += sum(x.numel() * x.itemsize for x in made)
         count = sum(x.numel() for x in made)
         self.operations += _MOVED * count * max(1, math.prod(_window(func, args)))
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.operations += int(formula(*args, **(kwargs or {}), out_val=result)) // 2
-        elif "cdist" in func._opname or "pdist" in func._opname:
-            self.operations += _MOVED * count * args[0].shape[-1]
+        self.operations += _multiplications(func._opname, args, count)
         return result
+
+
+_PRODUCTS = {
+    "mm": 0,
+    "bmm": 0,
+    "mv": 0,
+    "dot": 0,
+    "addmm": 1,
+    "baddbmm": 1,
+    "addbmm": 1,
+    "addmv": 1,
+}
+
+
+def _multiplications(name: str, args: tuple[Any, ...], count: int) -> int:
+    """Of the operators that have more of them than results; `count` is how many those are.
+
+    All others are made of these, as `linear` and `einsum`, before they are counted.
+    """
+    if name in _PRODUCTS:
+        a, b = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
+        return int(a.numel() * (b.shape[-1] if b.dim() > 1 else 1))
+    if name in ("convolution", "_convolution"):
+        x, weight, transposed = args[0], args[1], args[6]
+        return int((x.numel() if transposed else count) * math.prod(weight.shape[1:]))
+    if name.startswith("_scaled_dot_product"):  # of queries and keys, and with the values
+        return int(2 * args[0].numel() * args[1].shape[-2])
+    if name in ("_cdist_forward", "_pdist_forward", "_euclidean_dist"):
+        return int(_MOVED * count * args[0].shape[-1])
+    return 0
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:
