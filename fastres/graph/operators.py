@@ -49,7 +49,7 @@ _KINDS = {
     "a call of one vendor's library": r"fbgemm_.*|_?cudnn_.*|miopen_.*|mps_.*|xpu_.*|thnn_.*",
     "a solver or a decomposition": r"_?linalg_.*|.*svd.*|.*lu_solve|(s?log)?det|p?inverse|"
     r"matrix_(exp|power)|orgqr|qr|nuclear_norm|chain_matmul",
-    "a spectrum or a series": r"i?stft|.*_window|special_(gamma.*|polygamma|digamma)|"
+    "a spectrum or a series": r"i?stft|.*_window|mvlgamma|special_(gamma.*|polygamma|digamma)|"
     r"special_(psi|i[01].*|multigam.*)",
     "a call by names of dimensions": r".*\.(.*[Dd]imname.*|names.*|named_.*|using_names)|align_.*",
     "a call that looks up what its values say": r"_?embedding_bag.*|histogramdd|nonzero.*|data|"
