@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from fastres import errors as errors
     from fastres import models as models
     from fastres.artifact import load as load
+    from fastres.building import build as build
     from fastres.calib.images import Preprocess as Preprocess
     from fastres.calib.table import CalibrationTable as CalibrationTable
-    from fastres.compiler import build as build
     from fastres.compiler import compile as compile
     from fastres.engine import Engine as Engine
     from fastres.engine import Prediction as Prediction
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "compile": "fastres.compiler",
-    "build": "fastres.compiler",
+    "build": "fastres.building",
     "load": "fastres.artifact",
     "verify": "fastres.parity",
     "quantize": "fastres.quantizing",

@@ -305,13 +305,18 @@ class Engine:
         return make_profile(lowered.graph, shapes, times, executable.precisions())
 
     def update_weights(
-        self, state_dict: Mapping[str, Any] | PathLike, *, entry: str | None = None
+        self,
+        state_dict: Mapping[str, Any] | PathLike,
+        *,
+        entry: str | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         """Takes new weights for the same architecture; calls under way finish with the old ones.
 
         Args:
             state_dict: the model's, a checkpoint that has one, or the path of either.
-            entry: where in a checkpoint it lies, if that must be said; see `fastres.build`.
+            entry, max_bytes: where in a checkpoint it lies, if that must be said, and what the
+                tensors of a file may take; see `fastres.build`.
 
         Raises:
             InputError: a weight is missing, unknown, misshapen, or not finite, or the file cannot
@@ -320,7 +325,7 @@ class Engine:
         from fastres.compiler import with_weights
 
         self._open()
-        self._lowered = with_weights(self, state_dict, entry)
+        self._lowered = with_weights(self, state_dict, entry, max_bytes)
 
     def save(self, path: PathLike) -> None:
         """Saves graph, weights and settings; see `fastres.load`. Ends in .fastres: one zip file.

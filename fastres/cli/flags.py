@@ -71,6 +71,14 @@ Entry = Annotated[
         "averaged ones: state_dict_ema.",
     ),
 ]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="What the tensors of --weights may take. Without it: twice the file, or 32 MiB.",
+    ),
+]
 Version = Annotated[
     str | None,
     typer.Option(
@@ -154,6 +162,7 @@ class Request:
     image_size: ImageSize = None
     weights: Weights = None
     entry: Entry = None
+    max_bytes: MaxBytes = None
     version: Version = None
     device: Device = None
     threads: Threads = None
@@ -178,7 +187,7 @@ class Request:
     def only_for_models(self) -> list[str]:
         """The flags given that change how a model is compiled, so that no saved engine takes."""
         settings = ("backend", "precision", "calibration", "threads", "on_unsupported")
-        names = ("weights", "entry", "version", *settings, "tune", "cache_dir")
+        names = ("weights", "entry", "max_bytes", "version", *settings, "tune", "cache_dir")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
 
 
