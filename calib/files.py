@@ -6,11 +6,13 @@ import errno
 import os
 import stat
 import tempfile
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+
+MOST_BYTES = 1 << 28  # of a file that is read into memory whole
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """A regular file, opened for reading: pipes, devices and folders are refused, not waited for.
 
     Raises:

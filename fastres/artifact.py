@@ -97,6 +97,22 @@ class OptionsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     dependent_launch: bool | None = None
 
 
+class PreprocessEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`Preprocess` but for `max_pixels`, which nobody else may raise.
+
+    Before there was `exif` nothing was turned, and `exif` is not written where it is so.
+    """
+
+    resize: int | None
+    crop: int | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    scale: float
+    channels: Literal["RGB", "BGR"]
+    interpolation: Literal["bilinear", "bicubic"]
+    exif: bool = False
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The content of manifest.json; `versions` and `tolerance` are for people to read."""
 
@@ -106,7 +122,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileEntry]
     options: OptionsEntry
     inputs: tuple[InputEntry, ...]
-    preprocess: Preprocess | None
+    preprocess: PreprocessEntry | None
     ignored_weights: tuple[str, ...]
     tolerance: str
 
@@ -275,7 +291,8 @@ def read(path: PathLike, *, allow_aten: bool = True) -> Contents:
         inputs = tuple(_input(entry) for entry in manifest.inputs)
         graph, source, notes = serial.decode(files[GRAPH], tensors, _sizes(inputs), allow_aten)
         options = _options(manifest.options)
-    except (GraphError, InputError) as error:
+        preprocess = _preprocess(manifest.preprocess)
+    except (GraphError, ValueError) as error:
         raise defect(container.path, f"its content contradicts itself: {error}") from error
     if source.inputs != graph.inputs:
         raise defect(container.path, "the graph and its source have different inputs")
@@ -285,7 +302,7 @@ def read(path: PathLike, *, allow_aten: bool = True) -> Contents:
         source,
         options,
         inputs,
-        manifest.preprocess,
+        preprocess,
         manifest.ignored_weights,
         compiled,
         notes,
@@ -333,7 +350,7 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
             )
             for i in contents.inputs
         ),
-        preprocess=contents.preprocess,
+        preprocess=_preprocess_entry(contents.preprocess),
         ignored_weights=contents.ignored_weights,
         tolerance=(
             f"relative to the RMS of a float64 oracle: at most twice PyTorch's own error in "
@@ -379,6 +396,18 @@ def _input(entry: InputEntry) -> Input:
         entry.format,
         entry.name,
     )
+
+
+def _preprocess_entry(preprocess: Preprocess | None) -> PreprocessEntry | None:
+    if preprocess is None:
+        return None
+    fields = msgspec.structs.asdict(preprocess)
+    del fields["max_pixels"]
+    return PreprocessEntry(**fields)
+
+
+def _preprocess(entry: PreprocessEntry | None) -> Preprocess | None:
+    return None if entry is None else Preprocess(**msgspec.structs.asdict(entry))
 
 
 def _options(entry: OptionsEntry) -> Options:

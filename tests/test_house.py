@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fastres.backends",),
     (
         *("fastres.engine", "fastres.engine_info", "fastres.engine_inputs"),
-        *("fastres.engine_allowance", "fastres.engine_tracing"),
+        *("fastres.engine_allowance", "fastres.engine_tracing", "fastres.predicting"),
     ),
     (
         "fastres.artifact",

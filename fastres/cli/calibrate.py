@@ -75,6 +75,8 @@ def calibrate(
     crop: flags.Crop = None,
     mean: flags.Mean = None,
     std: flags.Std = None,
+    exif: flags.Exif = None,
+    max_pixels: flags.MaxPixels = None,
     *,
     request: Request,
     as_json: flags.Json = False,
@@ -99,7 +101,9 @@ def calibrate(
     preprocess = None
     if not is_array or val is not None:
         start = preprocess_for(target.shape)
-        preprocess = adjusted(start, resize=resize, crop=crop, mean=mean, std=std)
+        preprocess = adjusted(
+            start, resize=resize, crop=crop, mean=mean, std=std, exif=exif, max_pixels=max_pixels
+        )
     labelled = None if val is None else _labelled(val)
     table = fastres.quantize(
         target.model,  # type: ignore[arg-type]  # open_model gives no engine

@@ -139,6 +139,19 @@ Crop = Annotated[
 ]
 Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Without it: 0.485,0.456,0.406.")]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Without it: 0.229,0.224,0.225.")]
+Exif = Annotated[
+    bool | None,
+    typer.Option(
+        "--exif/--no-exif",
+        help="Turn pictures as their EXIF orientation says, or take them as they are stored. "
+        "Without it: as the engine was compiled to, else turned.",
+        show_default=False,
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Pixels of a picture, at most. Without it: 89478485."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Output = Annotated[
     Path | None,
