@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 MAX_PIXELS = 2**30 // 12  # where Pillow begins to warn: 256 MiB of RGB
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-_MOST_SCANS = 100  # of a progressive JPEG, each of which may pass over all pixels; ten are usual
+_COSTLY = ("WEBP", "JPEG2000")  # whose decoders take twice the memory of the others
+_MOST_SCANS = 64  # of a progressive JPEG, each of which may pass over all pixels; ten are usual
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # not stuffing, not a restart
 _START_OF_SCAN, _END_OF_IMAGE, _SEQUENTIAL = b"\xda", b"\xd9", (b"\xc0", b"\xc1")
 _BYTES = 8  # of a pixel at most, as four channels of 16 bits
@@ -63,7 +64,7 @@ def decode(image: ImageLike, *, exif: bool = True, max_pixels: int = MAX_PIXELS)
 
     Args:
         exif: whether the picture is turned as its EXIF orientation says.
-        max_pixels: how many it may have; no more are ever decoded.
+        max_pixels: how many it may have; no more are ever decoded. Of WEBP and JPEG 2000, half.
 
     Raises:
         ValueError: it is none of these, the file is no image, or is too large, or the array has
@@ -120,7 +121,8 @@ def _opened(file: BufferedReader, name: str, max_pixels: int) -> Image.Image:
 
 
 def _decoded(picture: Image.Image, name: str, exif: bool, max_pixels: int) -> Image.Image:
-    _check_size(name, *picture.size, max_pixels)
+    costly = picture.format in _COSTLY
+    _check_size(name, *picture.size, max_pixels // 2 if costly else max_pixels)
     try:
         picture.load()
         turned = _turned(picture) if exif else picture

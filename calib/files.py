@@ -23,7 +23,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         _check_regular(os.stat(name), name)  # opening a device may have effects
         handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK)  # it may be another by now
     except ValueError as error:  # a NUL in it
-        raise OSError(errno.EINVAL, "no file can have this name", name) from error
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name", name) from error
     file = os.fdopen(handle, "rb")
     try:
         _check_regular(os.fstat(handle), name)

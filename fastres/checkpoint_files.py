@@ -113,10 +113,9 @@ def read_checkpoint(path: PathLike, max_bytes: int | None = None) -> Any:
     name = named(path, LINE // 2)
     try:
         file = open_regular(path)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise BuildError(f"there is no file {name}") from error
     except OSError as error:
-        raise BuildError(f"{name} cannot be read as weights: {error.strerror}") from error
+        reason = error.strerror
+        raise BuildError(f"there is no file {name} that can be read: {reason}") from error
     try:
         with file:
             return _read(file, Path(path), max_bytes)
@@ -245,12 +244,20 @@ def _follow_pickles(file: BinaryIO, reader: Reader) -> None:
     first = list(islice(pickletools.genops(file), 4))
     if first[-1][0].name != "STOP" or all(argument != _TORCH_SAVE for _, argument, _ in first):
         raise _Unreadable(f"is a bare pickle, which torch.save did not write: {_ADVICE}")
-    for _ in range(4):  # the last lists the storages that follow, each behind its length
+    for _ in range(3):
         reader.read(file)
+    keys = reader.read(file)  # of the storages that follow, each behind its length
+    if not reader.asked.refusal and not _lists(keys, reader.asked.storages):
+        raise _Unreadable("is damaged: it has storages that are not filled, or others")
     wanted = sum(8 + storage.size for storage in reader.asked.storages.values())
     here = file.tell()
     if not reader.asked.refusal and wanted > file.seek(0, os.SEEK_END) - here:
         raise _Unreadable(f"is damaged: its storages take {wanted} bytes, which it does not have")
+
+
+def _lists(keys: Any, storages: Collection[str]) -> bool:
+    """Whether each storage is listed once: PyTorch leaves those that are not as memory was."""
+    return isinstance(keys, list) and len(keys) == len(storages) and set(keys) == set(storages)
 
 
 def _other_kind(head: bytes, file: Path) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastres.calib.files import open_regular
 from fastres.cli import flags
 from fastres.cli.flags import Request
 from fastres.cli.output import emit, note
@@ -137,12 +138,13 @@ def _array(file: Path) -> np.ndarray[Any, Any]:
     import numpy as np
 
     try:
-        found = np.load(file, allow_pickle=False)
+        with open_regular(file):  # neither a pipe nor a device, for which NumPy would wait
+            found = np.load(file, allow_pickle=False, mmap_mode="r")  # of what there is alone
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file} cannot be read as an array: {error}") from error
     if not isinstance(found, np.ndarray):
         raise InputError(f"{file} holds {type(found).__name__}; expected one array, [N, C, H, W]")
-    return found
+    return np.array(found)
 
 
 def _labelled(folder: Path) -> list[tuple[Path, int]]:
