@@ -142,7 +142,14 @@ def progressive(scans: int) -> bytes:
     return data[:last] + data[last:-2] * (scans + 1) + data[-2:]
 
 
+def another_kind() -> bytes:
+    made = io.BytesIO()
+    noise(20, 20).save(made, "tga")
+    return made.getvalue()
+
+
 BOMBS = {
+    "a kind that is not read": another_kind(),
     "a text": png(4, 4, chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1 << 24)))),
     "a profile": png(4, 4, chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(1 << 24)))),
     "scans": progressive(200),
