@@ -61,6 +61,7 @@ from fastres.options import (
     as_device,
     integer,
 )
+from fastres.preprocess_entry import PreprocessEntry
 from fastres.tolerances import FLOOR
 
 if TYPE_CHECKING:
@@ -95,22 +96,6 @@ class OptionsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     target: str | None = None
     cuda_graph: bool | None = None
     dependent_launch: bool | None = None
-
-
-class PreprocessEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`Preprocess` but for `max_pixels`, which nobody else may raise.
-
-    Before there was `exif` nothing was turned, and `exif` is not written where it is so.
-    """
-
-    resize: int | None
-    crop: int | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    scale: float
-    channels: Literal["RGB", "BGR"]
-    interpolation: Literal["bilinear", "bicubic"]
-    exif: bool = False
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -291,7 +276,8 @@ def read(path: PathLike, *, allow_aten: bool = True) -> Contents:
         inputs = tuple(_input(entry) for entry in manifest.inputs)
         graph, source, notes = serial.decode(files[GRAPH], tensors, _sizes(inputs), allow_aten)
         options = _options(manifest.options)
-        preprocess = _preprocess(manifest.preprocess)
+        entry = manifest.preprocess
+        preprocess = None if entry is None else entry.opened()
     except (GraphError, ValueError) as error:
         raise defect(container.path, f"its content contradicts itself: {error}") from error
     if source.inputs != graph.inputs:
@@ -350,7 +336,7 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
             )
             for i in contents.inputs
         ),
-        preprocess=_preprocess_entry(contents.preprocess),
+        preprocess=PreprocessEntry.of(contents.preprocess),
         ignored_weights=contents.ignored_weights,
         tolerance=(
             f"relative to the RMS of a float64 oracle: at most twice PyTorch's own error in "
@@ -396,18 +382,6 @@ def _input(entry: InputEntry) -> Input:
         entry.format,
         entry.name,
     )
-
-
-def _preprocess_entry(preprocess: Preprocess | None) -> PreprocessEntry | None:
-    if preprocess is None:
-        return None
-    fields = msgspec.structs.asdict(preprocess)
-    del fields["max_pixels"]
-    return PreprocessEntry(**fields)
-
-
-def _preprocess(entry: PreprocessEntry | None) -> Preprocess | None:
-    return None if entry is None else Preprocess(**msgspec.structs.asdict(entry))
 
 
 def _options(entry: OptionsEntry) -> Options:

@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.artifact",
         "fastres.container",
         "fastres.manifest",
+        "fastres.preprocess_entry",
         "fastres.oracle",
         "fastres.other_dtypes",
         "fastres.references",
