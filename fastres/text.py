@@ -57,7 +57,8 @@ def render(renderable: RenderableType, width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+    text = printable(console.file.getvalue())
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
 
 
 def render_whole(table: Table) -> str:

@@ -22,10 +22,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def one_line(text: str) -> str:
+    """Likewise, and line breaks escaped: a name makes no line of its own."""
+    return printable(text).replace("\n", "\\n")
+
+
 def named(name: object, most: int = NAME) -> str:
     """A name on one line, printable, its middle left out where it is long."""
     text = name if isinstance(name, str) else str(name)
-    return printable(_shortened(text, most)).replace("\n", "\\n")
+    return one_line(_shortened(text, most))
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import torch
+from torch import nn
 
+import fastres
 from fastres import errors
 from fastres.wording import LINE, LINES, listed, message, named, printable
 
@@ -23,6 +26,15 @@ def test_lists_of_names() -> None:
     assert listed([]) == "" and listed(["a", "b"]) == "a, b"
     assert listed(map(str, range(7))) == "0, 1, 2, 3, 4 and 2 more"
     assert listed(["a\nb"], 1) == "a\\nb"
+
+
+def test_graphs_and_accounts_of_them() -> None:
+    model = nn.Sequential()
+    model.add_module("a\x1b[31mb\nc: forged", nn.Conv2d(3, 4, 3))
+    with fastres.compile(model.eval(), torch.zeros(1, 3, 8, 8), backend="reference") as engine:
+        lines = str(engine.graph).split("\n")
+        assert lines[1].startswith("a\\x1b[31mb\\nc: forged: f32") and len(lines) == 3
+        assert "\x1b" not in str(engine.info)
 
 
 def test_messages() -> None:
