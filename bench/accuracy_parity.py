@@ -19,7 +19,8 @@ from torch import Tensor
 
 import fastres
 from fastres import models
-from fastres.calib.images import Preprocess, decode, find_images
+from fastres.calib.decoding import decode
+from fastres.calib.images import Preprocess, find_images
 from fastres.errors import UnsupportedError
 from fastres.parity_report import ParityReport
 from fastres.text import render

@@ -14,11 +14,15 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from fastres.calib.files import write_whole
+from fastres.calib.files import read_regular, write_whole
 from fastres.calib.thresholds import ALGORITHMS, Algorithm
+from fastres.wording import LINE, listed, named
 
 SCHEMA = 2  # 1 had no notes
 STEPS = 127  # on each side of zero
+_MOST_BYTES = 1 << 25  # of a file; ResNet-152's has 3 million
+_LARGEST = 1e30  # beyond it nothing is calibrated
+_ROUNDED = 1.001  # what was summed or rounded in float32 may be a little more
 _TINY = 1e-30  # below, a threshold may come to nothing in float32
 
 
@@ -39,14 +43,17 @@ class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         numbers = (self.largest, *self.thresholds.values(), *self.quantiles.values())
-        if not all(math.isfinite(v) and 0 <= v <= 1e38 for v in numbers):
-            raise ValueError(f"ranges are finite and not negative, found {numbers}")
+        if not all(math.isfinite(v) and 0 <= v <= _LARGEST for v in numbers):
+            found = listed(numbers)
+            raise ValueError(f"ranges are finite, not negative and up to {_LARGEST:g}: {found}")
         if set(self.thresholds) != set(ALGORITHMS):
             raise ValueError(f"thresholds are of {sorted(self.thresholds)}, not {list(ALGORITHMS)}")
+        if max(numbers) > _ROUNDED * self.largest:
+            raise ValueError(f"{max(numbers)} is above the largest magnitude, {self.largest}")
         if self.largest > _TINY and min(self.thresholds.values()) == 0:
             raise ValueError(f"a threshold is 0, and the largest magnitude {self.largest}")
-        if not all(math.isfinite(v) for v in self.means):
-            raise ValueError("a channel's mean is not finite")
+        if not all(abs(mean) <= _ROUNDED * self.largest for mean in self.means):
+            raise ValueError(f"a channel's mean is beyond the largest magnitude, {self.largest}")
 
 
 class AccuracyPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,11 +143,11 @@ class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: no such file, not a table, or one of a newer fastres; names the file.
         """
-        where = Path(path)
+        where, name = Path(path), named(path, LINE // 2)
         try:
-            data = where.read_bytes()
+            data = read_regular(where, _MOST_BYTES)
         except OSError as error:
-            raise ValueError(f"{where} cannot be read: {error.strerror}") from error
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from error
         try:
             header = msgspec.json.decode(data, type=_Header)
             if header.schema > SCHEMA:
@@ -150,7 +157,8 @@ class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return msgspec.structs.replace(msgspec.json.decode(data, type=cls), schema=SCHEMA)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
             raise ValueError(
-                f"{where} is no calibration table: {error}. Make one with fastres.quantize"
+                f"{name} is no calibration table: {named(error, LINE // 2)}. Make one with "
+                "fastres.quantize"
             ) from error
 
 

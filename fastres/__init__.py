@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from fastres import errors as errors
     from fastres import models as models
     from fastres.artifact import load as load
+    from fastres.building import build as build
     from fastres.calib.images import Preprocess as Preprocess
     from fastres.calib.table import CalibrationTable as CalibrationTable
-    from fastres.compiler import build as build
     from fastres.compiler import compile as compile
     from fastres.engine import Engine as Engine
-    from fastres.engine import Prediction as Prediction
     from fastres.exporting import export as export
     from fastres.graph.builder import ResNetSpec as ResNetSpec
     from fastres.options import Input as Input
     from fastres.parity import verify as verify
+    from fastres.predicting import Prediction as Prediction
     from fastres.quantizing import quantize as quantize
     from fastres.summaries import summary as summary
     from fastres.timing.benchmark import benchmark as benchmark
 
 _HOMES = {
     "compile": "fastres.compiler",
-    "build": "fastres.compiler",
+    "build": "fastres.building",
     "load": "fastres.artifact",
     "verify": "fastres.parity",
     "quantize": "fastres.quantizing",
@@ -47,7 +47,7 @@ _HOMES = {
     "benchmark": "fastres.timing.benchmark",
     "summary": "fastres.summaries",
     "Engine": "fastres.engine",
-    "Prediction": "fastres.engine",
+    "Prediction": "fastres.predicting",
     "Input": "fastres.options",
     "Preprocess": "fastres.calib.images",
     "CalibrationTable": "fastres.calib.table",

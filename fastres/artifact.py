@@ -61,6 +61,7 @@ from fastres.options import (
     as_device,
     integer,
 )
+from fastres.preprocess_entry import PreprocessEntry
 from fastres.tolerances import FLOOR
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileEntry]
     options: OptionsEntry
     inputs: tuple[InputEntry, ...]
-    preprocess: Preprocess | None
+    preprocess: PreprocessEntry | None
     ignored_weights: tuple[str, ...]
     tolerance: str
 
@@ -275,7 +276,9 @@ def read(path: PathLike, *, allow_aten: bool = True) -> Contents:
         inputs = tuple(_input(entry) for entry in manifest.inputs)
         graph, source, notes = serial.decode(files[GRAPH], tensors, _sizes(inputs), allow_aten)
         options = _options(manifest.options)
-    except (GraphError, InputError) as error:
+        entry = manifest.preprocess
+        preprocess = None if entry is None else entry.opened()
+    except (GraphError, ValueError) as error:
         raise defect(container.path, f"its content contradicts itself: {error}") from error
     if source.inputs != graph.inputs:
         raise defect(container.path, "the graph and its source have different inputs")
@@ -285,7 +288,7 @@ def read(path: PathLike, *, allow_aten: bool = True) -> Contents:
         source,
         options,
         inputs,
-        manifest.preprocess,
+        preprocess,
         manifest.ignored_weights,
         compiled,
         notes,
@@ -333,7 +336,7 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
             )
             for i in contents.inputs
         ),
-        preprocess=contents.preprocess,
+        preprocess=PreprocessEntry.of(contents.preprocess),
         ignored_weights=contents.ignored_weights,
         tolerance=(
             f"relative to the RMS of a float64 oracle: at most twice PyTorch's own error in "

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastres.calib.images import ImageLike, Preprocess, find_images, is_picture
+from fastres.calib.decoding import is_picture
+from fastres.calib.images import ImageLike, Preprocess, find_images
 from fastres.calib.images import batches as picture_batches
 from fastres.data_kinds import listed
 from fastres.errors import InputError

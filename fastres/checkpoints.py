@@ -14,10 +14,12 @@ import torch
 from fastres.checkpoint_files import read_checkpoint
 from fastres.errors import BuildError
 from fastres.options import PathLike
+from fastres.wording import LINE, listed, named
 
 # What PyTorch's wrappers put into the names of what they wrap: DataParallel, its distributed kin
 # and AveragedModel; torch.compile; FSDP; checkpointing of activations.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_DEEPEST = 1 << 24  # keys that lead to the tables of a checkpoint, all of them together
 _RESIDUAL = ("conv1.weight", "layer1.0.conv1.weight")  # no network is built without these
 
 
@@ -84,6 +86,7 @@ def read_weights(
     *,
     names: Collection[str] | None = None,
     entry: str | None = None,
+    max_bytes: int | None = None,
 ) -> Mapping[str, Any]:
     """The state_dict of one network, out of a file or a checkpoint in memory.
 
@@ -96,6 +99,7 @@ def read_weights(
         names: of the network's weights; None looks for a residual network with torchvision's.
         entry: where to look, if networks lie in several places, or other weights beside the one:
             the keys and prefixes that lead there, with dots between them.
+        max_bytes: of a file; see `fastres.checkpoint_files.read_checkpoint`.
 
     Returns:
         Names as the network spells them → what the checkpoint has; of a file, tensors. The largest
@@ -109,13 +113,13 @@ def read_weights(
         raise BuildError(f"entry is {entry!r}; give the name of an entry of the checkpoint")
     if isinstance(source, Mapping):
         return _network(source, "the checkpoint", names, entry)
-    called, found = str(Path(source)), read_checkpoint(source)
+    called, found = named(Path(source), LINE // 2), read_checkpoint(source, max_bytes)
     table = _network(found, called, names, entry)
     wrong = [
         k for k, v in table.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))
     ]
     if wrong:
-        raise BuildError(f"{called} holds entries that are no named tensors: {_some(wrong)}")
+        raise BuildError(f"{called} holds entries that are no named tensors: {listed(wrong)}")
     return table
 
 
@@ -133,7 +137,7 @@ def _network(
         if isinstance(inner, Mapping) and _count(inner.values())
     ]
     if not tables:
-        what = (_some(found) or "nothing") if isinstance(found, Mapping) else type(found).__name__
+        what = (listed(found) or "nothing") if isinstance(found, Mapping) else type(found).__name__
         raise BuildError(
             f"{called} holds {what}, where a table of tensors was expected: give "
             "model.state_dict(), or what has it as an entry"
@@ -153,7 +157,7 @@ def _network(
     ]
     if unasked and beside:
         raise BuildError(
-            f"{called} has weights under {_some(beside)} too, which are not of the network under "
+            f"{called} has weights under {listed(beside)} too, which are not of the network under "
             f"{place.entry!r}: pass entry={place.entry!r} to leave them out"
         )
     return _trimmed(place, known, called, strict=place.entry != entry)
@@ -166,7 +170,7 @@ def _among(places: Sequence[_Place], called: str, entry: str | None) -> Sequence
     chosen = [place for place in places if place.entry == entry]
     chosen = chosen or [place for place in places if place.entry.startswith(f"{entry}.")]
     if not chosen:
-        have = _some(repr(place.entry) for place in places)
+        have = listed([repr(place.entry) for place in places])
         raise BuildError(f"{called} has no such weights under {entry!r}; there are those of {have}")
     return chosen
 
@@ -174,16 +178,25 @@ def _among(places: Sequence[_Place], called: str, entry: str | None) -> Sequence
 def _containers(found: Any) -> list[tuple[tuple[str, ...], Any]]:
     """Every table and list in a checkpoint, and what leads to it, but for states of optimizers."""
     reached: list[tuple[tuple[str, ...], Any]] = []
-    seen = set()
+    seen, depths = set(), 0
     waiting: list[tuple[tuple[str, ...], Any]] = [((), found)]
     for keys, inner in waiting:  # which grows meanwhile
         state = isinstance(inner, Mapping) and "param_groups" in inner
         if state or not isinstance(inner, Mapping | list | tuple) or id(inner) in seen:
             continue
+        depths += len(keys)
+        if depths > _DEEPEST:
+            raise BuildError(
+                f"the checkpoint holds tables {len(keys)} deep in each other: too many"
+            )
         seen.add(id(inner))
         reached.append((keys, inner))
         items = inner.items() if isinstance(inner, Mapping) else enumerate(inner)
-        waiting.extend(((*keys, str(key)), value) for key, value in items)
+        waiting.extend(
+            ((*keys, str(key)), value)
+            for key, value in items
+            if isinstance(value, Mapping | list | tuple)
+        )
     return reached
 
 
@@ -203,10 +216,10 @@ def _has_layers(container: Mapping[Any, Any] | Sequence[Any]) -> bool:
 def _question(called: str, places: Sequence[_Place]) -> str:
     apart = len({place.keys for place in places}) == len(places)  # else by their prefixes
     entries = [".".join(place.keys) if apart else place.entry for place in places]
-    ways = " or ".join(f"entry={entry!r}" for entry in entries[:4])
+    ways = " or ".join(f"entry={named(repr(entry))}" for entry in entries[:4])
     return (
-        f"{called} holds weights of the network in {len(places)} places, {_some(entries)}, such as "
-        f"raw and averaged ones, and nothing tells which are meant: pass {ways}"
+        f"{called} holds weights of the network in {len(places)} places, {listed(entries)}, such "
+        f"as raw and averaged ones, and nothing tells which are meant: pass {ways}"
     )
 
 
@@ -227,14 +240,15 @@ def _trimmed(place: _Place, known: _Names, called: str, *, strict: bool) -> dict
         name = known.wanted.get(name, name)
         if name in keys:
             raise BuildError(
-                f"{called} has two weights for {name}, {keys[name]} and {key}: leave one out"
+                f"{called} has two weights for {named(name)}, {named(keys[name])} and "
+                f"{named(key)}: leave one out"
             )
         keys[name] = key
     lost = [key for key in rest if not _counts(place.table[key])]
     if lost and strict:
         raise BuildError(
             f"{called} has {len(lost)} entries beside the network under {place.entry!r}: "
-            f"{_some(lost)}. Pass entry={place.entry!r} to leave them out"
+            f"{listed(lost)}. Pass entry={place.entry!r} to leave them out"
         )
     inside = _shared_start(key for key in keys.values() if not _counts(place.table[key]))
     return {
@@ -258,8 +272,3 @@ def _shared_start(names: Iterable[Any]) -> str:
 def _unwrapped(name: str) -> str:
     *modules, last = name.split(".")
     return ".".join([*(m for m in modules if m not in _WRAPPERS), last])
-
-
-def _some(names: Iterable[Any]) -> str:
-    found = [str(name) for name in names]
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "")

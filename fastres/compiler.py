@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -12,21 +11,17 @@ import torch
 from fastres.backends.base import CompiledParts
 from fastres.backends.segments import lower
 from fastres.backends.select import Choice, check_names, choose, order
-from fastres.blocks import Version
 from fastres.calib.images import Preprocess
 from fastres.calib.table import CalibrationTable
-from fastres.checkpoints import read_weights
 from fastres.engine import Engine, Lowered, Origin
 from fastres.errors import (
     BackendUnavailable,
-    BuildError,
     CaptureError,
     FastresError,
     InputError,
     UnsupportedError,
 )
 from fastres.graph.batching import check_split
-from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.ir import BatchNorm, Graph, identity
 from fastres.graph.kinds import accepted
 from fastres.graph.passes.fold_constants import fold_constants
@@ -185,43 +180,6 @@ def compile(
             engine.close()
             report.raise_if_failed()
     return engine
-
-
-def build(
-    weights: Mapping[str, Any] | PathLike,
-    *,
-    version: Version | None = None,
-    spec: ResNetSpec | None = None,
-    inputs: Input | None = None,
-    entry: str | None = None,
-) -> Graph:
-    """Assembles a residual network from weights alone, without the model's code.
-
-    Args:
-        weights: a state_dict with torchvision's names, a checkpoint that has one, or the path of
-            either, written by torch.save or safetensors.
-        version: "v1" or "v1.5"; needed for bottleneck nets, whose weights do not show it.
-        spec: what else the weights do not show; see `ResNetSpec`.
-        inputs: the image's shape; None takes (N, C, 224, 224), or 32 for a CIFAR stem.
-        entry: where in a checkpoint the network lies, if that must be said: of raw and averaged
-            weights, "state_dict" or "state_dict_ema"; of a larger model, "state_dict.backbone".
-
-    Raises:
-        BuildError: the weights do not describe a residual network, or something must be said.
-    """
-    if not isinstance(spec, ResNetSpec | None):
-        raise BuildError(f"spec is {type(spec).__name__}; give a fastres.ResNetSpec, or None")
-    if not isinstance(inputs, Input | None):
-        raise BuildError(f"inputs is {type(inputs).__name__}; give a fastres.Input, or None")
-    spec = spec or ResNetSpec()
-    if version is not None:
-        spec = replace(spec, version=version)
-    if not isinstance(weights, Mapping | str | os.PathLike):
-        raise BuildError(
-            f"weights is {type(weights).__name__}; give a state_dict, or the path of a file of "
-            "torch.save or safetensors"
-        )
-    return build_graph(read_weights(weights, entry=entry), spec, inputs)
 
 
 def optimised(source: Graph, error: type[FastresError]) -> Graph:
@@ -384,7 +342,10 @@ def _assembled(
 
 
 def with_weights(
-    engine: Engine, state_dict: Mapping[str, Any] | PathLike, entry: str | None = None
+    engine: Engine,
+    state_dict: Mapping[str, Any] | PathLike,
+    entry: str | None = None,
+    max_bytes: int | None = None,
 ) -> Lowered:
     """The engine's graph anew from other weights, lowered to the same backend."""
     if engine.options.precision in EIGHT_BITS:
@@ -392,7 +353,7 @@ def with_weights(
             f"an {engine.options.precision} engine keeps its weights: its calibration was made "
             "with them. Calibrate the model with the new ones and compile it again"
         )
-    source = renewed(engine.source, engine.ignored_weights, state_dict, entry)
+    source = renewed(engine.source, engine.ignored_weights, state_dict, entry, max_bytes)
     graph = optimised(source, InputError)
     origin = Origin(engine.source, engine.ignored_weights)
     options = replace(engine.options, backend=(engine.backend.name,))

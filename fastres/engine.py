@@ -17,15 +17,16 @@ import torch.utils._pytree as pytree
 
 from fastres.backends.base import Backend, CompiledParts, Executable, Refusal, elsewhere
 from fastres.backends.reference import ReferenceExecutable
-from fastres.calib.images import ImageLike, Preprocess, batches
+from fastres.calib.images import ImageLike, Preprocess
 from fastres.engine_allowance import CallAllowance
 from fastres.engine_info import EngineInfo, describe
-from fastres.engine_inputs import EngineInputs
+from fastres.engine_inputs import EngineInputs, Taken
 from fastres.engine_tracing import beside_compiler, refuse
 from fastres.errors import FastresError, InputError
-from fastres.graph.ir import Graph, Normalize
+from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
 from fastres.options import Input, Options, PathLike, integer
+from fastres.predicting import OnError, Prediction, predict
 from fastres.streams import OnStreams
 
 if TYPE_CHECKING:
@@ -60,14 +61,6 @@ class Origin:
 
     graph: Graph
     ignored_weights: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of one image, best first."""
-
-    classes: tuple[int, ...]
-    probabilities: tuple[float, ...]
 
 
 @dataclass
@@ -121,6 +114,11 @@ class Engine:
     def io_dtype(self) -> torch.dtype | None:
         """torch.uint8 if the engine is called with decoded pictures; None: as the model is."""
         return torch.uint8 if self._given.pictures else None
+
+    @property
+    def accepted(self) -> tuple[Taken, ...]:
+        """The inputs as it is called with them, and what their sizes range over."""
+        return self._given.taken
 
     def __call__(self, /, *inputs: torch.Tensor, **named: torch.Tensor) -> Any:
         """Runs the network.
@@ -224,42 +222,27 @@ class Engine:
                     future.cancel()
 
     def predict(
-        self, images: Sequence[ImageLike], *, batch_size: int = 8, top_k: int = 5
+        self,
+        images: Sequence[ImageLike],
+        *,
+        batch_size: int = 8,
+        top_k: int = 5,
+        on_error: OnError = "raise",
     ) -> list[Prediction]:
         """Classifies images: decoded, preprocessed as in training, softmax, `top_k` best.
 
+        Args:
+            images: paths of regular files, PIL pictures, or uint8 arrays [H, W, 3] in RGB.
+            on_error: "raise" ends at the first image that cannot be taken; "row" gives it a
+                `Prediction` without classes, whose `error` says why, and goes on.
+
         Raises:
             InputError: the engine has no `preprocess`, or one with other numbers than it
-                normalises by; the images are unreadable, or the network does not return one
-                [N, classes] tensor.
+                normalises by; an image is unreadable, too large or of another size than the engine
+                takes, which is named; or the network does not return one [N, classes] tensor.
         """
         self._runnable()
-        if self.preprocess is None:
-            raise InputError(
-                "this engine has no preprocess: compile with preprocess=Preprocess(...)"
-            )
-        fused = self.graph.normalize
-        if fused is not None and fused.op != Normalize.of(self.preprocess):
-            raise InputError(
-                f"this engine was compiled to normalise by {fused.op}, its preprocess says "
-                f"{Normalize.of(self.preprocess)}: compile it again to change these"
-            )
-        batch_size, top_k = integer("batch_size", batch_size), integer("top_k", top_k)
-        if isinstance(images, str) or not isinstance(images, Sequence):
-            kind = type(images).__name__
-            raise InputError(f"images is {kind}; give a list of images, [image] for one")
-        found: list[Prediction] = []
-        try:
-            loaded = batches(images, self.preprocess, batch_size, normalise=fused is None)
-            for logits in self.map(x.to(self.device) for x in loaded):
-                if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-                    raise InputError("predict needs a network that returns one [N, classes] tensor")
-                best = logits.float().softmax(1).topk(min(top_k, logits.shape[1]))
-                for values, indices in zip(best.values, best.indices, strict=True):
-                    found.append(Prediction(tuple(indices.tolist()), tuple(values.tolist())))
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        return found
+        return predict(self, images, batch_size, top_k, on_error)
 
     @property
     def info(self) -> EngineInfo:
@@ -305,13 +288,18 @@ class Engine:
         return make_profile(lowered.graph, shapes, times, executable.precisions())
 
     def update_weights(
-        self, state_dict: Mapping[str, Any] | PathLike, *, entry: str | None = None
+        self,
+        state_dict: Mapping[str, Any] | PathLike,
+        *,
+        entry: str | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         """Takes new weights for the same architecture; calls under way finish with the old ones.
 
         Args:
             state_dict: the model's, a checkpoint that has one, or the path of either.
-            entry: where in a checkpoint it lies, if that must be said; see `fastres.build`.
+            entry, max_bytes: where in a checkpoint it lies, if that must be said, and what the
+                tensors of a file may take; see `fastres.build`.
 
         Raises:
             InputError: a weight is missing, unknown, misshapen, or not finite, or the file cannot
@@ -320,7 +308,7 @@ class Engine:
         from fastres.compiler import with_weights
 
         self._open()
-        self._lowered = with_weights(self, state_dict, entry)
+        self._lowered = with_weights(self, state_dict, entry, max_bytes)
 
     def save(self, path: PathLike) -> None:
         """Saves graph, weights and settings; see `fastres.load`. Ends in .fastres: one zip file.

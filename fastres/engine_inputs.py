@@ -31,6 +31,16 @@ class Taken(NamedTuple):
     def __str__(self) -> str:
         return f"{self.name}: {self.spec}"
 
+    def takes(self, sizes: Sequence[int]) -> bool:
+        """Whether the sizes of an image, those behind the batch, are accepted."""
+        dims = self.spec.shape[1:]
+        return len(sizes) == len(dims) and all(
+            size == dim if isinstance(dim, int) else low <= size <= high
+            for size, dim, low, high in zip(
+                sizes, dims, self.smallest[1:], self.largest[1:], strict=True
+            )
+        )
+
     @property
     def sizes(self) -> str:
         """What is accepted, in words."""
@@ -150,14 +160,9 @@ class EngineInputs:
             raise InputError(
                 f"{taken.name}: expected a dense tensor on {device}, got {odd or given.device}"
             )
-        fits = given.dim() == len(spec.shape)
-        for i, dim in enumerate(spec.shape if fits else ()):
-            size = given.shape[i]
-            if isinstance(dim, int):
-                fits = fits and size == dim
-            elif i > 0:
-                fits = fits and taken.smallest[i] <= size <= taken.largest[i]
-        if not fits:
+        batch = spec.shape[0]
+        right = given.dim() > 0 and (isinstance(batch, Sym) or batch == given.shape[0])
+        if not (right and taken.takes(given.shape[1:])):
             help = "; a fastres.Input with three shapes, compiled with, lets H and W vary"
             other = given.dim() == len(spec.shape) == 4 and given.shape[1] == spec.shape[1]
             raise InputError(

@@ -5,9 +5,17 @@ Every message says what was found, where, what is supported, and what to do.
 
 from __future__ import annotations
 
+from fastres.wording import message
+
 
 class FastresError(Exception):
-    """Base of every error that fastres raises on purpose."""
+    """Base of every error that fastres raises on purpose.
+
+    What it says is made fit to be shown, whatever names of files and in files are in it.
+    """
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(message(part) if isinstance(part, str) else part for part in said))
 
 
 class CaptureError(FastresError):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from fastres.wording import printable
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -55,7 +57,8 @@ def render(renderable: RenderableType, width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+    text = printable(console.file.getvalue())
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
 
 
 def render_whole(table: Table) -> str:
@@ -74,11 +77,6 @@ def json_text(value: Any) -> str:
     except UnicodeEncodeError:  # the name of a file, which need not be text
         data = msgspec.json.encode(_printable(msgspec.to_builtins(value)))
     return msgspec.json.format(data, indent=2).decode()
-
-
-def printable(text: str) -> str:
-    """The text, with escapes in place of what could not be printed or would steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _printable(value: Any) -> Any:

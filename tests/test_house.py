@@ -15,6 +15,7 @@ SOURCES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 
 # A module may import from its own floor and from those below it.
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("fastres.wording",),
     ("fastres.kernels",),
     ("fastres.calib",),
     (
@@ -26,16 +27,24 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.blocks",
     ),
     ("fastres.options", "fastres.models"),
-    ("fastres.weights", "fastres.checkpoint_files", "fastres.checkpoints", "fastres.graph"),
+    (
+        "fastres.weights",
+        "fastres.checkpoint_files",
+        "fastres.checkpoint_pickles",
+        "fastres.checkpoint_zips",
+        "fastres.checkpoints",
+        "fastres.graph",
+    ),
     ("fastres.backends",),
     (
         *("fastres.engine", "fastres.engine_info", "fastres.engine_inputs"),
-        *("fastres.engine_allowance", "fastres.engine_tracing"),
+        *("fastres.engine_allowance", "fastres.engine_tracing", "fastres.predicting"),
     ),
     (
         "fastres.artifact",
         "fastres.container",
         "fastres.manifest",
+        "fastres.preprocess_entry",
         "fastres.oracle",
         "fastres.other_dtypes",
         "fastres.references",
@@ -45,6 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.profiling",
         "fastres.summaries",
         "fastres.timing",
+        "fastres.building",
         "fastres.compiler",
         "fastres.source",
         "fastres.calibrating",

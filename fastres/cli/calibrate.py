@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastres.calib.files import open_regular
 from fastres.cli import flags
 from fastres.cli.flags import Request
 from fastres.cli.output import emit, note
@@ -75,6 +76,8 @@ def calibrate(
     crop: flags.Crop = None,
     mean: flags.Mean = None,
     std: flags.Std = None,
+    exif: flags.Exif = None,
+    max_pixels: flags.MaxPixels = None,
     *,
     request: Request,
     as_json: flags.Json = False,
@@ -99,7 +102,9 @@ def calibrate(
     preprocess = None
     if not is_array or val is not None:
         start = preprocess_for(target.shape)
-        preprocess = adjusted(start, resize=resize, crop=crop, mean=mean, std=std)
+        preprocess = adjusted(
+            start, resize=resize, crop=crop, mean=mean, std=std, exif=exif, max_pixels=max_pixels
+        )
     labelled = None if val is None else _labelled(val)
     table = fastres.quantize(
         target.model,  # type: ignore[arg-type]  # open_model gives no engine
@@ -133,12 +138,13 @@ def _array(file: Path) -> np.ndarray[Any, Any]:
     import numpy as np
 
     try:
-        found = np.load(file, allow_pickle=False)
+        with open_regular(file):  # neither a pipe nor a device, for which NumPy would wait
+            found = np.load(file, allow_pickle=False, mmap_mode="r")  # of what there is alone
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file} cannot be read as an array: {error}") from error
     if not isinstance(found, np.ndarray):
         raise InputError(f"{file} holds {type(found).__name__}; expected one array, [N, C, H, W]")
-    return found
+    return np.array(found)
 
 
 def _labelled(folder: Path) -> list[tuple[Path, int]]:

@@ -71,6 +71,14 @@ Entry = Annotated[
         "averaged ones: state_dict_ema.",
     ),
 ]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="What the tensors of --weights may take. Without it: twice the file, or 32 MiB.",
+    ),
+]
 Version = Annotated[
     str | None,
     typer.Option(
@@ -131,6 +139,19 @@ Crop = Annotated[
 ]
 Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Without it: 0.485,0.456,0.406.")]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Without it: 0.229,0.224,0.225.")]
+Exif = Annotated[
+    bool | None,
+    typer.Option(
+        "--exif/--no-exif",
+        help="Turn pictures as their EXIF orientation says, or take them as they are stored. "
+        "Without it: as the engine was compiled to, else turned.",
+        show_default=False,
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Pixels of a picture, at most. Without it: 89478485."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Output = Annotated[
     Path | None,
@@ -154,6 +175,7 @@ class Request:
     image_size: ImageSize = None
     weights: Weights = None
     entry: Entry = None
+    max_bytes: MaxBytes = None
     version: Version = None
     device: Device = None
     threads: Threads = None
@@ -178,7 +200,7 @@ class Request:
     def only_for_models(self) -> list[str]:
         """The flags given that change how a model is compiled, so that no saved engine takes."""
         settings = ("backend", "precision", "calibration", "threads", "on_unsupported")
-        names = ("weights", "entry", "version", *settings, "tune", "cache_dir")
+        names = ("weights", "entry", "max_bytes", "version", *settings, "tune", "cache_dir")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastres.cli.flags import NAMES
 from fastres.errors import BackendUnavailable, BuildError, InputError, described, missing
+from fastres.wording import named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,11 +93,17 @@ def make(name: str, version: Version | None = None) -> nn.Module:
     return model.eval()
 
 
-def load_weights(model: nn.Module, name: str, file: Path, entry: str | None = None) -> None:
+def load_weights(
+    model: nn.Module,
+    name: str,
+    file: Path,
+    entry: str | None = None,
+    max_bytes: int | None = None,
+) -> None:
     """Loads a state_dict strictly: nothing missing, left over or misshapen.
 
     Args:
-        entry: where in a checkpoint it lies, if that must be said.
+        entry, max_bytes: where in a checkpoint it lies, and what it may take; see `fastres.build`.
 
     Raises:
         BuildError: the file is unreadable or does not fit; says where.
@@ -104,7 +111,7 @@ def load_weights(model: nn.Module, name: str, file: Path, entry: str | None = No
     from fastres.checkpoints import read_weights
 
     own = model.state_dict()
-    table = read_weights(file, names=own, entry=entry)
+    table = read_weights(file, names=own, entry=entry, max_bytes=max_bytes)
     wrong = [
         f"{key} is {list(table[key].shape)} in the file and {list(value.shape)} in the model"
         for key, value in own.items()
@@ -113,7 +120,7 @@ def load_weights(model: nn.Module, name: str, file: Path, entry: str | None = No
     counters = ("num_batches_tracked",)  # not used in inference; older files lack them
     missing = [k for k in own if k not in table and not k.endswith(counters)]
     wrong += [f"{key} is missing" for key in missing]
-    wrong += [f"{key} is unknown to the model" for key in table if key not in own]
+    wrong += [f"{named(key)} is unknown to the model" for key in table if key not in own]
     if wrong:
         some = "".join(f"\n  {line}" for line in wrong[:6]) + ("\n  ..." if wrong[6:] else "")
         raise BuildError(

@@ -18,7 +18,8 @@ from rich.text import Text
 
 from fastres import __version__
 from fastres.errors import InputError
-from fastres.text import json_text, printable
+from fastres.text import json_text
+from fastres.wording import printable
 
 WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())  # the command was given
 _REPORTS: ContextVar[TextIO | None] = ContextVar("reports")  # where they go instead of stdout

@@ -39,6 +39,8 @@ def adjusted(
     crop: int | None,
     mean: str | None,
     std: str | None,
+    exif: bool | None = None,
+    max_pixels: int | None = None,
 ) -> Preprocess:
     """A preprocess with what the flags of these names say; a crop alone sets the resizing too.
 
@@ -52,6 +54,8 @@ def adjusted(
         "crop": crop,
         "mean": mean and numbers("--mean", mean, 3),
         "std": std and numbers("--std", std, 3),
+        "exif": exif,
+        "max_pixels": max_pixels,
     }
     given = {key: value for key, value in changed.items() if value is not None}
     try:

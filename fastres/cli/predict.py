@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from fastres.calib.files import read_regular
 from fastres.cli import flags
 from fastres.cli.flags import Request
-from fastres.cli.output import emit, working
+from fastres.cli.output import emit, note, working
 from fastres.cli.pictures import adjusted, preprocess_for
 from fastres.cli.targets import open_target, split, to_engine, warn_if_untrained
 from fastres.errors import InputError
+from fastres.wording import LINE, named
 
 if TYPE_CHECKING:
-    from fastres.engine import Engine, Prediction
+    from fastres.engine import Engine
+    from fastres.predicting import OnError, Prediction
+
+_MOST_LABELS = 1 << 24  # bytes
 
 
 @flags.takes_request()
@@ -39,6 +44,15 @@ def predict(
     crop: flags.Crop = None,
     mean: flags.Mean = None,
     std: flags.Std = None,
+    exif: flags.Exif = None,
+    max_pixels: flags.MaxPixels = None,
+    on_error: Annotated[
+        str,
+        typer.Option(
+            metavar="raise|row",
+            help="At an image that cannot be taken: stop, or say so in its row and go on.",
+        ),
+    ] = "raise",
     *,
     request: Request,
     as_json: flags.Json = False,
@@ -57,10 +71,19 @@ def predict(
     warn_if_untrained(target)
     engine = to_engine(target, request)
     start = engine.preprocess or preprocess_for(target.shape)
-    engine.preprocess = adjusted(start, resize=resize, crop=crop, mean=mean, std=std)
+    engine.preprocess = adjusted(
+        start, resize=resize, crop=crop, mean=mean, std=std, exif=exif, max_pixels=max_pixels
+    )
     _check_labels(names, labels, engine)
     with working(f"looking at {len(images)} images"):
-        found = engine.predict(images, batch_size=max(request.batch_sizes), top_k=top_k)
+        found = engine.predict(
+            images,
+            batch_size=max(request.batch_sizes),
+            top_k=top_k,
+            on_error=cast("OnError", on_error),
+        )
+    if failed := sum(bool(row.error) for row in found):
+        note(f"{failed} of {len(images)} images could not be taken")
     rows = _rows(images, found, names)
     fields = {"model": target.name, "untrained": target.untrained, "predictions": rows}
     emit("predict", _table(rows), fields, as_json=as_json, output=output)
@@ -79,7 +102,7 @@ def _images(paths: Sequence[str]) -> list[Path]:
 
 def _labels(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return read_regular(file, _MOST_LABELS).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--labels {file} cannot be read: {error}") from error
 
@@ -96,6 +119,7 @@ def _rows(
     return [
         {
             "image": str(image),
+            "error": p.error or None,
             "top": [
                 {"class": index, "label": names[index] if names else None, "probability": chance}
                 for index, chance in zip(p.classes, p.probabilities, strict=True)
@@ -108,7 +132,9 @@ def _rows(
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        lines.append(row["image"])
+        lines.append(named(row["image"], LINE))
+        if row["error"]:
+            lines.append(f"  {row['error']}")
         for best in row["top"]:
             label = "" if best["label"] is None else f"  {best['label']}"
             lines.append(f"  {best['probability']:7.2%}  {best['class']:>5}{label}")

@@ -13,6 +13,7 @@ def summary(
     image_size: flags.ImageSize = None,
     weights: flags.Weights = None,
     entry: flags.Entry = None,
+    max_bytes: flags.MaxBytes = None,
     version: flags.Version = None,
     as_json: flags.Json = False,
     output: flags.Output = None,
@@ -21,7 +22,12 @@ def summary(
     import fastres
 
     request = Request(
-        model=model, image_size=image_size, weights=weights, entry=entry, version=version
+        model=model,
+        image_size=image_size,
+        weights=weights,
+        entry=entry,
+        max_bytes=max_bytes,
+        version=version,
     )
     target = open_target(request)
     with working(f"counting {target.name}"):

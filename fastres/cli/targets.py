@@ -100,6 +100,8 @@ def open_model(request: Request) -> Target:
         )
     if request.entry is not None and request.weights is None:
         raise InputError("--entry says where in the file of --weights they lie: give both")
+    if request.max_bytes is not None and request.weights is None:
+        raise InputError("--max-bytes is for what a file of --weights may take: give both")
     with working(f"reading {request.model or request.weights}"):
         version = models.as_version(request.version)
         if request.model is not None:
@@ -184,7 +186,7 @@ def _named(request: Request, name: str, version: Version | None) -> Target:
 
     model = models.make(name, version)
     if request.weights is not None:
-        models.load_weights(model, name, request.weights, request.entry)
+        models.load_weights(model, name, request.weights, request.entry, request.max_bytes)
     size = request.image_size or (32 if models.is_cifar(name) else 224)
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(dtypes, torch.float32)
@@ -198,7 +200,13 @@ def _built(request: Request, weights: Path, version: Version | None) -> Target:
 
     size = request.image_size
     image = None if size is None else Input((1, 3, size, size))
-    graph = fastres.build(weights, version=version, inputs=image, entry=request.entry)
+    graph = fastres.build(
+        weights,
+        version=version,
+        inputs=image,
+        entry=request.entry,
+        max_bytes=request.max_bytes,
+    )
     channels, height, width = (int(str(d)) for d in graph.inputs[0].spec.shape[1:])
     spec = graph.inputs[0].spec
     return Target(str(weights), graph, (channels, height, width), spec.torch_dtype)

@@ -18,6 +18,9 @@ from fastres.blocks import Stem, Version
 from fastres.errors import BuildError
 from fastres.options import is_number
 from fastres.weights import is_finite, oddity
+from fastres.wording import listed, named
+
+_LONGEST = 1024  # letters of the name of a weight
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,11 @@ def _check_names(weights: Mapping[str, torch.Tensor]) -> None:
     for name in weights:
         if not isinstance(name, str):
             raise BuildError(f"weights holds the name {name!r}; the names of weights are texts")
+        if len(name) > _LONGEST:
+            raise BuildError(f"weights holds the name {named(name)}; it has at most {_LONGEST}")
     for name in ("conv1.weight", "layer1.0.conv1.weight"):
         if name not in weights:
-            some = ", ".join([*sorted(weights)[:4], "..."]) if weights else "none"
+            some = listed(sorted(weights), 4) or "none"
             raise BuildError(
                 f"no {name} among {len(weights)} weights ({some}): only torchvision's names are "
                 "known (conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc). Load others into "

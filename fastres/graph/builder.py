@@ -36,6 +36,7 @@ from fastres.graph.specs import DTYPE_NAMES, GIVEN_DTYPES, Dim, Shape, Sym, Tens
 from fastres.graph.trees import LEAF
 from fastres.kernels.epilogue import ActivationKind
 from fastres.options import Input
+from fastres.wording import listed
 
 
 def build_graph(
@@ -105,7 +106,7 @@ class _Assembler:
         if self.unused:
             raise BuildError(
                 f"{len(self.unused)} weights have no place in this network: "
-                f"{', '.join(sorted(self.unused)[:5])}. Was something added to the blocks?"
+                f"{listed(sorted(self.unused))}. Was something added to the blocks?"
             )
         return Graph((self.input,), tuple(self.nodes), (x,), self.constants, LEAF)
 

@@ -24,6 +24,7 @@ from fastres.calib.images import Preprocess
 from fastres.graph.specs import TensorSpec, spec_of, widest
 from fastres.kernels.epilogue import ActivationKind, Epilogue
 from fastres.kernels.geometry import Pair
+from fastres.wording import one_line
 
 
 class Conv2d(msgspec.Struct, frozen=True, tag=True):
@@ -333,7 +334,7 @@ class Graph:
     def __str__(self) -> str:
         lines = [f"{v.name}: {v.spec} = input" for v in self.inputs]
         lines += [_line(self, node) for node in self.nodes]
-        return "\n".join([*lines, f"return {', '.join(self.outputs)}"])
+        return "\n".join(map(one_line, [*lines, f"return {', '.join(self.outputs)}"]))
 
 
 def identity(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -12,6 +12,7 @@ from fastres.graph.ir import Graph
 from fastres.graph.specs import spec_of
 from fastres.options import PathLike
 from fastres.weights import is_finite, oddity
+from fastres.wording import listed
 
 
 def renewed(
@@ -19,13 +20,14 @@ def renewed(
     ignored: Collection[str],
     state_dict: Mapping[str, Any] | PathLike,
     entry: str | None = None,
+    max_bytes: int | None = None,
 ) -> Graph:
     """The graph with new values for every constant that a state_dict holds.
 
     Args:
         graph: with those constants on the meta device.
         ignored: entries of the model's state_dict that the graph does not read.
-        state_dict, entry: see `fastres.checkpoints.read_weights`.
+        state_dict, entry, max_bytes: see `fastres.checkpoints.read_weights`.
 
     Raises:
         InputError: a weight is missing, unknown, misshapen, or not finite, or the file cannot be
@@ -38,7 +40,7 @@ def renewed(
         )
     own = [name for name, old in graph.constants.items() if old.is_meta]
     try:
-        table = read_weights(state_dict, names={*own, *ignored}, entry=entry)
+        table = read_weights(state_dict, names={*own, *ignored}, entry=entry, max_bytes=max_bytes)
     except BuildError as error:
         raise InputError(f"{error}; nothing was changed") from error
     weights = graph.taken_as_weights
@@ -64,6 +66,6 @@ def renewed(
         if not str(name).endswith("num_batches_tracked")  # BatchNorm's counter of training steps
     ]
     if unknown:
-        some = ", ".join(sorted(unknown)[:5])
+        some = listed(sorted(unknown))
         raise InputError(f"{len(unknown)} weights are not the model's: {some}; nothing was changed")
     return graph.replace(constants=constants)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fastres.text import printable
+from fastres.wording import printable
 
 _EMPTY = ("meta", "link", "br")  # elements without an end
 NOTHING = "–"

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from fastres.errors import BackendUnavailable
 from fastres.report.html import Html, items, join, shortened, tag
 from fastres.report.numbers import short
-from fastres.text import printable
+from fastres.wording import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from fastres.calib.files import MOST_BYTES, read_regular
 from fastres.errors import InputError
 from fastres.report.documents import Accuracy, Bench, Document, GuardTrials, Parities, Scaling
 from fastres.report.records import Profile
@@ -32,7 +33,7 @@ def read(path: Path) -> Source:
         InputError: it cannot be read, or it is not a document of a kind that is known here.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MOST_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     return decode(data, str(path))

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from fastres.calib.files import MOST_BYTES, read_regular
 from fastres.errors import InputError
 from fastres.text import render_whole
 from fastres.timing.machine import Machine
@@ -136,7 +137,7 @@ def read_base(path: Path) -> Base:
         InputError: the file is missing, or is not what `fastres bench -o` writes.
     """
     try:
-        text = path.read_bytes()
+        text = read_regular(path, MOST_BYTES)
         head = msgspec.json.decode(text, type=Head)
         if head.command != "bench" or head.schema != SCHEMA:
             raise InputError(

@@ -73,6 +73,20 @@ def put(*steps: str | int) -> Callable[[object], Callable[[Json], object]]:
     return to
 
 
+def pictures(**changed: object) -> Callable[[Json], object]:
+    """A manifest that says so of what becomes of pictures."""
+    sound = {
+        "resize": 8,
+        "crop": 4,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [1.0, 1.0, 1.0],
+        "scale": 1.0,
+        "channels": "RGB",
+        "interpolation": "bilinear",
+    }
+    return put("preprocess")({**sound, **changed})
+
+
 MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "newer": (put("schema")(7), r"written by schema 7, this fastres .* reads up to 2: upgrade"),
     "newer with news": (lambda m: m.update(schema=3, news=1), "written by schema 3"),
@@ -99,9 +113,12 @@ MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "size is a text": (put("inputs", 0, "usual")(["1", 1, 4, 4]), "Expected `int`, got `str`"),
     "input dtype": (put("inputs", 0, "dtype")("float7"), "dtype 'float7'"),
     "input format": (put("inputs", 0, "format")("NHWC"), "Invalid enum value 'NHWC'"),
-    "preprocess std": (put("preprocess")({"std": [0.0, 1.0, 1.0]}), "every entry must be above 0"),
-    "preprocess mean": (put("preprocess")({"mean": [0.0]}), "Expected `array` of length 3"),
-    "preprocess field": (put("preprocess")({"run": "rm"}), "not exactly those"),
+    "preprocess std": (pictures(std=[0.0, 1.0, 1.0]), "every entry must be above 0"),
+    "preprocess mean": (pictures(mean=[0.0]), "Expected `array` of length 3"),
+    "preprocess field": (pictures(run="rm"), "unknown field `run`"),
+    "preprocess exif": (pictures(exif=False), "not exactly those"),
+    "preprocess limit": (pictures(max_pixels=2**40), "unknown field `max_pixels`"),
+    "preprocess size": (pictures(crop=2**40), "crop is 1099511627776"),
     "ignored weights": (put("ignored_weights")([1]), "Expected `str`, got `int`"),
     "file missing": (lambda m: m["files"].pop(WEIGHTS), "it should list"),
     "file more": (lambda m: m["files"].update(a={"size": 1, "sha256": ""}), "it should list"),

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fastres.calib.images import Preprocess, batches, decode, find_images
+from fastres.calib.decoding import decode
+from fastres.calib.images import Preprocess, batches, find_images
 
 
 def torchvision_pipeline(resize: int, crop: int) -> v2.Compose:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastres.calib.thresholds import ALGORITHMS
 
 def tensor(largest: float) -> TensorRange:
     steps = {name: largest / (i + 1) for i, name in enumerate(ALGORITHMS)}
-    return TensorRange(largest, steps, {"0.5": largest / 9}, (0.25, -1.0))
+    return TensorRange(largest, steps, {"0.5": largest / 9}, (largest / 16, -largest / 4))
 
 
 @pytest.fixture
@@ -56,6 +57,12 @@ def changed(table: CalibrationTable, **changes: Any) -> bytes:
     return json.dumps({**document, **changes}).encode()
 
 
+def reaching(largest: float, threshold: float | None = None) -> dict[str, Any]:
+    """A range as it lies in a file."""
+    saturates = dict.fromkeys(ALGORITHMS, largest if threshold is None else threshold)
+    return {"largest": largest, "thresholds": saturates}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -72,6 +79,11 @@ def changed(table: CalibrationTable, **changes: Any) -> bytes:
             "a threshold is 0",
         ),
         ({"more": 1}, "more"),
+        ({"tensors": {"x": reaching(1e31)}}, r"up to 1e\+30"),
+        ({"tensors": {"x": reaching(1.0, 2.0)}}, "2.0 is above the largest magnitude, 1.0"),
+        ({"tensors": {"x": {**reaching(1.0), "quantiles": {"0.5": 9.0}}}}, "9.0 is above"),
+        ({"tensors": {"x": {**reaching(1.0), "means": [1.5]}}}, "mean is beyond"),
+        ({"tensors": {"x": {**reaching(1.0), "means": [-1e308]}}}, "mean is beyond"),
     ],
 )
 def test_what_is_no_table_is_refused(
@@ -98,6 +110,26 @@ def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "odd.json").write_bytes(data)
     with pytest.raises(ValueError, match="is no calibration table"):
         CalibrationTable.load(tmp_path / "odd.json")
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="cannot be read: it is a pipe or a device"):
+            CalibrationTable.load(path)
+    with (tmp_path / "sparse.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="cannot be read: it is larger than 33554432 bytes"):
+        CalibrationTable.load(tmp_path / "sparse.json")
+
+
+def test_names_in_tables_are_cut_and_printable(table: CalibrationTable, tmp_path: Path) -> None:
+    for name in ("x" * 10**6, "\x1b[31mred\n"):
+        (tmp_path / "odd.json").write_bytes(changed(table, **{name: 1}))
+        with pytest.raises(ValueError, match="is no calibration table") as caught:
+            CalibrationTable.load(tmp_path / "odd.json")
+        said = str(caught.value)
+        assert len(said) < 1200 and said.isprintable()
 
 
 def test_files_that_are_not_there(table: CalibrationTable, tmp_path: Path) -> None:

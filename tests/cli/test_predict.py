@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import Result
 
 import fastres
@@ -100,3 +101,43 @@ def test_a_name_that_is_no_text(
     (row,) = run_json("predict", engine, odd)["predictions"]
     assert row["image"].endswith("\\udcff\\x1b[31m.jpg")
     assert "\x1b" not in run("predict", engine, f"{odd}.png", status=2).stderr
+
+
+def test_bad_pictures_in_rows_of_their_own(
+    run: Run, run_json: RunJson, engine: Path, photos_folder: Path, tmp_path: Path
+) -> None:
+    coffee, readme = photos_folder / "coffee.jpg", photos_folder / "README.md"
+    odd = tmp_path / "line\nbreak.jpg"
+    odd.write_text("no picture")
+    words = ("predict", engine, readme, coffee, odd)
+    assert "README.md cannot be read" in run(*words, status=2).stderr
+    said = run(*words, "--on-error", "row")
+    assert "note: 2 of 3 images could not be taken" in said.stderr
+    assert "line\\nbreak.jpg\n" in said.stdout and "line\nbreak" not in said.stdout
+    assert f"  {readme} cannot be read as an image" in said.stdout
+    first, second, _ = run_json(*words, "--on-error", "row")["predictions"]
+    assert first["top"] == [] and "README.md cannot be read" in first["error"]
+    assert second["error"] is None and len(second["top"]) == 5
+    assert "on_error is 'skip'" in run(*words, "--on-error", "skip", status=2).stderr
+
+
+def test_how_pictures_are_turned_and_how_large_they_may_be(
+    run: Run, run_json: RunJson, engine: Path, photos_folder: Path, tmp_path: Path
+) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = 3
+    with Image.open(photos_folder / "coffee.jpg") as photo:
+        photo.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "a.png", exif=tag)
+        photo.save(tmp_path / "b.png")
+
+    def top(name: str, *flags: str) -> Any:
+        return run_json("predict", engine, tmp_path / name, *flags)["predictions"][0]["top"]
+
+    assert top("a.png") == top("b.png") == top("a.png", "--exif") != top("a.png", "--no-exif")
+    few = run("predict", engine, tmp_path / "a.png", "--max-pixels", "1000", status=2)
+    assert "at most 1000 are taken" in few.stderr
+
+
+def test_labels_are_read_of_files_alone(run: Run, engine: Path, photos_folder: Path) -> None:
+    words = ("predict", engine, photos_folder / "coffee.jpg", "--labels", "/dev/zero")
+    assert "--labels /dev/zero cannot be read" in run(*words, status=2).stderr
