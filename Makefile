@@ -10,7 +10,7 @@ TRITON_PYTHON ?= $(BIN)/python
 # libraries behind them are not in the package index
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.0.1 tensorrt-cu13-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.106
 
-.PHONY: run test install dev lint types unit interpret bench report zoo gpu gpu-first gpu-second gpu-cache kernels clean
+.PHONY: run test install dev lint types unit interpret bench report zoo soak gpu gpu-first gpu-second gpu-cache kernels clean
 
 run: install  ## install, then the main job: photographs through ResNet-50, digits through trained nets
 	$(BIN)/python examples/main_job.py
@@ -76,6 +76,11 @@ report: dev  ## everything that a report shows, measured afresh: about half an h
 zoo: dev  ## whether timm's residual networks compile and agree: a table, an hour
 	mkdir -p build
 	$(BIN)/python bench/zoo.py -o build/zoo.json | tee build/zoo.txt
+
+soak: dev  ## damaged files and forged engines, by ten thousands: an hour
+	$(BIN)/python bench/soak_files.py
+	$(BIN)/python bench/soak_engines.py
+	$(BIN)/python bench/soak_engines.py --calls 0.9
 
 CACHED = $(if $(wildcard $(CACHE)),--cache $(CACHE))
 

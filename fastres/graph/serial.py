@@ -22,6 +22,7 @@ from fastres.graph.ir import Aten, Graph, Node, Pad, Value, identity
 from fastres.graph.need import need
 from fastres.graph.specs import DTYPE_NAMES, DTYPES, Dim, Sym, TensorSpec, spec_of
 from fastres.options import Sizes
+from fastres.weights import is_finite
 
 _T = TypeVar("_T")
 _KEPT = "source:"  # before the names of kept constants; modules cannot have a colon in theirs
@@ -150,6 +151,8 @@ def decode(
     graph = _graph(document.graph, weights, returned.tree)
     source = _graph(document.source, metas | kept, returned.tree)
     graph, source = _lawful(graph, sizes, "graph"), _lawful(source, sizes, "source")
+    for each in (graph, source):
+        _check_values(each)
     return Decoded(graph, source, returned.notes)
 
 
@@ -245,6 +248,22 @@ def _lawful(graph: Graph, sizes: Sequence[Sizes], which: str) -> Graph:
         raise
     except Exception as error:  # an Aten call that does not fit: PyTorch raises many kinds
         raise GraphError(f"the {which} holds a call that PyTorch refuses: {error}") from error
+
+
+def _check_values(graph: Graph) -> None:
+    """Refuses what the compiler refuses: weights that are no numbers, and NaN in any constant."""
+    for name, tensor in graph.constants.items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        values = tensor if tensor.dtype.itemsize > 1 else tensor.half()
+        if is_finite(values) or (
+            name not in graph.taken_as_weights and not bool(values.isnan().any())
+        ):
+            continue
+        raise GraphError(
+            f"{name} {list(tensor.shape)} holds values that are NaN or infinite; the engine's "
+            "numbers would be wrong"
+        )
 
 
 def _with_infinity(node: Node, pads: Mapping[str, str]) -> Node:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -257,6 +258,14 @@ class TestLaws:
     ) -> None:
         forge(tmp_path / "forged", tiny(), graph=change)
         with pytest.raises(ArtifactError, match=why):
+            fastres.load(tmp_path / "forged")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_of_weights(self, value: float, tiny: Callable[..., Contents], tmp_path: Path) -> None:
+        weight = torch.tensor([1.0, value, 3.0]).reshape(1, 1, 3, 1)
+        data = safetensors.torch.save({"weight": weight})
+        forge(tmp_path / "forged", tiny(), weights=data)
+        with pytest.raises(ArtifactError, match=r"weight \[1, 1, 3, 1\] holds values that are NaN"):
             fastres.load(tmp_path / "forged")
 
     def test_only_a_dequantize_reads_eight_bits(
