@@ -76,7 +76,8 @@ MaxBytes = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="What the tensors of --weights may take. Without it: twice the file, or 32 MiB.",
+        help="What the tensors of --weights may take (without it: twice the file, or 32 MiB), or "
+        "what a saved engine may hold in one run (64 MiB and 64 times the file).",
     ),
 ]
 Version = Annotated[
@@ -200,7 +201,7 @@ class Request:
     def only_for_models(self) -> list[str]:
         """The flags given that change how a model is compiled, so that no saved engine takes."""
         settings = ("backend", "precision", "calibration", "threads", "on_unsupported")
-        names = ("weights", "entry", "max_bytes", "version", *settings, "tune", "cache_dir")
+        names = ("weights", "entry", "version", *settings, "tune", "cache_dir")
         return [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
 
 

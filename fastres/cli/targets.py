@@ -101,7 +101,7 @@ def open_model(request: Request) -> Target:
     if request.entry is not None and request.weights is None:
         raise InputError("--entry says where in the file of --weights they lie: give both")
     if request.max_bytes is not None and request.weights is None:
-        raise InputError("--max-bytes is for what a file of --weights may take: give both")
+        raise InputError("--max-bytes is for what --weights, or a saved engine, may take: give one")
     with working(f"reading {request.model or request.weights}"):
         version = models.as_version(request.version)
         if request.model is not None:
@@ -170,6 +170,7 @@ def _saved(request: Request, path: Path) -> Target:
             device=request.device,
             target=request.target,
             trust_engine=bool(request.trust_engine),
+            max_bytes=request.max_bytes,
         )
     return engine_target(engine, str(path), request.image_size)
 
