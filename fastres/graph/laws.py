@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 
 from fastres.errors import GraphError
@@ -40,6 +39,7 @@ from fastres.graph.settings import check_settings
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import EIGHT_BITS, Shape, Sym, TensorSpec, spec_of
 
+_SCALES = (2.0**-126, 2.0**119)  # 448, the largest of 8 bits, times the second is a number
 _SLOTS: dict[type, tuple[set[str], set[str]]] = {
     # operation: (slots that must be there, slots that may be)
     Conv2d: ({"weight"}, {"bias", "scale"}),
@@ -135,8 +135,11 @@ def _check_quantised(graph: Graph, node: Node) -> None:
         readers = graph.users().get(node.name, ())
         if node.name in graph.outputs or not all(isinstance(n.op, Dequantize) for n in readers):
             raise GraphError(f"{node.name} makes 8 bits, which only a Dequantize may read")
-    if not (math.isfinite(node.op.scale) and node.op.scale > 0):
-        raise GraphError(f"{node.name} has the scale {node.op.scale}, expected a positive number")
+    if not _SCALES[0] <= node.op.scale <= _SCALES[1]:
+        raise GraphError(
+            f"{node.name} has the scale {node.op.scale}, expected a positive number with which 8 "
+            f"bits stay within fp32: from {_SCALES[0]:.1e} to {_SCALES[1]:.1e}"
+        )
 
 
 def _check_weight(graph: Graph, node: Node) -> None:
