@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import tempfile
 from io import BufferedReader
 from pathlib import Path
+
+from fastres.calib.unfinished import put_in_place, unfinished
 
 MOST_BYTES = 1 << 28  # of a file that is read into memory whole
 
@@ -61,18 +62,13 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written, or is a device, a pipe or a folder; nothing is left behind.
     """
-    path, temporary = Path(os.path.realpath(path)), ""
+    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file, and is left alone", str(path))
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = file.name
+    with unfinished(path) as temporary:
+        with temporary.open("r+b") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:  # also an interrupt
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise
+        put_in_place(temporary, path)

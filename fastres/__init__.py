@@ -9,14 +9,15 @@ Names are imported when they are first used: `import fastres` costs little beyon
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HERE = Path(__file__).parent
-if not (_HERE / "kernels").exists():  # a checkout, where setup.py finds some packages beside this
-    __path__.append(str(_HERE.parent))
+_HERE = os.path.dirname(__file__)
+# a checkout, where setup.py finds some packages beside this; pathlib takes a while to import
+if not os.path.exists(os.path.join(_HERE, "kernels")):
+    __path__.append(os.path.dirname(_HERE))
 
 if TYPE_CHECKING:
     from fastres import deploy as deploy

@@ -7,6 +7,12 @@ import sys
 
 def main() -> None:
     """Runs the command line; where a package for it is missing, says which and exits with 3."""
+    try:  # before anything that takes time
+        from fastres.cli.interrupts import end_at_once
+
+        end_at_once()
+    except KeyboardInterrupt:
+        sys.exit(130)
     try:
         from fastres.cli.main import main
     except ModuleNotFoundError as error:

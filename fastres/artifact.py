@@ -182,7 +182,7 @@ def load(
         BackendUnavailable, UnsupportedError: its backend or precision cannot run on this machine.
     """
     from fastres.compiler import assemble
-    from fastres.engine import Origin
+    from fastres.engine_parts import Origin
 
     for name, value in (("trust_engine", trust_engine), ("allow_aten", allow_aten)):
         if not isinstance(value, bool):

@@ -13,7 +13,8 @@ from fastres.backends.segments import lower
 from fastres.backends.select import Choice, check_names, choose, order
 from fastres.calib.images import Preprocess
 from fastres.calib.table import CalibrationTable
-from fastres.engine import Engine, Lowered, Origin
+from fastres.engine import Engine
+from fastres.engine_parts import Lowered, Origin
 from fastres.errors import (
     BackendUnavailable,
     CaptureError,
@@ -199,9 +200,8 @@ def optimised(source: Graph, error: type[FastresError]) -> Graph:
 
 def _check_statistics(graph: Graph, error: type[FastresError]) -> None:
     norms = [node for node in graph.nodes if isinstance(node.op, BatchNorm)]
-    if not graph.constants.keys() >= {
-        n for node in norms for n in node.params.values()
-    }:  # computed
+    named = {n for node in norms for n in node.params.values()}
+    if not graph.constants.keys() >= named:  # some are computed
         _check_statistics(fold_constants(graph), error)
         return
     for node in norms:

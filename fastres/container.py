@@ -12,14 +12,14 @@ import io
 import mmap
 import os
 import re
-import secrets
-import shutil
 import stat
+import weakref
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fastres.calib.unfinished import put_in_place, sync_folder, unfinished
 from fastres.errors import ArtifactError
 
 if TYPE_CHECKING:  # which imports PyTorch; a deployed engine is read without it
@@ -32,6 +32,8 @@ _MANIFEST_LIMIT = 16 * 2**20
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _ZIP_SEAL = b"sha256:"
 _HEX = 64
+_FILES = 64  # of one engine, which has four and a few that are compiled
+_TRIES = 100
 
 
 class Container(Protocol):
@@ -107,24 +109,67 @@ def seal(manifest: bytes) -> bytes:
 
 
 class _Folder:
+    """Its files are opened at once: one that is replaced meanwhile is read to its end."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sizes: dict[str, int] = {}
-        with os.scandir(path) as entries:
-            for entry in entries:
-                _check_name(path, entry.name)
-                status = entry.stat(follow_symlinks=False)
-                if not stat.S_ISREG(status.st_mode):
-                    raise defect(path, f"{entry.name} is a link or no file at all; not followed")
-                self.sizes[entry.name] = status.st_size
+        self._handles = _opened(path)
+        weakref.finalize(self, _close, self._handles.values())
+        self.sizes = {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
 
     def read(self, name: str) -> bytes:
         try:
-            handle = os.open(self.path / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-            with open(handle, "rb") as file:
+            with open(self._handles[name], "rb", closefd=False) as file:
+                file.seek(0)
                 return file.read(self.sizes[name] + 1)
         except OSError as error:
             raise defect(self.path, f"{name} cannot be read: {error}") from error
+
+
+def _opened(path: Path) -> dict[str, int]:
+    """Handles of all files of a folder, as it is at one moment.
+
+    A saved engine is replaced as a whole, and what was replaced is removed: so it was whole as long
+    as the path led to it.
+
+    Raises:
+        OSError: it cannot be read.
+        ArtifactError: it holds what a saved engine never has.
+    """
+    for _ in range(_TRIES):
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        handles: dict[str, int] = {}
+        try:
+            _open_files(path, folder, handles)
+            if _leads_to(path, folder):
+                found, handles = handles, {}
+                return found
+        except (OSError, ArtifactError):
+            if _leads_to(path, folder):
+                raise
+        finally:
+            _close((folder, *handles.values()))
+    raise defect(path, f"it was replaced {_TRIES} times while it was opened: try again")
+
+
+def _open_files(path: Path, folder: int, handles: dict[str, int]) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            _check_name(path, entry.name)
+            if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+                raise defect(path, f"{entry.name} is a link or no file at all; not followed")
+            if len(handles) == _FILES:
+                raise defect(path, f"it holds more than {_FILES} files; no saved engine does")
+            handles[entry.name] = os.open(entry.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+
+
+def _leads_to(path: Path, folder: int) -> bool:
+    return os.path.samestat(path.stat(), os.fstat(folder))
+
+
+def _close(handles: Iterable[int]) -> None:
+    for handle in handles:
+        os.close(handle)
 
 
 class _Zip:
@@ -173,24 +218,22 @@ def _check_name(path: Path, name: str) -> None:
 def write(path: Path, files: Mapping[str, bytes]) -> None:
     """Writes the files to a folder, or to one zip where the path ends in .fastres.
 
-    All is written and flushed to disk under another name first, then renamed. A zip replaces a zip
-    in one step; a folder is moved aside for the moment of the renaming.
+    All is written and flushed to disk under another name first, and then put in place in one step:
+    a reader finds the old engine or the new one, whoever else saves there, and so does the next
+    process where this one is killed.
 
     Raises:
         ArtifactError: the path holds something that is no saved engine, or cannot be written.
     """
     path = Path(os.path.abspath(path))
     check_replaceable(path, files)
-    write_form: Callable[[Path, Mapping[str, bytes]], None]
-    write_form = _write_zip if path.suffix == ".fastres" else _write_folder
-    temporary = _sibling(path)
+    in_one = path.suffix == ".fastres"
     try:
-        write_form(temporary, files)
-        _publish(temporary, path)
+        with unfinished(path, folder=not in_one) as temporary:
+            (_write_zip if in_one else _write_folder)(temporary, files)
+            put_in_place(temporary, path)
     except OSError as error:
         raise defect(path, f"cannot be written: {error.strerror or error}") from error
-    finally:
-        _remove(temporary)
 
 
 def check_replaceable(path: Path, files: Collection[str] | None = None) -> None:
@@ -222,17 +265,16 @@ def check_replaceable(path: Path, files: Collection[str] | None = None) -> None:
 
 
 def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    path.mkdir()
     for name, data in files.items():
         with (path / name).open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    _sync_folder(path)
+    sync_folder(path)
 
 
 def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
-    with path.open("x+b") as file:
+    with path.open("r+b") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             archive.comment = _ZIP_SEAL + b"0" * _HEX
             for name, data in files.items():
@@ -245,39 +287,3 @@ def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
             view[-_HEX:] = digest.encode()
             view.flush()
         os.fsync(file.fileno())
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Renames `temporary` to `path`, over a saved engine that may be there."""
-    if path.is_dir() or (path.exists() and temporary.is_dir()):
-        aside = _sibling(path)
-        os.rename(path, aside)
-        try:
-            os.rename(temporary, path)
-        except BaseException:
-            os.rename(aside, path)
-            raise
-        _remove(aside)
-    else:
-        os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sibling(path: Path) -> Path:
-    # the name does not depend on the path's, which may be as long as names can be
-    return path.with_name(f".{secrets.token_hex(8)}.fastres.tmp")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():  # unlink fails on a read-only disk even where there is nothing
-        path.unlink()
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

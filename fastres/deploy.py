@@ -25,6 +25,7 @@ from fastres.backends.tensorrt.plan import Range
 from fastres.backends.tensorrt.stored import ABOUT, PLAN, Origin, read_plan
 from fastres.backends.triton.stored_kernels import KERNELS
 from fastres.container import MANIFEST, Container, defect, open_container, place
+from fastres.deploy_weights import PLAIN
 from fastres.errors import BackendUnavailable, InputError, OutOfMemory
 from fastres.manifest import FileEntry, check_files, checked, known_manifest, naming
 
@@ -181,8 +182,8 @@ class DeployedEngine:
         if len(inputs) != len(self.ranges):
             raise InputError(f"{len(inputs)} inputs, the engine takes {', '.join(self.ranges)}")
         for (name, shapes), x in zip(self.ranges.items(), inputs, strict=True):
-            if not isinstance(x, np.ndarray) or x.dtype != self._dtypes[name]:
-                found = getattr(x, "dtype", type(x).__name__)
+            if type(x) not in PLAIN or x.dtype != self._dtypes[name]:
+                found = x.dtype if type(x) in PLAIN else type(x).__name__
                 raise InputError(f"{name} is {found}; give an array of {self._dtypes[name]}")
             if not shapes.holds(x.shape):
                 raise InputError(

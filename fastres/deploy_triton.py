@@ -13,7 +13,7 @@ import safetensors.numpy
 from fastres.backends.tensorrt.plan import Range
 from fastres.backends.triton.linked import InArena, InConstant, LinkedLaunch, LinkedPlan, values
 from fastres.backends.triton.stored_kernels import CODE, KERNELS, MachineCode, read_code
-from fastres.deploy_weights import PackedArrays, bf16, tf32
+from fastres.deploy_weights import PLAIN, PackedArrays, bf16, tf32
 from fastres.errors import ArtifactError, BackendUnavailable, InputError
 from fastres.kernels.binary import KernelBinary, KernelHeader, pack
 from fastres.kernels.device_memory import DeviceMemory, Stream
@@ -217,8 +217,7 @@ class TritonEngine:
                     outputs = plan.run(inputs)
                 return outputs[0] if len(outputs) == 1 else tuple(outputs)
         found = [
-            f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
-            for x in inputs
+            f"{x.dtype}{list(x.shape)}" if type(x) in PLAIN else type(x).__name__ for x in inputs
         ]
         raise InputError(
             f"inputs are {', '.join(found) or 'none'}; the engine takes "
@@ -274,7 +273,7 @@ class _Runner:
     def takes(self, inputs: Sequence[Any]) -> bool:
         ranges = list(self.ranges.values())
         return len(inputs) == len(ranges) and all(
-            isinstance(x, np.ndarray)
+            type(x) in PLAIN
             and x.dtype == (np.uint8 if step.get("normalize") else np.float32)
             and shapes.holds(x.shape)
             and len(x) == len(inputs[0])

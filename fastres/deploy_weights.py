@@ -14,6 +14,7 @@ from fastres.errors import ArtifactError
 from fastres.kernels.epilogue import TF32_LIMIT
 
 Array = np.ndarray[Any, np.dtype[Any]]
+PLAIN = (np.ndarray, np.memmap)  # others, such as masked arrays, are more than their numbers
 _TAPS, _FOLDED = 4, 16  # of a folded stem, as in fastres.kernels.folding
 _ROWS = 16  # as in fastres.kernels.pairs
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -15,12 +13,14 @@ import msgspec
 import torch
 import torch.utils._pytree as pytree
 
-from fastres.backends.base import Backend, CompiledParts, Executable, Refusal, elsewhere
-from fastres.backends.reference import ReferenceExecutable
+from fastres.backends.base import Backend, CompiledParts, Executable, elsewhere
 from fastres.calib.images import ImageLike, Preprocess
+from fastres.deadlines import Callers, Deadline
 from fastres.engine_allowance import CallAllowance
 from fastres.engine_info import EngineInfo, describe
 from fastres.engine_inputs import EngineInputs, Taken
+from fastres.engine_parts import Lowered, Origin
+from fastres.engine_running import in_flight, in_parts, of_nothing, run_of
 from fastres.engine_tracing import beside_compiler, refuse
 from fastres.errors import FastresError, InputError
 from fastres.graph.ir import Graph
@@ -35,35 +35,7 @@ if TYPE_CHECKING:
 Batch = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """An optimised graph with the executable made from it; replaced as a whole by new weights."""
-
-    graph: Graph
-    executable: Executable
-    refused: tuple[Refusal, ...] = ()
-
-    @cached_property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of each output."""
-        return tuple(self.graph.spec(name).torch_dtype for name in self.graph.outputs)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What is needed to make the graph anew from other weights.
-
-    Args:
-        graph: as captured. Constants that a state_dict holds are on the meta device: names, shapes
-            and dtypes only.
-        ignored_weights: state_dict entries that the graph does not read.
-    """
-
-    graph: Graph
-    ignored_weights: tuple[str, ...] = ()
-
-
-@dataclass
+@dataclass(eq=False)
 class Engine:
     """A compiled network; made by `fastres.compile` or `fastres.load`, not by hand.
 
@@ -79,10 +51,13 @@ class Engine:
     preprocess: Preprocess | None = None
     passed_over: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    # dataclasses.replace, and copy.replace, take this one, too, from the engine that they copy
+    _copied: InitVar[Any] = property(lambda engine: _refuse_copies())
     _closed: bool = field(default=False, init=False)
     _process: int = field(default_factory=os.getpid, init=False)
+    _callers: Callers | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, _: object) -> None:
         self._tree = self.graph.output_tree
         self._gives_one = self._tree.is_leaf()
         self._given = EngineInputs(self.graph, self.inputs, self.options)
@@ -120,7 +95,26 @@ class Engine:
         """The inputs as it is called with them, and what their sizes range over."""
         return self._given.taken
 
-    def __call__(self, /, *inputs: torch.Tensor, **named: torch.Tensor) -> Any:
+    @property
+    def max_callers(self) -> int | None:
+        """How many calls may be under way, running or waiting; one more is refused (Busy).
+
+        None, as it is at first, stands for any number; it can be set. `map` and `predict` keep no
+        more batches in flight.
+        """
+        return None if self._callers is None else self._callers.most
+
+    @max_callers.setter
+    def max_callers(self, most: int | None) -> None:
+        self._callers = None if most is None else Callers(integer("max_callers", most))
+
+    def __call__(
+        self,
+        /,
+        *inputs: torch.Tensor,
+        timeout: float | Deadline | None = None,
+        **named: torch.Tensor,
+    ) -> Any:
         """Runs the network.
 
         Args:
@@ -128,6 +122,9 @@ class Engine:
                 model's dtype, on the engine's device; with `io_dtype=torch.uint8` decoded pictures,
                 uint8 [N, H, W, 3] in RGB. N may be 0; above `max_batch_size` the batch is run in
                 parts.
+            timeout: seconds after which the call is given up, on the backends cpu and reference;
+                what is compiled for a shape that is new is compiled to its end first. None: never.
+                An input of this name is given by its place.
             named: inputs by the names that the model's forward has for them, as in
                 `engine(pixel_values=x)`.
 
@@ -138,17 +135,23 @@ class Engine:
         Raises:
             InputError: an input does not fit; says what was expected and what came. Or something
                 is recording the call that an engine cannot be recorded by, such as torch.export.
+            CallTimeout: `timeout` is over. The engine can be called as before.
+            Busy: there are `max_callers` already.
             BackendUnavailable: the engine was built for a GPU that is not here.
         """
         if torch.compiler.is_dynamo_compiling():  # only as torch.compile reads this
-            return beside_compiler(self.__call__, inputs, named)
+            return beside_compiler(self.__call__, inputs, {"timeout": timeout, **named})
         lowered = self._runnable()
+        run = lowered.executable.run if timeout is None else run_of(lowered.executable, timeout)
         inputs, size = self._given.take(inputs, named)
         self.allowance.check(lowered.graph, inputs)
         if size == 0:
-            outputs = self._empty(lowered.graph, inputs)
+            outputs = of_nothing(lowered.graph, inputs, self.device)
+        elif self._callers is None:
+            outputs = in_parts(run, inputs, size, self.options.max_batch_size or size)
         else:
-            outputs = self._run(lowered.executable, inputs, size)
+            with self._callers:
+                outputs = in_parts(run, inputs, size, self.options.max_batch_size or size)
         # whatever is called right after a network has emptied the caches costs 10 to 50 us
         typed = [
             y if y.dtype == dtype else y.to(dtype)
@@ -175,16 +178,6 @@ class Engine:
             return self._given.in_order((), batch)
         return tuple(batch) if isinstance(batch, tuple | list) else (cast(torch.Tensor, batch),)
 
-    def _run(
-        self, executable: Executable, inputs: Sequence[torch.Tensor], size: int
-    ) -> list[torch.Tensor]:
-        limit = self.options.max_batch_size or size
-        if size <= limit:
-            return executable.run(inputs)
-        starts = range(0, size, limit)
-        parts = [executable.run([x[i : i + limit] for x in inputs]) for i in starts]
-        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-
     def map(self, batches: Iterable[Batch], *, depth: int = 2) -> Iterator[Any]:
         """Runs many batches with up to `depth` in flight; yields results in order.
 
@@ -202,24 +195,24 @@ class Engine:
         if not isinstance(batches, Iterable):
             raise InputError(f"batches is {type(batches).__name__}; give an iterable of batches")
         self._runnable()
-        return self._map(iter(batches), depth)
+        return self.mapped(batches, depth)
 
-    def _map(self, batches: Iterator[Batch], depth: int) -> Iterator[Any]:
-        pending: deque[Future[Any]] = deque()
+    def mapped(
+        self, batches: Iterable[Batch], depth: int, deadline: Deadline | None = None
+    ) -> Iterator[Any]:
+        """As `map`, until a deadline."""
+        return in_flight(self._work(batches, deadline), min(depth, self.max_callers or depth))
+
+    def _work(
+        self, batches: Iterable[Batch], deadline: Deadline | None
+    ) -> Iterator[Callable[[], Any]]:
         streams = self._streams
-        with ThreadPoolExecutor(depth, thread_name_prefix="fastres") as pool:
-            try:
-                for batch in batches:
-                    inputs = self.in_order(batch)
-                    work = streams.submission(self, inputs) if streams else partial(self, *inputs)
-                    pending.append(pool.submit(work))
-                    if len(pending) > depth:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:  # the caller stopped early, or a batch failed
-                for future in pending:
-                    future.cancel()
+        for batch in batches:
+            if deadline is not None:
+                deadline.left()
+            inputs = self.in_order(batch)
+            call = partial(self, *inputs, timeout=deadline)
+            yield streams.submission(self, inputs) if streams else call
 
     def predict(
         self,
@@ -228,6 +221,7 @@ class Engine:
         batch_size: int = 8,
         top_k: int = 5,
         on_error: OnError = "raise",
+        timeout: float | None = None,
     ) -> list[Prediction]:
         """Classifies images: decoded, preprocessed as in training, softmax, `top_k` best.
 
@@ -235,14 +229,20 @@ class Engine:
             images: paths of regular files, PIL pictures, or uint8 arrays [H, W, 3] in RGB.
             on_error: "raise" ends at the first image that cannot be taken; "row" gives it a
                 `Prediction` without classes, whose `error` says why, and goes on.
+            timeout: seconds for all of it, as for a call; asked for between batches while images
+                are decoded.
 
         Raises:
             InputError: the engine has no `preprocess`, or one with other numbers than it
                 normalises by; an image is unreadable, too large or of another size than the engine
                 takes, which is named; or the network does not return one [N, classes] tensor.
+            CallTimeout: `timeout` is over.
         """
-        self._runnable()
-        return predict(self, images, batch_size, top_k, on_error)
+        executable, deadline = self._runnable().executable, None
+        if timeout is not None:
+            deadline = Deadline.after(timeout)
+            run_of(executable, deadline)  # refused before anything is read
+        return predict(self, images, batch_size, top_k, on_error, deadline)
 
     @property
     def info(self) -> EngineInfo:
@@ -309,6 +309,9 @@ class Engine:
 
         self._open()
         self._lowered = with_weights(self, state_dict, entry, max_bytes)
+        if self._closed:  # meanwhile, by another thread
+            self.close()
+            self._open()
 
     def save(self, path: PathLike) -> None:
         """Saves graph, weights and settings; see `fastres.load`. Ends in .fastres: one zip file.
@@ -342,10 +345,7 @@ class Engine:
         self.close()
 
     def __reduce__(self) -> NoReturn:
-        raise FastresError(
-            "an engine cannot be pickled or copied: write it with engine.save(path), and read it "
-            "with fastres.load(path) as often as needed"
-        )
+        _refuse_copies()
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks of an object before it reads its code."""
@@ -374,14 +374,9 @@ class Engine:
             )
         return lowered
 
-    def _empty(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        shapes = infer_shapes(graph, [tuple(x.shape) for x in inputs])
-        if all(0 in shapes[name] for name in graph.outputs):
-            return [torch.empty(shapes[name], device=self.device) for name in graph.outputs]
-        # an output without the batch has values all the same, such as the mean of nothing
-        try:
-            return ReferenceExecutable(graph, torch.float32, self.device).run(inputs)
-        except (RuntimeError, IndexError, InputError) as error:
-            raise InputError(
-                f"the batch is empty, and the model has no result for it: {error}"
-            ) from error
+
+def _refuse_copies() -> NoReturn:
+    raise FastresError(
+        "an engine cannot be pickled or copied: write it with engine.save(path), and read it with "
+        "fastres.load(path) as often as needed"
+    )

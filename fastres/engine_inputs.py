@@ -17,7 +17,9 @@ from fastres.weights import oddity
 
 _NHWC = (0, 2, 3, 1)
 _NONE = type(None)
-Kind = tuple[torch.Size, torch.dtype, torch.layout, torch.device]
+_NO_RULES = torch._C._disabled_torch_function_impl
+_USUAL_RULES = getattr(torch.Tensor.__torch_function__, "__func__", None)
+Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 
 
 class Taken(NamedTuple):
@@ -65,7 +67,8 @@ class EngineInputs:
         self.pictures = graph.normalize is not None
         self.taken = tuple(map(self._taken, graph.inputs, inputs))
         self._options = options
-        self._accepted: Kind | None = None  # of the latest: the usual call is like the one before
+        # the latest, and its span in memory: the usual call is like the one before
+        self._accepted: tuple[Layout, int] | None = None
 
     def planar(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The same tensors as the graph takes them: pictures seen as [N, 3, H, W]."""
@@ -108,14 +111,26 @@ class EngineInputs:
             inputs = self.in_order(inputs, named)
         elif len(inputs) > len(self.taken) and set(map(type, inputs[len(self.taken) :])) == {_NONE}:
             inputs = inputs[: len(self.taken)]
-        refuse_tracers(inputs)
-        kind = _kind(inputs)
-        if kind is not None and kind == self._accepted:
-            return self.planar(inputs), kind[0][0]
+        refuse_tracers()
+        if len(inputs) == 1 and self._is_as_before(inputs[0]):
+            return self.planar(inputs), inputs[0].shape[0]
         inputs = tuple(map(_plain, inputs))
         size = self._checked(inputs)
-        self._accepted = kind
+        if len(inputs) == 1:
+            (x,) = inputs
+            self._accepted = _layout(x), _span(x)
         return self.planar(inputs), size
+
+    def _is_as_before(self, x: Any) -> bool:
+        """Whether all that is asked of an input has the answer that it had for the latest."""
+        if self._accepted is None or type(x) is not torch.Tensor or x.is_nested or x.is_neg():
+            return False
+        layout, span = self._accepted
+        try:
+            # what is sparse, wrapped, or stands for others has no address
+            return x.data_ptr() != 0 and _layout(x) == layout and _has(x, span)
+        except RuntimeError:
+            return False
 
     def _checked(self, inputs: Sequence[Any]) -> int:
         if len(inputs) != len(self.taken):
@@ -160,6 +175,12 @@ class EngineInputs:
             raise InputError(
                 f"{taken.name}: expected a dense tensor on {device}, got {odd or given.device}"
             )
+        if not _has(given, _span(given)):
+            raise InputError(
+                f"{taken.name}: its storage has {given.untyped_storage().nbytes()} bytes, and its "
+                f"shape {list(given.shape)} takes more: something has resized it. Give a tensor "
+                "that is whole"
+            )
         batch = spec.shape[0]
         right = given.dim() > 0 and (isinstance(batch, Sym) or batch == given.shape[0])
         if not (right and taken.takes(given.shape[1:])):
@@ -176,18 +197,16 @@ class EngineInputs:
         return Taken(allowed.name or value.name, spec, *ends)
 
 
-def _kind(inputs: Sequence[torch.Tensor]) -> Kind | None:
-    """All that is asked of the one input; None where there are more, or it is out of the usual."""
-    if len(inputs) != 1 or type(inputs[0]) is not torch.Tensor:
-        return None
-    (x,) = inputs
-    if x.is_nested or x.is_neg():
-        return None
-    return x.shape, x.dtype, x.layout, x.device
+def _layout(x: torch.Tensor) -> Layout:
+    return x.dtype, x.device, x.shape, x.stride()
 
 
 def _plain(given: Any) -> Any:
-    """A tensor without its subclass, or a minus sign that is pending on a view."""
+    """A tensor without its subclass, or a minus sign that is pending on a view.
+
+    Raises:
+        InputError: it stands for something else than the numbers in its memory.
+    """
     if isinstance(given, torch.fx.Proxy):
         refuse("torch.fx.symbolic_trace")
     if not isinstance(given, torch.Tensor):
@@ -196,10 +215,54 @@ def _plain(given: Any) -> Any:
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         if kind.__module__.startswith("torch._subclasses"):
             refuse(f"a tracer of PyTorch's (its tensor is a {kind.__name__})")
-        raise InputError(
-            f"an input is a {kind.__module__}.{kind.__qualname__}, a tensor that computes by rules "
-            "of its own; give a plain torch.Tensor"
-        )
+        raise _own_rules(kind)
     with torch._C.DisableTorchFunctionSubclass():
-        plain = given if kind is torch.Tensor else given.as_subclass(torch.Tensor)
-        return plain.resolve_neg()
+        if torch._C._functorch.is_functorch_wrapped_tensor(given):  # also one that has escaped
+            refuse("a transform of torch.func, such as vmap or grad")
+        if torch._is_functional_tensor(given):
+            refuse("a tracer of PyTorch's (its tensor is a functional one)")
+    if kind is not torch.Tensor:
+        given = _without_subclass(given)
+    return given.resolve_neg()
+
+
+def _without_subclass(given: torch.Tensor) -> torch.Tensor:
+    """
+    Raises:
+        InputError: its class changes what operations mean, or forbids them.
+    """
+    kind = type(given)
+    rules: Any = kind.__torch_function__
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = given.as_subclass(torch.Tensor)
+    if rules is _NO_RULES or getattr(rules, "__func__", rules) is _USUAL_RULES:
+        return plain
+    try:
+        seen = given.view_as(given)  # by its rules; images of torchvision, for one, let it pass
+        with torch._C.DisableTorchFunctionSubclass():
+            same = seen.data_ptr() == plain.data_ptr() and _layout(seen) == _layout(plain)
+    except Exception as error:  # somebody's code
+        raise _own_rules(kind) from error
+    if not same:
+        raise _own_rules(kind)
+    return plain
+
+
+def _own_rules(kind: type) -> InputError:
+    return InputError(
+        f"an input is a {kind.__module__}.{kind.__qualname__}, a tensor that computes by rules "
+        "of its own; give a plain torch.Tensor"
+    )
+
+
+def _span(x: torch.Tensor) -> int:
+    """The bytes from its first number to the end of its last one."""
+    if x.numel() == 0:
+        return 0
+    steps = zip(x.shape, x.stride(), strict=True)
+    return int(1 + sum((size - 1) * stride for size, stride in steps)) * x.itemsize
+
+
+def _has(x: torch.Tensor, span: int) -> bool:
+    """Whether its memory is there, which may have been taken from under it by `resize_`."""
+    return bool(x.storage_offset() * x.itemsize + span <= x.untyped_storage().nbytes())

@@ -6,15 +6,11 @@ numbers of its example, or crash where its stand-ins have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch._C import (
-    _are_functorch_transforms_active,
-    _is_tracing,
-    _len_torch_dispatch_stack,
-)
+from torch._C import _is_tracing, _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastres.errors import InputError
@@ -22,7 +18,9 @@ from fastres.errors import InputError
 _RECORDING = ("FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode")
 
 
-def beside_compiler(call: Callable[..., Any], inputs: Sequence[Any], named: Any) -> Any:
+def beside_compiler(
+    call: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any]
+) -> Any:
     """Calls an engine from code that torch.compile is reading: as it is, between two graphs."""
     # with fullgraph=True, and in a strict torch.export, PyTorch refuses here and says this
     torch._dynamo.graph_break(msg="a fastres engine runs outside of PyTorch's graphs")
@@ -30,15 +28,13 @@ def beside_compiler(call: Callable[..., Any], inputs: Sequence[Any], named: Any)
     return eager(*inputs, **named)
 
 
-def refuse_tracers(inputs: Sequence[Any]) -> None:
+def refuse_tracers() -> None:
     """
     Raises:
-        InputError: this call is being recorded, or its inputs are wrapped by a transform.
+        InputError: this call is being recorded.
     """
     if _is_tracing():  # torch.jit.is_tracing, a tenth of a microsecond faster; so are these
         refuse("torch.jit.trace")
-    if _are_functorch_transforms_active() and any(map(_is_wrapped, inputs)):
-        refuse("a transform of torch.func, such as vmap or grad")
     if _len_torch_dispatch_stack():
         modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
         if modes.intersection(_RECORDING):  # others look on, such as a counter of FLOPs
@@ -51,9 +47,3 @@ def refuse(tracer: str) -> NoReturn:
         f"this engine was called inside {tracer}: it runs outside of PyTorch's graphs and cannot "
         "be recorded. Call it outside, or give the model itself to the tracer"
     )
-
-
-def _is_wrapped(given: object) -> bool:
-    if not isinstance(given, torch.Tensor):
-        return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(given)

@@ -46,6 +46,14 @@ class OutOfMemory(FastresError):
     """A device has no room for what a call needs; a smaller batch may still run."""
 
 
+class CallTimeout(FastresError, TimeoutError):
+    """A call was given up, as its `timeout` was over; the engine can be called again."""
+
+
+class Busy(FastresError):
+    """An engine has as many callers as its `max_callers` allows; one of them has to end first."""
+
+
 class DeviceLost(FastresError):
     """A GPU has reported an error that stays: only a new process can use it again."""
 

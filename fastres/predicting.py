@@ -12,6 +12,7 @@ import torch
 
 from fastres.calib.decoding import called
 from fastres.calib.images import ImageLike, Preprocess
+from fastres.deadlines import Deadline
 from fastres.errors import InputError
 from fastres.graph.ir import Normalize
 from fastres.options import integer
@@ -33,7 +34,12 @@ class Prediction:
 
 
 def predict(
-    engine: Engine, images: Sequence[ImageLike], batch_size: int, top_k: int, on_error: OnError
+    engine: Engine,
+    images: Sequence[ImageLike],
+    batch_size: int,
+    top_k: int,
+    on_error: OnError,
+    deadline: Deadline | None = None,
 ) -> list[Prediction]:
     """See `Engine.predict`."""
     preprocess = _preprocess(engine)
@@ -57,7 +63,7 @@ def predict(
                 yield pictures.to(engine.device)
 
     try:
-        for logits in engine.map(batches()):
+        for logits in engine.mapped(batches(), 2, deadline):
             if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
                 raise InputError("predict needs a network that returns one [N, classes] tensor")
             best = logits.float().softmax(1).topk(min(top_k, logits.shape[1]))

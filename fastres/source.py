@@ -17,6 +17,7 @@ from fastres.graph.export import inputs_of_program
 from fastres.graph.ir import Graph, Node, Normalize, Value
 from fastres.graph.kinds import Model as Model
 from fastres.graph.kinds import accepted
+from fastres.graph.leftovers import given_back
 from fastres.graph.passes.merging import rename_inputs
 from fastres.graph.specs import GIVEN_DTYPES, Sym, TensorSpec
 from fastres.options import ANY_BATCH, Input, Sizes, usual_sizes
@@ -62,7 +63,8 @@ def source_of(model: Model, inputs: Inputs | None) -> Source:
         given = inputs_of_program(model)
     else:
         given = given_inputs(inputs, model)
-    captured = capture(model, given)
+    with given_back():
+        captured = capture(model, given)
     graph = captured.graph
     weights = captured.program.state_dict.keys()
     ignored = tuple(k for k in weights if k not in graph.constants)

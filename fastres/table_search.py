@@ -80,7 +80,7 @@ class Network:
     def engine(self, table: CalibrationTable | None) -> Engine:
         """Of the float network, or quantised."""
         from fastres.compiler import assemble
-        from fastres.engine import Origin
+        from fastres.engine_parts import Origin
         from fastres.options import Options
 
         options = Options(

@@ -15,6 +15,8 @@ def oddity(value: object) -> str:
         return "a nested tensor"
     if value.layout != torch.strided:
         return f"a tensor of {value.layout}"
+    if value._is_zerotensor():
+        return "a tensor of zeros that are nowhere"
     return "" if value.dtype in GIVEN_DTYPES else f"a tensor of {value.dtype}"
 
 

@@ -10,6 +10,7 @@ import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,13 +142,12 @@ class TestWriting:
         ("form", "replacing", "call", "nth"),
         [
             ("engine", False, "fsync", 1),
-            ("engine", False, "replace", 1),
+            ("engine", False, "rename", 1),
             ("engine", True, "fsync", 2),
             ("engine", True, "rename", 1),
-            ("engine", True, "rename", 2),  # the old engine lies aside then
             ("engine.fastres", False, "fsync", 1),
-            ("engine.fastres", False, "replace", 1),
-            ("engine.fastres", True, "replace", 1),
+            ("engine.fastres", False, "rename", 1),
+            ("engine.fastres", True, "rename", 1),
         ],
     )
     def test_a_failure_changes_nothing(
@@ -270,16 +270,43 @@ class TestStrangeEntries:
         opened = container.open_container(path)
         (path / "data.bin").unlink()
         (path / "data.bin").symlink_to("/etc/hostname")
-        with pytest.raises(ArtifactError, match=r"data\.bin cannot be read"):
+        assert opened.read("data.bin") == FILES["data.bin"]
+
+    def test_a_link_put_there_while_it_is_listed_is_not_followed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, opening = tmp_path / "engine", os.open
+        container.write(path, FILES)
+
+        def late(name: object, *args: Any, **kwargs: Any) -> int:
+            if name == "data.bin":
+                (path / name).unlink()
+                (path / name).symlink_to("/etc/hostname")
+            return opening(name, *args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(os, "open", late)
+        with pytest.raises(ArtifactError, match="cannot be read.*symbolic links"):
+            container.open_container(path)
+
+    def test_an_unreadable_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        container.write(tmp_path / "engine", FILES)
+        opened = container.open_container(tmp_path / "engine")
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(container, "open", refuse, raising=False)
+        with pytest.raises(ArtifactError, match=r"data\.bin cannot be read.*Input/output error"):
             opened.read("data.bin")
 
-    def test_an_unreadable_file(self, tmp_path: Path) -> None:
-        path = tmp_path / "engine"
-        container.write(path, FILES)
-        opened = container.open_container(path)
-        (path / "data.bin").unlink()
-        with pytest.raises(ArtifactError, match="No such file"):
-            opened.read("data.bin")
+    def test_a_folder_of_many_files(self, tmp_path: Path) -> None:
+        """Each takes a handle of the process, of which there are not many."""
+        for i in range(65):
+            (tmp_path / f"file.{i}").touch()
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(ArtifactError, match="it holds more than 64 files"):
+            container.open_container(tmp_path)
+        assert len(os.listdir("/proc/self/fd")) == before
 
     @pytest.mark.parametrize(
         "name", ["../evil.json", "/etc/evil.json", "a/b.json", "a\\b.json", "C:evil.json", ".x", ""]

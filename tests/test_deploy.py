@@ -216,6 +216,7 @@ class TestInputs:
             (np.zeros((3, 64, 64), "f4"), "the engine takes"),
             (np.zeros((1, 3, 64, 64)), "x is float64; give an array of float32"),
             ([1, 2], "x is list"),
+            (np.ma.zeros((1, 3, 64, 64), "f4"), "x is MaskedArray; give an array of float32"),
             (None, "x is NoneType"),
         ],
     )

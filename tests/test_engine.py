@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -339,12 +337,6 @@ def test_closed(model: nn.Module, photo_batch: PhotoBatch) -> None:
     ):
         with pytest.raises(FastresError, match="this engine was closed"):
             use()
-
-
-def test_an_engine_is_saved_rather_than_pickled(engine: fastres.Engine) -> None:
-    for use in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(FastresError, match=r"engine.save\(path\).*fastres.load\(path\)"):
-            use(engine)
 
 
 def test_repr(engine: fastres.Engine) -> None:

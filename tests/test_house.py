@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fastres.calib",),
     (
         "fastres.errors",
+        "fastres.deadlines",
         "fastres.streams",
         "fastres.tolerances",
         "fastres.text",
@@ -39,6 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         *("fastres.engine", "fastres.engine_info", "fastres.engine_inputs"),
         *("fastres.engine_allowance", "fastres.engine_tracing", "fastres.predicting"),
+        *("fastres.engine_parts", "fastres.engine_running"),
     ),
     (
         "fastres.artifact",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -10,7 +10,8 @@ import msgspec
 import torch
 
 from fastres.calib.table import CalibrationTable
-from fastres.errors import BackendUnavailable
+from fastres.deadlines import Deadline
+from fastres.errors import BackendUnavailable, InputError
 from fastres.graph.ir import Graph
 from fastres.options import Options, Precision, Sizes
 
@@ -150,6 +151,9 @@ class Refusal:
         return f"{self.node}: {self.reason}"
 
 
+Run = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+
+
 class Executable(Protocol):
     """A lowered graph. Any number of threads may call it; what it holds goes when it does."""
 
@@ -167,6 +171,22 @@ class Executable(Protocol):
 
     def compiled(self) -> CompiledParts:
         """What spares `lower` some work when it is given back to it, whatever the weights."""
+
+
+def until(executable: Executable, deadline: Deadline) -> Run:
+    """How an executable is run that shall give up at a deadline: `run_until`, where it has that.
+
+    Raises:
+        InputError: it cannot be stopped.
+    """
+    run: Callable[[Sequence[torch.Tensor], Deadline], list[torch.Tensor]] | None
+    run = getattr(executable, "run_until", None)
+    if run is None:
+        raise InputError(
+            "timeout= is for the backends cpu and reference; what this engine runs on cannot be "
+            "stopped: leave it out"
+        )
+    return lambda inputs: run(inputs, deadline)
 
 
 class Backend(Protocol):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastres.backends.openvino_runtime import PRECISIONS, core, cpu_config, open
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.shape_cache import ShapeCache, Shapes
 from fastres.calib.table import CalibrationTable
+from fastres.deadlines import Deadline
 from fastres.errors import GraphError, missing
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph, MaxPool, Node, Pad
@@ -148,6 +150,16 @@ class CpuExecutable:
             return ReferenceExecutable(self._graph, torch.float32).run(inputs)
         return outputs
 
+    def run_until(self, inputs: Sequence[torch.Tensor], deadline: Deadline) -> list[torch.Tensor]:
+        """As `run`. What is compiled for a new shape is made to its end, and kept."""
+        given = onnx_form.inputs_for(self._graph, inputs)
+        plan = self._plans.get(_shapes(inputs), self._compile)
+        deadline.left()  # before a request is taken up
+        outputs = plan.run(given, deadline)
+        if outputs is None:
+            return ReferenceExecutable(self._graph, torch.float32).run_until(inputs, deadline)
+        return outputs
+
     def precisions(self) -> dict[str, str]:
         """Read off the compiled model: what each node was compiled to run in."""
         found = self._plans.latest().precisions()
@@ -192,6 +204,23 @@ class CpuExecutable:
         return _Plan(compiled, [sizes[name] for name in self._graph.outputs])
 
 
+class _GivenUp:
+    """A request that was told to stop: until it has, the memory that it works on is kept."""
+
+    def __init__(self, request: Any, memory: object) -> None:
+        self._request, self._memory = request, memory
+
+    def has_ended(self, milliseconds: int = 0) -> bool:
+        try:
+            return bool(self._request.wait_for(milliseconds))
+        except RuntimeError:  # how it says that it was stopped
+            return True
+
+    def __del__(self) -> None:
+        while not self.has_ended(1000):
+            pass
+
+
 class _Plan:
     """A model compiled for one shape, with as many infer requests as callers at a time."""
 
@@ -201,15 +230,20 @@ class _Plan:
         # handing memory over costs about 0.1 ms a call, as much as copying a mebibyte
         self._large = [i for i, s in enumerate(output_shapes) if 4 * math.prod(s) > 2**20]
         self._idle: deque[Any] = deque()
+        self._given_up: deque[_GivenUp] = deque()
 
-    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    def run(
+        self, inputs: Sequence[torch.Tensor], deadline: Deadline | None = None
+    ) -> list[torch.Tensor] | None:
         """The outputs, or None if an input may lead to NaN or infinities."""
         request = self._request()
-        outputs = self._infer(request, inputs)
+        outputs = self._infer(request, inputs, deadline)
         self._idle.append(request)  # one that failed is not used again
         return outputs
 
-    def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    def _infer(
+        self, request: Any, inputs: Sequence[torch.Tensor], deadline: Deadline | None = None
+    ) -> list[torch.Tensor] | None:
         """Inputs are read where they lie; so are large outputs written, small ones copied.
 
         They are looked through first: while OpenVINO runs it would cost more, since its threads
@@ -226,11 +260,23 @@ class _Plan:
         }
         for i, tensor in large.items():
             request.set_output_tensor(i, tensor_of(tensor.numpy(), shared_memory=True))
-        request.infer()
+        if deadline is None:
+            request.infer()
+        else:
+            self._infer_until(deadline, request, inputs, large)
         return [
             large[i] if i in large else torch.from_numpy(request.get_output_tensor(i).data.copy())
             for i in range(len(self._output_shapes))
         ]
+
+    def _infer_until(self, deadline: Deadline, request: Any, *memory: object) -> None:
+        """Where time runs out OpenVINO ends after the node under way, or when its turn comes."""
+        left = deadline.left()
+        request.start_async()
+        if not request.wait_for(math.ceil(1e3 * left)):
+            request.cancel()
+            self._given_up.append(_GivenUp(request, memory))
+            raise deadline.passed()
 
     def precisions(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -265,6 +311,11 @@ class _Plan:
         return times
 
     def _request(self) -> Any:
+        for _ in range(len(self._given_up)):
+            with suppress(IndexError):  # another caller was faster
+                one = self._given_up.popleft()
+                if not one.has_ended():
+                    self._given_up.append(one)
         try:
             return self._idle.pop()
         except IndexError:

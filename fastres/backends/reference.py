@@ -9,6 +9,7 @@ import torch
 
 from fastres.backends.base import HERE_ONLY, Account, CompiledParts, NodeTime, Refusal
 from fastres.calib.table import CalibrationTable
+from fastres.deadlines import Deadline
 from fastres.errors import InputError, first_line
 from fastres.graph import aten
 from fastres.graph.export import no_autocast
@@ -37,6 +38,12 @@ from fastres.graph.ir import (
 from fastres.graph.passes.quantise import eight_bits, quantise
 from fastres.kernels import reference as meaning
 from fastres.options import EIGHT_BITS, PRECISION_OF, Options, Precision, Sizes
+
+See = Callable[[str, torch.Tensor], object]
+
+
+def _unseen(name: str, value: torch.Tensor) -> None:
+    """What is shown to nobody."""
 
 
 class ReferenceBackend:
@@ -99,20 +106,17 @@ class ReferenceExecutable:
         self._last_use = _last_uses(graph)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        values = self._walk(inputs, keep=self._graph.outputs)
-        specs = [self._graph.spec(name) for name in self._graph.outputs]
-        return [
-            values[name].to(spec.torch_dtype, copy=True)
-            for name, spec in zip(self._graph.outputs, specs, strict=True)
-        ]
+        return self._run(inputs)
+
+    def run_until(self, inputs: Sequence[torch.Tensor], deadline: Deadline) -> list[torch.Tensor]:
+        """As `run`; asks for the time after each node."""
+        return self._run(inputs, lambda name, value: deadline.left())
 
     def values(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every node's value, in the executable's own dtype."""
         return self._walk(inputs, keep=None)
 
-    def visit(
-        self, inputs: Sequence[torch.Tensor], see: Callable[[str, torch.Tensor], None]
-    ) -> None:
+    def visit(self, inputs: Sequence[torch.Tensor], see: See) -> None:
         """Shows every input and node's value once, and keeps none."""
         self._walk(inputs, keep=(), see=see)
 
@@ -137,6 +141,14 @@ class ReferenceExecutable:
     def compiled(self) -> CompiledParts:
         return CompiledParts()
 
+    def _run(self, inputs: Sequence[torch.Tensor], see: See = _unseen) -> list[torch.Tensor]:
+        values = self._walk(inputs, keep=self._graph.outputs, see=see)
+        specs = [self._graph.spec(name) for name in self._graph.outputs]
+        return [
+            values[name].to(spec.torch_dtype, copy=True)
+            for name, spec in zip(self._graph.outputs, specs, strict=True)
+        ]
+
     @torch.no_grad()
     @no_autocast()
     def _walk(
@@ -144,7 +156,7 @@ class ReferenceExecutable:
         inputs: Sequence[torch.Tensor],
         keep: Sequence[str] | None,
         times: list[NodeTime] | None = None,
-        see: Callable[[str, torch.Tensor], None] = lambda name, value: None,
+        see: See = _unseen,
     ) -> dict[str, torch.Tensor]:
         values = {
             value.name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor

@@ -19,8 +19,11 @@ from fastres.backends.base import (
     Executable,
     NodeTime,
     Refusal,
+    Run,
+    until,
 )
 from fastres.backends.reference import ReferenceExecutable
+from fastres.deadlines import Deadline
 from fastres.errors import GraphError
 from fastres.graph.ir import Dequantize, Graph, Node, Quantize, Value
 from fastres.graph.shapes import infer_shapes
@@ -161,11 +164,11 @@ class SegmentedExecutable:
         self._steps = steps
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        values = self._values(inputs)
-        for part, executable in self._steps:
-            results = executable.run([values[value.name] for value in part.inputs])
-            values.update(zip(part.outputs, results, strict=True))
-        return [values[name] for name in self._graph.outputs]
+        return self._run(inputs, [executable.run for _, executable in self._steps])
+
+    def run_until(self, inputs: Sequence[torch.Tensor], deadline: Deadline) -> list[torch.Tensor]:
+        """As `run`, where every part can be stopped."""
+        return self._run(inputs, [until(executable, deadline) for _, executable in self._steps])
 
     def precisions(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -186,6 +189,13 @@ class SegmentedExecutable:
 
     def compiled(self) -> CompiledParts:
         return CompiledParts()
+
+    def _run(self, inputs: Sequence[torch.Tensor], runs: Sequence[Run]) -> list[torch.Tensor]:
+        values = self._values(inputs)
+        for (part, _), run in zip(self._steps, runs, strict=True):
+            results = run([values[value.name] for value in part.inputs])
+            values.update(zip(part.outputs, results, strict=True))
+        return [values[name] for name in self._graph.outputs]
 
     def _values(self, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {v.name: t for v, t in zip(self._graph.inputs, inputs, strict=True)}

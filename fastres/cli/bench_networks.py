@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -143,7 +144,7 @@ def _targets(models: Sequence[str], request: Request) -> list[tuple[Target, Requ
 def _short_names(networks: Sequence[Network]) -> list[str]:
     """Engines by their file's name, which a table has room for, unless two share one."""
     full = [network.name for network in networks]
-    short = [Path(name).name if Path(name).exists() else name for name in full]
+    short = [Path(name).name if os.path.exists(name) else name for name in full]
     return short if len(set(short)) == len(short) else full
 
 

@@ -7,8 +7,6 @@ Exit status: 0 well, 1 a check failed, 2 usage or bad input, 3 this machine lack
 from __future__ import annotations
 
 import gc
-import os
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -16,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastres import __version__
+from fastres.cli import interrupts
 from fastres.cli.bench import bench
 from fastres.cli.calibrate import calibrate
 from fastres.cli.compile import compile_model
@@ -26,9 +25,12 @@ from fastres.cli.output import WORDS, complain
 from fastres.cli.predict import predict
 from fastres.cli.profile import profile
 from fastres.cli.report import report
+from fastres.cli.standard_streams import drop_broken, make_usable
 from fastres.cli.summary import summary
 from fastres.cli.verify import verify
 from fastres.errors import BackendUnavailable, FastresError, ParityError
+
+_LONG_NAME = 200
 
 
 class Commands(TyperGroup):
@@ -38,22 +40,21 @@ class Commands(TyperGroup):
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
-            if error.filename is not None:  # it is not about stdout
-                raise
-            _drop_stdout()
-            complain(f"the output cannot be written: {error.strerror}")
+            drop_broken()
+            complain(_about(error))
             sys.exit(2)
 
     def make_context(self, info_name: Any, args: list[str], *rest: Any, **kwargs: Any) -> Any:
         WORDS.set(tuple(args))  # parsing takes them off the list
-        return super().make_context(info_name, args, *rest, **kwargs)
+        try:
+            return super().make_context(info_name, args, *rest, **kwargs)
+        except BrokenPipeError as error:  # of the help
+            drop_broken()
+            raise typer.Exit(141) from error
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            result = super().invoke(ctx)
-            if sys.stdout is not None:  # closed by who started the process
-                sys.stdout.flush()  # a reader that has gone is noticed here, not at the exit
-            return result
+            return self._invoke(ctx)
         except FastresError as error:
             complain(str(error))
             raise typer.Exit(_status(error)) from error
@@ -61,13 +62,27 @@ class Commands(TyperGroup):
             complain("interrupted")
             raise typer.Exit(130) from error
         except BrokenPipeError as error:
-            _drop_stdout()
+            drop_broken()
             raise typer.Exit(141) from error
 
+    def _invoke(self, ctx: Any) -> Any:
+        interrupts.begin()
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a reader that has gone is noticed here, not at the exit
+            return result
+        finally:
+            interrupts.ignore()
 
-def _drop_stdout() -> None:
-    """What is still buffered has nowhere to go, and must not be complained of at the exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def _about(error: OSError) -> str:
+    """In words: of a file, or else of stdout or stderr."""
+    if error.filename is None:
+        return f"the output cannot be written: {error.strerror}"
+    name = str(error.filename)
+    if len(name) > _LONG_NAME:
+        name = f"{name[: _LONG_NAME // 2]}...{name[-_LONG_NAME // 4 :]} ({len(name)} letters)"
+    return f"{name}: {error.strerror}"
 
 
 def _status(error: FastresError) -> int:
@@ -123,12 +138,12 @@ def root(
 
 def main() -> None:
     """Runs the command line."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is undone
+    interrupts.end_at_once()
+    make_usable()
     try:
         app(prog_name="fastres")
     finally:
-        for one in (signal.SIGINT, signal.SIGTERM):  # all is done: nothing is left to be undone
-            signal.signal(one, signal.SIG_IGN)
+        interrupts.ignore()
         gc.freeze()  # else the interpreter looks through all it holds as it ends, for a second
 
 

@@ -41,7 +41,7 @@ _SEED = 0  # of untrained weights: the same network at every call
 
 def is_name(text: str) -> bool:
     """Whether this names a model rather than a file."""
-    return ":" in text and not Path(text).exists()
+    return ":" in text and not os.path.exists(text)
 
 
 def is_cifar(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from fastres import __version__
+from fastres.cli.standard_streams import drop_broken
 from fastres.errors import InputError
 from fastres.text import json_text
 from fastres.wording import printable
@@ -59,9 +61,7 @@ def emit(
             write_file(output, body + "\n")
         except InputError as error:
             failure = error
-    stream = _REPORTS.get(sys.stdout)
-    if stream is not None:  # closed by who started the process
-        typer.echo(body if as_json else printable(text), file=stream)
+    typer.echo(body if as_json else printable(text), file=_REPORTS.get(sys.stdout))
     if failure is not None:
         raise failure
 
@@ -104,8 +104,8 @@ def check_output(output: Path, *read: Path | None) -> None:
     Raises:
         InputError: the output is one of these files.
     """
-    for file in read:
-        if file is not None and file.exists() and output.exists() and output.samefile(file):
+    for file in filter(None, read):
+        if os.path.exists(file) and os.path.exists(output) and output.samefile(file):
             raise InputError(f"{output} is what is read here: give another file to write")
 
 
@@ -122,29 +122,28 @@ def check_outputs(written: Iterable[Path], read: Iterable[str | Path]) -> None:
     for one, other in combinations(outputs, 2):
         if one.resolve() == other.resolve():
             raise InputError(f"{one} is to be written twice: give two files")
-    files = [Path(name) for name in read if _is_there(Path(name))]
+    files = [Path(name) for name in read if os.path.exists(name)]
     for output in outputs:
         check_output(output, *files)
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # no name that a file could have
-        return False
 
 
 def check_folder(*outputs: Path | None) -> None:
     """Tells before long work, rather than after it, that a file cannot be written.
 
     Raises:
-        InputError: a file's folder is missing, or it is a folder itself.
+        InputError: a file's folder is missing, it is a folder itself, or no name for a file.
     """
-    for output in outputs:
-        if output is not None and not output.parent.is_dir():
+    for output in filter(None, outputs):
+        if not os.path.isdir(output.parent):
             raise InputError(f"{output} cannot be written: there is no folder {output.parent}")
-        if output is not None and output.is_dir():
+        if os.path.isdir(output):
             raise InputError(f"{output} is a folder; give the file to write")
+        try:
+            output.lstat()
+        except FileNotFoundError:
+            pass  # as it should be
+        except OSError as error:
+            raise InputError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def note(text: str) -> None:
@@ -186,4 +185,12 @@ def command_line() -> list[str]:
 
 
 def _say(text: Text) -> None:
-    Console(stderr=True).print(text, soft_wrap=True)
+    """On stderr, if that takes it: where it does not, the exit status says what there is to say."""
+    console = Console(stderr=True)
+    try:
+        with console.capture() as capture:  # rich itself would end the process where nobody reads
+            console.print(text, soft_wrap=True)
+        sys.stderr.write(capture.get())
+        sys.stderr.flush()
+    except OSError:
+        drop_broken()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def open_target(request: Request) -> Target:
 
 def is_saved(name: str) -> bool:
     """Whether a target is a path, and so a saved engine."""
-    return Path(name).exists()
+    return os.path.exists(name)
 
 
 def open_model(request: Request) -> Target:

@@ -18,6 +18,7 @@ from fastres.graph.copies import to_trace
 from fastres.graph.failed_export import explained
 from fastres.graph.hooks import check_hooks, renew_weights
 from fastres.graph.layouts import whatever_the_layout
+from fastres.graph.leftovers import made
 from fastres.graph.overhearing import overhearing
 from fastres.graph.specs import GIVEN_DTYPES, widest
 from fastres.graph.symbols import example, expression, is_fixed
@@ -111,7 +112,8 @@ def _exported(
         with TORCH_STATE, overhearing() as heard, torch.no_grad(), no_autocast():
             with warnings.catch_warnings(), noting_every_branch():
                 warnings.simplefilter("ignore")  # the exporter's notes on its own internals
-                return torch.export.export(model, examples, dynamic_shapes=_nested(model, free))
+                shapes = _nested(model, free)
+                return made(torch.export.export(model, examples, dynamic_shapes=shapes))
     except Exception as error:  # torch.export raises whatever the traced code and torch raise
         if is_interrupt(error):
             raise KeyboardInterrupt from error

@@ -173,9 +173,12 @@ def test_a_full_disk_is_one_line(arguments: tuple[str, ...], command: list[str])
     assert found.stderr == b"error: the output cannot be written: No space left on device\n"
 
 
-def test_an_error_about_a_file_is_not_laid_on_the_output() -> None:
-    error = FileNotFoundError(2, "No such file or directory", "x")
-    assert _raising(error).exception is error
+@pytest.mark.parametrize(("name", "shown"), [("x", "x"), ("y" * 999, "y" * 100 + "..." + "y" * 50)])
+def test_an_error_about_a_file_names_it_and_not_the_output(name: str, shown: str) -> None:
+    result = _raising(FileNotFoundError(2, "No such file or directory", name))
+    length = f" ({len(name)} letters)" * (len(name) > 200)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {shown}{length}: No such file or directory\n"
 
 
 def test_no_stdout_at_all(command: list[str]) -> None:
@@ -184,9 +187,10 @@ def test_no_stdout_at_all(command: list[str]) -> None:
     assert (found.returncode, found.stderr) == (0, b"")
 
 
-def test_a_reader_that_goes_away_is_no_error(command: list[str]) -> None:
+@pytest.mark.parametrize("words", [("compile", "--help"), ("--help",), ("--version",)])
+def test_a_reader_that_goes_away_is_no_error(command: list[str], words: tuple[str, ...]) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*command, "compile", "--help"], **pipes) as process:
+    with subprocess.Popen([*command, *words], **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         complaint = process.stderr.read()

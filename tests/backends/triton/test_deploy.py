@@ -247,6 +247,7 @@ class TestEngine:
             np.zeros((n + 1, c, h, w), np.float32),
             good[:0],
             good[0],
+            np.ma.masked_array(good),
             [1],
             None,
         ):
