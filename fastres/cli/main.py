@@ -29,8 +29,7 @@ from fastres.cli.standard_streams import drop_broken, make_usable
 from fastres.cli.summary import summary
 from fastres.cli.verify import verify
 from fastres.errors import BackendUnavailable, FastresError, ParityError
-
-_LONG_NAME = 200
+from fastres.wording import named
 
 
 class Commands(TyperGroup):
@@ -79,10 +78,7 @@ def _about(error: OSError) -> str:
     """In words: of a file, or else of stdout or stderr."""
     if error.filename is None:
         return f"the output cannot be written: {error.strerror}"
-    name = str(error.filename)
-    if len(name) > _LONG_NAME:
-        name = f"{name[: _LONG_NAME // 2]}...{name[-_LONG_NAME // 4 :]} ({len(name)} letters)"
-    return f"{name}: {error.strerror}"
+    return f"{named(error.filename)}: {error.strerror}"
 
 
 def _status(error: FastresError) -> int:

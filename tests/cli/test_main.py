@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 import fastres
 from fastres import errors
 from fastres.cli import main
+from fastres.wording import named
 
 Run = Callable[..., Result]
 Shell = Callable[..., subprocess.CompletedProcess[str]]
@@ -173,12 +174,11 @@ def test_a_full_disk_is_one_line(arguments: tuple[str, ...], command: list[str])
     assert found.stderr == b"error: the output cannot be written: No space left on device\n"
 
 
-@pytest.mark.parametrize(("name", "shown"), [("x", "x"), ("y" * 999, "y" * 100 + "..." + "y" * 50)])
-def test_an_error_about_a_file_names_it_and_not_the_output(name: str, shown: str) -> None:
+@pytest.mark.parametrize("name", ["x", "y" * 999])
+def test_an_error_about_a_file_names_it_and_not_the_output(name: str) -> None:
     result = _raising(FileNotFoundError(2, "No such file or directory", name))
-    length = f" ({len(name)} letters)" * (len(name) > 200)
-    assert result.exit_code == 2
-    assert result.stderr == f"error: {shown}{length}: No such file or directory\n"
+    assert result.exit_code == 2 and len(result.stderr) < 200
+    assert result.stderr == f"error: {named(name)}: No such file or directory\n"
 
 
 def test_no_stdout_at_all(command: list[str]) -> None:
