@@ -77,8 +77,10 @@ zoo: dev  ## whether timm's residual networks compile and agree: a table, an hou
 	mkdir -p build
 	$(BIN)/python bench/zoo.py -o build/zoo.json | tee build/zoo.txt
 
-soak: dev  ## damaged files and forged engines, by ten thousands: an hour
+soak: dev  ## damaged files, forged engines, killed savers, leaks: by ten thousands, an hour
 	$(BIN)/python bench/soak_files.py
+	$(BIN)/python bench/soak_saving.py
+	$(BIN)/python bench/soak_leaks.py
 	$(BIN)/python bench/soak_engines.py
 	$(BIN)/python bench/soak_engines.py --calls 0.9
 
