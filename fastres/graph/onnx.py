@@ -46,9 +46,6 @@ def refusal(node: Node) -> str | None:
         return f"{op_name(node.op)} has no ONNX form here"
     if not node.spec.dtype.startswith(("float", "bfloat")) and not isinstance(node.op, Quantize):
         return f"its result is {node.spec.dtype}; only floating-point values are written"
-    for setting in ("kernel", "stride", "padding", "dilation"):
-        if max(getattr(node.op, setting, (0,))) >= 2**31:  # OpenVINO cuts bits off, and may crash
-            return f"its {setting} is {getattr(node.op, setting)}; runtimes take 31 bits"
     if isinstance(node.op, MaxPool | AvgPool) and node.op.ceil_mode:
         gaps = any(s > k for s, k in zip(node.op.stride, node.op.kernel, strict=True))
         dilated = isinstance(node.op, MaxPool) and node.op.dilation != (1, 1)

@@ -34,6 +34,7 @@ from fastres.graph.ir import (
     Softmax,
     Value,
 )
+from fastres.graph.settings import check_settings
 from fastres.graph.specs import Dim, Shape, Sym
 from fastres.options import Sizes
 
@@ -105,6 +106,7 @@ def node_shape(graph: Graph, node: Node, shapes: Mapping[str, Shape]) -> Shape:
     try:
         if isinstance(node.op, Aten):
             return _aten_shape(node.op, inputs, [graph.spec(n).torch_dtype for n in node.inputs])
+        check_settings(node.op, [len(shape) for shape in inputs])
         params = {slot: _known(shape_of(name)) for slot, name in node.params.items()}
         return _rule(node.op, inputs, params)
     except (GraphError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:

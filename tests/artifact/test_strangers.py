@@ -245,9 +245,12 @@ class TestLaws:
     @pytest.mark.parametrize(
         ("change", "why"),
         [
-            (put("graph", "nodes", 0, "op", "after")([0, 0, 1, 2**31]), "has after 0, 0, 1, 214"),
-            (put("graph", "nodes", 1, "op", "stride")([2**40, 1]), "has stride"),
-            (put("graph", "nodes", 1, "op", "dilation")([2**31, 1]), "has dilation"),
+            (
+                put("graph", "nodes", 0, "op", "after")([0, 0, 1, 2**31]),
+                "its after is 0, 0, 1, 214",
+            ),
+            (put("graph", "nodes", 1, "op", "stride")([2**40, 1]), "its stride is"),
+            (put("graph", "nodes", 1, "op", "dilation")([2**31, 1]), "its dilation is"),
             (put("graph", "nodes", 0, "op", "before")([0, 0, 1]), "of 4 dimensions"),
             (put("graph", "nodes", 1, "spec", "dtype")("int64"), "expected floating-point"),
             (put("graph", "nodes", 0, "spec", "dtype")("float16"), "its inputs are float32"),

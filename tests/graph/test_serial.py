@@ -173,20 +173,20 @@ MUTATIONS: dict[str, tuple[Callable[[Json], None], str]] = {
     "no source": (put("source", None), "Expected `object`, got `null`"),
     "stride 0": (
         put("graph/nodes/conv/op/stride", [0, 1]),
-        "has stride 0, 1; it must be from 1 to",
+        "its stride is 0, 1; it must be from 1",
     ),
     "kernel below 0": (
         put("graph/nodes/pool/op/kernel", [-3, 3]),
-        "has kernel -3, 3; it must be from 1 to",
+        "its kernel is -3, 3; it must be from 1",
     ),
-    "groups 0": (put("graph/nodes/conv/op/groups", 0), "has groups 0; it must be from 1"),
+    "groups 0": (put("graph/nodes/conv/op/groups", 0), "its groups is 0; it must be from 1"),
     "padding below 0": (
         put("graph/nodes/conv/op/padding", [-1, 0]),
-        "has padding -1, 0; it must be from 0",
+        "its padding is -1, 0; it must be from 0",
     ),
     "step 0": (
         put("graph/nodes/cut/op/steps", [1, 1, 0, 1]),
-        "has steps 1, 1, 0, 1; it must be from 1",
+        "its steps is 1, 1, 0, 1; it must be from 1",
     ),
     "size below 0": (put("graph/inputs/x/spec/shape", [2, -3, 8, 8]), "impossible size -3"),
     "division by 0": (

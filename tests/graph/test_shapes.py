@@ -292,10 +292,10 @@ BAD = {
     "conv channels": (Conv2d(), [(N, 5, H, W)], {"weight": (4, 6, 1, 1)}, "needs 6 channels"),
     "conv groups": (Conv2d(groups=2), [IMAGE], {"weight": (5, 3, 1, 1)}, "do not go into 2"),
     "conv bias": (Conv2d(), [IMAGE], {"weight": (4, 6, 1, 1), "bias": (3,)}, "one value per"),
-    "conv rank": (Conv2d(), [(N, 6, H)], {"weight": (4, 6, 1, 1)}, "not enough values"),
+    "conv rank": (Conv2d(), [(N, 6, H)], {"weight": (4, 6, 1, 1)}, "its input has 3 dimensions"),
     "conv weight rank": (Conv2d(), [IMAGE], {"weight": (4, 6)}, "not enough values"),
     "conv too small": (Conv2d(), [(N, 6, 2, 2)], {"weight": (4, 6, 3, 3)}, "too small"),
-    "conv stride 0": (Conv2d((0, 1)), [IMAGE], {"weight": (4, 6, 1, 1)}, "stride of 0"),
+    "conv stride 0": (Conv2d((0, 1)), [IMAGE], {"weight": (4, 6, 1, 1)}, "its stride is 0, 1"),
     "conv without weight": (Conv2d(), [IMAGE], {}, "weight"),
     "residual missing": (
         Conv2d(epilogue=Epilogue(residual=True)),
@@ -324,7 +324,7 @@ BAD = {
     "pad rank": (Pad((1,), (1,)), [IMAGE], {}, "cannot take"),
     "slice rank": (Slice((0,), (None,), (1,)), [IMAGE], {}, "cannot take"),
     "slice a variable": (Slice(ALL, (None, None, 5, None), (1,) * 4), [IMAGE], {}, "variable size"),
-    "slice step 0": (Slice((0,), (None,), (0,)), [(N,)], {}, "stride of 0"),
+    "slice step 0": (Slice((0,), (None,), (0,)), [(N,)], {}, "its steps is 0"),
     "slice step 0 of a number": (Slice((0,), (None,), (0,)), [(5,)], {}, "cannot take"),
 }
 
