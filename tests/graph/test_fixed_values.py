@@ -219,6 +219,21 @@ def test_what_is_computed_of_channels_last_is_laid_out_as_if_loaded(tmp_path: An
         assert torch.equal(engine(x), y)
 
 
+def test_what_is_made_of_numbers_alone_is_a_constant(tmp_path: Any) -> None:
+    class Ramp(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * torch.linspace(0.5, 1.5, 12)) * torch.ones(5)
+
+    net, x = Ramp().eval(), torch.randn(2, 3, 12, 12)
+    graph = capture(net, [GIVEN]).graph
+    assert all(node.inputs for node in graph) and torch.ones(5).equal(graph.constants["ones"])
+    with fastres.compile(net, x, backend="reference") as engine:
+        engine.save(tmp_path / "net.fastres")
+    again = fastres.load(tmp_path / "net.fastres")
+    assert torch.allclose(again(x), net(x), atol=1e-5)
+    assert not any(isinstance(node.op, Aten) for node in again.source)
+
+
 def test_in_float64_and_rounded_once() -> None:
     model = without_norm(Standardised(3, 6, 3))
     graph = optimise(capture(model, [GIVEN]).graph)

@@ -209,7 +209,7 @@ KEPT = {
     "interpolate to": lambda m, x: F.interpolate(x[:, :, ::2, ::2], x.shape[2:], mode="bilinear"),
     "transpose and copy": lambda m, x: x.transpose(1, 3).contiguous() * 2,
     "unbatched pool": lambda m, x: F.max_pool2d(x.mean(1), 2),
-    "arange": lambda m, x: x * torch.arange(8, dtype=x.dtype, device=x.device),
+    "arange": lambda m, x: x * (1 + torch.arange(x.shape[0])[:, None, None, None]),
     "attention": lambda m, x: F.scaled_dot_product_attention(x, x, x),
     "mean of the batch": lambda m, x: x + x.mean(0, keepdim=True),
 }

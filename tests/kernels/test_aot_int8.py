@@ -80,7 +80,7 @@ STORES = {
     "layer2.1.conv2.boxes-b256-i8": {16: 8},  # {1: 128}
     "layer3.1.conv3.boxes-b256-i8": {16: 8},  # {1: 128}
     "layer2.0.conv3+downsample.boxes-b256-i8": {16: 4},  # {1: 64}
-    "layer4.1.conv2.boxes-b1-i8": {8: 16},  # parts of int32: {4: 32}
+    "layer4.1.conv2.boxes-b1-i8": {8: 4},  # parts of int32
     "layer4.1.conv2.boxes.sum-b1-i8": {4: 2, 8: 1},
     "layer1.1.chain-b256-i8": {2: 96, 16: 12},  # {1: 384}; b and out as operands are those of two
     "layer1.1.chain-b256-fp8e4nv": {2: 96, 16: 12},  # {1: 384}
