@@ -75,12 +75,23 @@ def check(name: str, op: Aten, inputs: int) -> None:
     reason = operators.refusal(operator)
     if reason is not None:
         raise GraphError(f"{name} calls {op.overload}, which no saved engine may: {reason}")
+    kinds = _check_arguments(name, op, inputs)
+    wanted = "input" if operators.takes_tensors(operator) else "size"
+    if not any(wanted in found for found in kinds):
+        raise GraphError(f"{name} calls {op.overload} with no {wanted} of a value of the graph")
+    if op.index is not None and not 0 <= op.index < _LONGEST:
+        raise GraphError(f"{name} stands for result {op.index} of {op.overload}")
+
+
+def _check_arguments(name: str, op: Aten, inputs: int) -> list[set[str]]:
+    """The kinds of what each argument holds, if all are written as `encode` does."""
     try:
         given = msgspec.json.decode(op.args, type=list[Any])
         named = msgspec.json.decode(op.kwargs, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError) as error:
         raise GraphError(f"{name} has arguments that cannot be read: {error}") from error
-    arguments = {each.name: str(each.real_type) for each in operator._schema.arguments}
+    schema = resolve(op.overload)._schema
+    arguments = {each.name: str(each.real_type) for each in schema.arguments}
     if len(given) > len(arguments) or not set(named) <= set(arguments):
         raise GraphError(f"{name} calls {op.overload} with other arguments than it takes")
     kinds = []
@@ -90,11 +101,7 @@ def check(name: str, op: Aten, inputs: int) -> None:
         word = next((w for kind, w in _OF_KIND.items() if kind in arguments[argument]), None)
         if word is not None and arg is not None and found != {word}:  # PyTorch takes any number
             raise GraphError(f"{name} calls {op.overload} with {argument} {reprlib.repr(arg)}")
-    wanted = "input" if operators.takes_tensors(operator) else "size"
-    if not any(wanted in found for found in kinds):
-        raise GraphError(f"{name} calls {op.overload} with no {wanted} of a value of the graph")
-    if op.index is not None and not 0 <= op.index < _LONGEST:
-        raise GraphError(f"{name} stands for result {op.index} of {op.overload}")
+    return kinds
 
 
 def _check(name: str, arg: Any, inputs: int, depth: int) -> set[str]:
@@ -165,8 +172,10 @@ def call(
         GraphError: an argument or result is of a kind that no engine is saved with, or meta tensors
             are given to an operator that may crash with them.
     """
-    if any(tensor.is_meta for tensor in inputs) and not is_known(op):
-        raise GraphError(f"{op.overload} is not asked on the meta device")
+    if any(tensor.is_meta for tensor in inputs):
+        if not is_known(op):
+            raise GraphError(f"{op.overload} is not asked on the meta device")
+        _check_arguments("a call", op, len(inputs))
 
     def written(arg: Any) -> Any:
         value = _decode(arg, inputs)
