@@ -15,12 +15,10 @@ import faulthandler
 import json
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +26,7 @@ import checkout  # noqa: F401
 import torch
 import torch.utils._pytree as pytree
 from forged_engines import Files, Source, forged, sources
+from soaking import UNWELL, supervised
 
 import fastres
 from fastres.backends.reference import ReferenceExecutable
@@ -35,7 +34,6 @@ from fastres.errors import ArtifactError, BackendUnavailable, InputError, Unsupp
 
 SECONDS, MEMORY = 5.0, 300 << 20
 HANGS = 30  # seconds after which a process is ended
-CHUNK = 500  # cases that one process does
 DOCUMENTED = (ArtifactError, BackendUnavailable, InputError, UnsupportedError)
 
 
@@ -119,33 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     if given.chunk:
         run_chunk(*given.chunk, given.seed, given.calls)
         return 0
-    counts: Counter[str] = Counter()
-    at, begun = 0, time.monotonic()
-    while at < given.count:
-        words = [__file__, "--seed", str(given.seed), "--calls", str(given.calls)]
-        stop = min(given.count, at + CHUNK)
-        child = [sys.executable, *words, "--chunk", str(at), str(stop)]
-        done = subprocess.run(child, capture_output=True, text=True, errors="replace")
-        for line in done.stdout.splitlines():
-            number, _, kind = line.partition(" ")
-            if not number.isdigit():  # something of PyTorch's that prints
-                continue
-            at = int(number) + 1
-            counts[kind if not kind.startswith("BAD") else "not well"] += 1
-            if kind.startswith("BAD"):
-                print(f"case {number} of seed {given.seed}: {kind}", flush=True)
-        if done.returncode:
-            counts["not well"] += 1
-            print(f"case {at} of seed {given.seed} ended the process: {done.stderr[-500:]}")
-            at += 1
-    seconds = time.monotonic() - begun
-    print(
-        f"{at} cases in {seconds:.0f} s: " + ", ".join(f"{k} {n}" for k, n in counts.most_common())
-    )
+    counts = supervised(__file__, ["--calls", str(given.calls)], given.count, given.seed)
     if given.output is not None:
-        found = {"seed": given.seed, "calls": given.calls, "seconds": round(seconds), **counts}
+        found = {"seed": given.seed, "calls": given.calls, **counts}
         given.output.write_text(json.dumps(found, indent=1) + "\n")
-    return 1 if counts["not well"] else 0
+    return 1 if counts[UNWELL] else 0
 
 
 if __name__ == "__main__":

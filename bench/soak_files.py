@@ -16,13 +16,11 @@ import faulthandler
 import io
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +29,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
+from soaking import UNWELL, supervised
 
 import fastres
 from fastres import CalibrationTable, Preprocess, models
@@ -39,7 +38,6 @@ from fastres.errors import BuildError
 
 SECONDS, MEMORY = 5.0, 300 << 20
 HANGS = 60  # seconds after which a process is ended
-CHUNK = 500  # cases that one process does
 Reader = Callable[[Path], object]
 KINDS_OF_FILES = ("weights", "tables", "pictures")
 
@@ -151,28 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.chunk:
         run_chunk(*given.chunk, given.seed, kinds)
         return 0
-    counts: Counter[str] = Counter()
-    at, begun = 0, time.monotonic()
-    while at < given.count:
-        words = [__file__, "--seed", str(given.seed), "--kinds", given.kinds]
-        stop = min(given.count, at + CHUNK)
-        child = [sys.executable, *words, "--chunk", str(at), str(stop)]
-        done = subprocess.run(child, capture_output=True, text=True, errors="replace")
-        for line in done.stdout.splitlines():
-            number, _, kind = line.partition(" ")
-            at = int(number) + 1
-            counts[kind if not kind.startswith("BAD") else "not well"] += 1
-            if kind.startswith("BAD"):
-                print(f"case {number} of seed {given.seed}: {kind}", flush=True)
-        if done.returncode:
-            counts["not well"] += 1
-            print(f"case {at} of seed {given.seed} ended the process: {done.stderr[-500:]}")
-            at += 1
-    seconds = time.monotonic() - begun
-    print(
-        f"{at} cases in {seconds:.0f} s: " + ", ".join(f"{k} {n}" for k, n in counts.most_common())
-    )
-    return 1 if counts["not well"] else 0
+    counts = supervised(__file__, ["--kinds", given.kinds], given.count, given.seed)
+    return 1 if counts[UNWELL] else 0
 
 
 if __name__ == "__main__":

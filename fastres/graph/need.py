@@ -7,7 +7,7 @@ that is made of others is watched, so what it is made of counts and is bounded, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +108,7 @@ def _called(graph: Graph, node: Node, op: Aten, operands: Sequence[Sizes]) -> _F
     if operators.same_as_first(operator):
         result = tensors[0]
     else:
-        result = _tried(node, op, lambda: _watched(watch, op, tensors))
+        result = _asked(node, op, tensors, watch)
     if result.layout is not torch.strided or result.dtype not in DTYPE_NAMES:
         raise GraphError(f"{node.name} ({op.overload}) gives a tensor of another kind")
     shape = tuple(result.shape)
@@ -116,14 +116,10 @@ def _called(graph: Graph, node: Node, op: Aten, operands: Sequence[Sizes]) -> _F
     return _Found(shape, DTYPE_NAMES[result.dtype], watch.bytes, work)
 
 
-def _watched(watch: _Watch, op: Aten, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    with watch, torch.no_grad():
-        return aten.call(op, tensors)
-
-
-def _tried(node: Node, op: Aten, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _asked(node: Node, op: Aten, tensors: Sequence[torch.Tensor], watch: _Watch) -> torch.Tensor:
     try:
-        return call()
+        with watch, torch.no_grad():
+            return aten.call(op, tensors)
     except GraphError as error:
         raise GraphError(f"{node.name}: {error}") from error
     except Exception as error:  # PyTorch raises many kinds where a call does not fit

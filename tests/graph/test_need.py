@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
+import fastres
 from fastres.errors import GraphError
 from fastres.graph.allowance import BASE, OF_FILE, OF_INPUT, WORK, Allowance
 from fastres.graph.ir import Aten, Concat, Conv2d, Graph, MaxPool, Node, Pad, Value
 from fastres.graph.need import need
+from fastres.graph.passes.pipeline import optimise
 from fastres.graph.specs import Sym, TensorSpec
 
 N = Sym("N")
@@ -131,6 +133,14 @@ class TestAllowance:
             Allowance(0).check(wide, [(1, 1, 1, 1)])
         Allowance(2 * 10**6).check(wide, [(1, 1, 1, 1)])
         Allowance(0).check(wide, [(1, 1, 1, 1)], given=10**6)
+
+    def test_a_network_that_is_meant_well_stays_far_below(self) -> None:
+        """ResNet-50 at batch 256 holds a 24th of what a file of its size may, docs/security.md."""
+        weights = fastres.models.resnet50(seed=0).state_dict()
+        found = need(optimise(fastres.build(weights, version="v1.5")), [(256, 3, 224, 224)])
+        size, given = sum(t.nbytes for t in weights.values()), 256 * 3 * 224 * 224 * F32
+        allowed = BASE + OF_FILE * size + OF_INPUT * given
+        assert 24 < allowed / found.bytes < 26 and found.operations < WORK * allowed / 10
 
     def test_the_number_in_the_message_is_enough(self) -> None:
         product = call("y", "aten.matmul.default", '[{"input":0},{"input":0}]', (1, 1, 4096, 4096))
