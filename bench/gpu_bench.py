@@ -157,13 +157,13 @@ def _signal(process: subprocess.Popen[str], number: int) -> None:
 
 
 def power(run: Run) -> Iterator[Row]:
-    """Images per second, watts and images per joule of ResNet-50, under steady load."""
+    """Images per second, watts and images per joule of the tuned network, under steady load."""
     if shutil.which("nvidia-smi") is None:
         yield {"name": "not run", "reason": "there is no nvidia-smi to read the power draw with"}
         return
     from gpu_sections import settled
 
-    model = settled("resnet50" if "resnet50" in run.nets else run.nets[0], "v1.5", run)
+    model = settled(run.tuned, "v1.5", run)
     for batch in run.batch_sizes:
         x = photographs(batch, run.image_size)
         for precision in PRECISIONS:

@@ -79,7 +79,7 @@ class Run:
 
     @property
     def tuned(self) -> str:
-        """The network whose problems are tuned."""
+        """The network whose problems are tuned, and which is timed."""
         return "resnet50" if "resnet50" in self.nets else self.nets[0]
 
     def rows(self, section: str) -> list[Row]:
@@ -172,10 +172,10 @@ def _plans(run: Run) -> Iterator[tuple[tuple[str, str, Precision], int]]:
         for version in _versions(net):
             for precision in run.precisions:
                 yield (net, version, precision), PARITY_BATCH
-    for version in ("v1.5", "v1"):
+    for version in _versions(run.tuned):
         for batch in run.batch_sizes:
             for precision in FAST:
-                yield ("resnet50", version, precision), batch
+                yield (run.tuned, version, precision), batch
 
 
 def _compile(job: Job) -> int:
@@ -281,7 +281,7 @@ def speed(run: Run) -> Iterator[Row]:
     each to build, comes after all of these, beside the two once more.
     """
     torch.backends.cudnn.benchmark = True
-    networks = [(version, batch) for version in ("v1.5", "v1") for batch in run.batch_sizes]
+    networks = [(version, batch) for version in _versions(run.tuned) for batch in run.batch_sizes]
     for compiled in (False, True):
         for version, batch in networks:
             modes = _modes(version, batch) if compiled else ()
@@ -295,7 +295,7 @@ def speed(run: Run) -> Iterator[Row]:
 def _raced(version: str, batch: int, modes: Sequence[str], run: Run) -> Row:
     x = photographs(batch, run.image_size).half().to(run.device)
     x = x.contiguous(memory_format=torch.channels_last)
-    model = settled("resnet50", version, run).half()
+    model = settled(run.tuned, version, run).half()
     launches = (None, True, False) if batch in BOTH_LAUNCHES and not modes else (None,)
     ours = {
         "fastres" if asked is None else f"fastres, dependent_launch={asked}": _engine(
@@ -326,10 +326,10 @@ def _modes(version: str, batch: int) -> tuple[str, ...]:
 
 
 def profile(run: Run) -> Iterator[Row]:
-    """Where the time of ResNet-50 goes, step by step."""
+    """Where the time of the tuned network goes, step by step."""
     for batch in run.batch_sizes:
         x = photographs(batch, run.image_size).half().to(run.device)
-        model = settled("resnet50", "v1.5", run).half()
+        model = settled(run.tuned, "v1.5", run).half()
         for precision in FAST:
             name = f"batch {batch} in {precision}"
             if not (yield {"name": name, "asked": True}):

@@ -205,7 +205,10 @@ def test_saved_and_loaded(net: nn.Module, bytes_engine: fastres.Engine, tmp_path
 def test_a_damaged_file(bytes_engine: fastres.Engine) -> None:
     graph, tensors = serial.encode(bytes_engine.graph, bytes_engine.source)
     for damaged, says in (
-        (graph.replace(b'"std":[0.2', b'"std":[0.0'), "x.normalize: Normalize.* its std is .*must be above 0"),
+        (
+            graph.replace(b'"std":[0.2', b'"std":[0.0'),
+            "x.normalize: .* its std is .*must be above 0",
+        ),
         (graph.replace(b'"std":[0.2,', b'"std":['), "length 3"),
         (graph.replace(b'"dtype":"uint8"', b'"dtype":"int8"'), "must alone read an input in uint8"),
     ):

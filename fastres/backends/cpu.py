@@ -29,6 +29,7 @@ from fastres.errors import GraphError, missing
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph, MaxPool, Node, Pad
 from fastres.graph.onnx_writer import as_array
+from fastres.graph.passes.halve_sums import halve_sums
 from fastres.graph.passes.quantise import REDUCED, quantise
 from fastres.graph.passes.thin_out import thin_out
 from fastres.graph.shapes import infer_shapes
@@ -133,7 +134,7 @@ class CpuExecutable:
         precision = options.precision or "fp32"
         self._config = cpu_config(precision, options.hint, options.num_threads)
         self._reshaping = threading.Lock()
-        self._model = _read(graph)
+        self._model = _read(halve_sums(graph) if precision == "fp32" else graph)
         self._plans: ShapeCache[_Plan] = ShapeCache(options.cache_size)
 
     def prepare(self, shapes: Shapes) -> None:
