@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _BENCH = Path(__file__).parent
 _SPARE = 10.0  # seconds for the last benchmark to end and the results to be written
-_TOLD = 30  # lines of what pytest printed
+_KEPT = 30  # lines of what pytest printed
 _NOTHING_LEFT = 5  # pytest's status where every test was deselected
 
 
@@ -60,7 +60,7 @@ def kernels(run: Run) -> Iterator[Row]:
             report.write_text(json.dumps(found, indent=2) + "\n")
     right = [one["extra_info"] for one in _right(report)]
     if any("session-timeout" in line for line in row["tail"]):
-        row |= {"right": not _failed(row), "error": "out of time"}
+        row |= {"right": not _told(row, "failed"), "error": "out of time"}
     elif row["status"] == _NOTHING_LEFT and before:
         row["right"] = True
     out_of_time = row.get("error") == "out of time"
@@ -102,13 +102,15 @@ def _pytest(run: Run, arguments: Sequence[str]) -> Row:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     left = max(30.0, run.until - time.time())
     ended = interrupted(command, left, stderr=subprocess.DEVNULL)
-    tail = ended.said.strip().splitlines()[-_TOLD:]
+    tail = ended.said.strip().splitlines()[-_KEPT:]
     row: Row = {"name": "pytest", "status": ended.status, "tail": tail}
     if ended.cut_off and ended.status != 0:
-        return row | {"error": "out of time"} | ({"right": False} if _failed(row) else {})
+        return row | {"error": "out of time"} | ({"right": False} if _told(row, "failed") else {})
+    if ended.status == 0 and not _told(row, "passed"):
+        return row | {"refused": "every test was skipped"}
     return row | {"right": ended.status == 0}
 
 
-def _failed(row: Row) -> bool:
-    """Whether pytest's last line tells of failures."""
-    return any(" failed" in line for line in row["tail"][-1:])
+def _told(row: Row, what: str) -> bool:
+    """Whether pytest's last line tells of tests that did so."""
+    return any(f" {what}" in line for line in row["tail"][-1:])

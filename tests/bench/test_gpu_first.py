@@ -200,3 +200,36 @@ def test_the_first_run_in_the_interpreter_from_the_archive_to_the_rows(tmp_path:
     command.append("--only=networks,tuning")
     again = subprocess.run(command, capture_output=True, text=True, env=here, timeout=100)
     assert again.returncode == 0 and "True" not in again.stdout  # all of it is known
+
+
+@pytest.mark.interpret
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_the_second_run_in_the_interpreter(tmp_path: Path) -> None:
+    out, carry = tmp_path / "out", tmp_path / "carry"
+    here = {**os.environ, "PYTEST_ADDOPTS": "-k test_vendor"}
+    flags = [*TINY, "--plan=second", f"--out={out}", f"--carry={carry}", "--budget=2400"]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=here, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (carry / "gpu.jsonl").read_text().splitlines()]
+    assert not any("error" in row or "refused" in row for row in rows)
+    found = {row["section"]: [r for r in rows if r["section"] == row["section"]] for row in rows}
+    assert list(found) == list(dict.fromkeys(asked.section for asked in SECOND.sections))
+    tuned = [row["name"] for row in found["tuning"]]
+    assert {name.split()[1] for name in tuned} == {"fp16", "int8"}
+    assert all(row["right"] and row["us"] > 0 for row in found["tuning"])
+    (tiles,) = carry.glob("tiles_*.json")
+    assert len(json.loads(tiles.read_text())["entries"]) == len(tuned) == 21
+    assert [row["name"] for row in found["tests"]] == ["first", "pytest"]
+    assert all(row["right"] and " passed" in row["tail"][-1] for row in found["tests"])
+    eager, compiled = found["speed"]  # of the network that was asked for, tuned as above
+    assert [eager["name"], compiled["name"]] == ["v1.5 batch 2", "v1.5 batch 2, torch.compile"]
+    targets = {one["target"] for one in eager["measurements"]}
+    assert targets == {"fastres", "fastres int8", "eager channels_last"}
+    assert {one["target"] for one in compiled["measurements"]} == {
+        *targets,
+        "torch.compile reduce-overhead",
+    }
+    again = subprocess.run(command, capture_output=True, text=True, env=here, timeout=100)
+    assert again.returncode == 0 and "speed" not in again.stdout  # all of it is known
