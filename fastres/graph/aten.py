@@ -58,6 +58,7 @@ class SizeOf(msgspec.Struct, frozen=True):
 # what kinds of arguments are written as, of those that PyTorch would take a number for
 _OF_KIND = {"ScalarType": "dtype", "MemoryFormat": "memory_format", "Layout": "layout"}
 _DEEPEST, _LONGEST, _FARTHEST = 4, 4096, 2**63
+_MOST_MADE = 2**30  # bytes
 
 
 def check(name: str, op: Aten, inputs: int) -> None:
@@ -169,8 +170,9 @@ def call(
     gives way to `dtype`, in which the whole graph is being run.
 
     Raises:
-        GraphError: an argument or result is of a kind that no engine is saved with, or meta tensors
-            are given to an operator that may crash with them.
+        GraphError: an argument or result is of a kind that no engine is saved with, meta tensors
+            are given to an operator that may crash with them, or numbers alone would make a tensor
+            of more than a gibibyte.
     """
     if any(tensor.is_meta for tensor in inputs):
         if not is_known(op):
@@ -186,6 +188,8 @@ def call(
     kwargs = {k: written(a) for k, a in msgspec.json.decode(op.kwargs).items()}
     if op.overload.split(".")[1] in _CONTIGUOUS and args and isinstance(args[0], torch.Tensor):
         args[0] = args[0].contiguous()
+    if not inputs:
+        _check_size(op, args, kwargs)
     result = resolve(op.overload)(*args, **kwargs)
     several = isinstance(result, tuple | list)
     if several and op.index is not None and op.index < len(result):
@@ -193,6 +197,31 @@ def call(
     if not isinstance(result, torch.Tensor) or several != (op.index is not None):
         raise GraphError(f"{op.overload} returns {type(result).__name__}, not one tensor")
     return result
+
+
+def made(name: str, op: Aten) -> torch.Tensor:
+    """What a call of a model makes of numbers alone.
+
+    Raises:
+        CaptureError: as `call`.
+    """
+    try:
+        with torch.no_grad():
+            return call(op, ())
+    except GraphError as error:
+        raise CaptureError(f"{name}: {error}") from error
+
+
+def _check_size(op: Aten, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Of what numbers alone make: the meta device is asked first."""
+    if "device" not in {argument.name for argument in resolve(op.overload)._schema.arguments}:
+        return
+    made = resolve(op.overload)(*args, **{**kwargs, "device": "meta"})
+    if isinstance(made, torch.Tensor) and made.nbytes > _MOST_MADE:
+        raise GraphError(
+            f"{op.overload} makes {made.nbytes} bytes of numbers alone; up to {_MOST_MADE} are "
+            "made so. Register the tensor as a buffer of the model"
+        )
 
 
 def with_known_sizes(

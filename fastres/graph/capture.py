@@ -148,8 +148,7 @@ class _Reader:
         """What is made of numbers alone, as by torch.ones(3), is a constant like any other."""
         for node in [n for n in self.nodes if not n.inputs and n.name not in outputs]:
             assert isinstance(node.op, Aten)  # all others read something
-            with torch.no_grad():
-                self.constants[node.name] = aten.call(node.op, ())
+            self.constants[node.name] = aten.made(node.name, node.op)
             self.nodes.remove(node)
 
     def _placeholders(self) -> None:

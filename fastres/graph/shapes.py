@@ -305,8 +305,7 @@ def _aten_shape(op: Aten, inputs: Sequence[Shape], dtypes: Sequence[torch.dtype]
     shapes = [[size for size in shape if isinstance(size, int)] for shape in inputs]
     if [len(shape) for shape in shapes] != [len(shape) for shape in inputs]:
         return op.result.shape
-
-    if not aten.is_known(op):
+    if not inputs or not aten.is_known(op):  # without inputs it would be run, to learn its shape
         return op.result.shape
     pairs = zip(shapes, dtypes, strict=True)
     operands = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in pairs]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fastres.errors import CaptureError, GraphError
 from fastres.graph import aten
 from fastres.graph.aten import InputOf, SizeOf
-from fastres.graph.ir import Aten
+from fastres.graph.ir import Aten, Graph, Node
+from fastres.graph.shapes import node_shape
 from fastres.graph.specs import TensorSpec
 
 SPEC = TensorSpec((2, 3))
@@ -87,6 +88,26 @@ class TestRoundTrip:
 
 
 class TestCall:
+    @pytest.mark.parametrize(
+        ("overload", "args"),
+        [
+            ("aten.blackman_window.periodic", (2**35, True)),
+            ("aten.full.default", ([2**20, 2**20], 1)),
+            ("aten.arange.default", (2**33,)),
+        ],
+    )
+    def test_numbers_alone_make_no_terabyte(self, overload: str, args: tuple[Any, ...]) -> None:
+        with pytest.raises(GraphError, match=r"makes \d+ bytes of numbers alone; up to 1073741824"):
+            aten.call(written(*args, overload=overload), ())
+
+    def test_the_shape_of_what_numbers_make_is_not_found_by_making_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        op = written([2, 3], 1.0, overload="aten.full.default")
+        monkeypatch.setattr(aten, "call", None)
+        node = Node("made", op, (), SPEC)
+        assert node_shape(Graph((), (node,), ("made",), {}, ""), node, {}) == (2, 3)
+
     def test_runs_the_operator(self) -> None:
         x, y = torch.randn(2, 3), torch.randn(2, 3)
         op = written(InputOf(1), InputOf(0), alpha=2)

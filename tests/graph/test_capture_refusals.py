@@ -104,6 +104,10 @@ REFUSED: dict[str, tuple[Case, str]] = {
         forwards(lambda m, x: x * 2 if x.sum() > 0 else x),
         "control flow does not depend on values",
     ),
+    "gibibytes of ones": (
+        forwards(lambda m, x: m.conv(x) + torch.ones(2**30).sum()),
+        "ones: aten.ones.default makes 4294967296 bytes of numbers alone.* as a buffer",
+    ),
     "wrong sizes": (forwards(lambda m, x: m.conv(x), Input((1, 4, 8, 8))), "cannot export Model"),
     "too few inputs": (forwards(lambda m, x, y: x * y), "cannot export Model"),
     "complex values": (forwards(lambda m, x: torch.fft.fft2(x).abs()), "fft_fft2 is torch.complex"),
