@@ -174,9 +174,10 @@ def call(
             are given to an operator that may crash with them, or numbers alone would make a tensor
             of more than a gibibyte.
     """
-    if any(tensor.is_meta for tensor in inputs):
-        if not is_known(op):
-            raise GraphError(f"{op.overload} is not asked on the meta device")
+    asked = any(tensor.is_meta for tensor in inputs)
+    if asked and not is_known(op):
+        raise GraphError(f"{op.overload} is not asked on the meta device")
+    if asked or not inputs:
         _check_arguments("a call", op, len(inputs))
 
     def written(arg: Any) -> Any:

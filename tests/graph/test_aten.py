@@ -100,6 +100,13 @@ class TestCall:
         with pytest.raises(GraphError, match=r"makes \d+ bytes of numbers alone; up to 1073741824"):
             aten.call(written(*args, overload=overload), ())
 
+    @pytest.mark.parametrize("number", [-1, 7, 1000])
+    def test_numbers_alone_name_no_entry_of_a_table(self, number: int) -> None:
+        """PyTorch takes any number for a layout, and crashes."""
+        op = Aten("aten.kaiser_window.periodic", "[5,true]", f'{{"layout":{number}}}', SPEC)
+        with pytest.raises(GraphError, match=rf"periodic with layout {number}"):
+            aten.call(op, ())
+
     def test_the_shape_of_what_numbers_make_is_not_found_by_making_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
