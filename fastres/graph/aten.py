@@ -179,6 +179,8 @@ def call(
         raise GraphError(f"{op.overload} is not asked on the meta device")
     if asked or not inputs:
         _check_arguments("a call", op, len(inputs))
+    if not inputs and not operators.gives_tensors(resolve(op.overload)):
+        raise GraphError(f"{op.overload} makes no tensor")  # of numbers: division by 0 is a crash
 
     def written(arg: Any) -> Any:
         value = _decode(arg, inputs)

@@ -21,19 +21,25 @@ from collections.abc import Container
 
 from fastres.errors import GraphError
 from fastres.graph.ir import (
+    Activation,
     Add,
     Aten,
+    AvgPool,
     BatchNorm,
     Concat,
     Conv2d,
     Dequantize,
+    GlobalAvgPool,
     Graph,
     Linear,
+    MaxPool,
     Mul,
     Node,
     Normalize,
     Op,
     Quantize,
+    Softmax,
+    op_name,
 )
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import EIGHT_BITS, Shape, Sym, TensorSpec, spec_of
@@ -98,6 +104,8 @@ def _check(graph: Graph, ask: bool) -> None:
         elif dtypes != {node.spec.dtype} and not isinstance(node.op, Aten):
             found = ", ".join(sorted(dtypes))
             raise GraphError(f"{node.name} claims {node.spec}, its inputs are {found}")
+        elif not _is_computed_in(node.op, node.spec):
+            raise GraphError(f"{node.name}: PyTorch has no {op_name(node.op)} of {node.spec}")
         shapes[node.name] = shape
         if fixed.issuperset(node.inputs):
             fixed.add(node.name)
@@ -153,6 +161,18 @@ def _check_weight(graph: Graph, node: Node) -> None:
 
 def _is_real(spec: TensorSpec) -> bool:
     return spec.torch_dtype.is_floating_point and spec.dtype not in EIGHT_BITS
+
+
+def _is_computed_in(op: Op, spec: TensorSpec) -> bool:
+    """Whether PyTorch computes an operation in a dtype; of calls it is asked itself."""
+    if _is_real(spec) or isinstance(op, Aten):
+        return True
+    activation = op.kind if isinstance(op, Activation) else getattr(op, "activation", None)
+    if isinstance(op, GlobalAvgPool | Softmax) or activation not in (None, "relu"):
+        return False
+    if isinstance(op, AvgPool):
+        return spec.dtype == "int64"
+    return spec.dtype != "bool" or not (isinstance(op, MaxPool) or activation == "relu")
 
 
 def _unique(graph: Graph, name: str, seen: dict[str, Shape]) -> None:

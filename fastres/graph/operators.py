@@ -89,7 +89,7 @@ def refusal(operator: Operator) -> str | None:
     name, short = operator._opname, f"{operator._opname}.{operator._overloadname}"
     if operator.namespace != "aten" or schema.is_mutable:
         return "it writes to its arguments"
-    if not schema.returns or any(str(each.type) not in _TENSORS for each in schema.returns):
+    if not gives_tensors(operator):
         return "it gives something else than tensors"
     for argument in schema.arguments:
         if str(argument.type) not in _TAKEN:
@@ -114,6 +114,12 @@ def refusal(operator: Operator) -> str | None:
     if core or short in _LAYERS or (made and not name.startswith("_")):
         return None
     return "it is none of PyTorch's core operators, nor made of them"
+
+
+def gives_tensors(operator: Operator) -> bool:
+    """Whether it gives any, and nothing else; others compute with numbers alone."""
+    returns = [str(each.type) for each in operator._schema.returns]
+    return bool(returns) and all(kind in _TENSORS for kind in returns)
 
 
 def draws(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -107,6 +107,12 @@ class TestCall:
         with pytest.raises(GraphError, match=rf"periodic with layout {number}"):
             aten.call(op, ())
 
+    @pytest.mark.parametrize("name", ["remainder.int", "__round_to_zero_floordiv.int"])
+    def test_numbers_are_not_computed_with(self, name: str) -> None:
+        """PyTorch's own crash where they divide by zero."""
+        with pytest.raises(GraphError, match="makes no tensor"):
+            aten.call(written(1, 0, overload=f"aten.{name}"), ())
+
     def test_the_shape_of_what_numbers_make_is_not_found_by_making_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

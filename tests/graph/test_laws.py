@@ -7,22 +7,33 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fastres.backends.reference import evaluate
 from fastres.errors import GraphError
 from fastres.graph import laws
 from fastres.graph.ir import (
     Activation,
     Add,
     Aten,
+    AvgPool,
     BatchNorm,
     Concat,
     Conv2d,
+    Flatten,
+    GlobalAvgPool,
     Graph,
     Linear,
+    MaxPool,
     Mul,
     Node,
     Normalize,
+    Op,
+    Pad,
+    Slice,
+    Softmax,
     Value,
+    op_name,
 )
+from fastres.graph.shapes import node_shape
 from fastres.graph.specs import Sym, TensorSpec
 from fastres.graph.trees import LEAF
 from fastres.kernels.epilogue import Epilogue
@@ -55,6 +66,35 @@ def with_node(name: str, /, **changes: object) -> Graph:
 
 def with_input(spec: TensorSpec) -> Graph:
     return lawful().replace(inputs=(Value("x", spec),))
+
+
+EVERYWHERE: list[Op] = [  # that need no parameters
+    *(Activation(kind) for kind in ("relu", "sigmoid", "gelu", "hardswish", "silu")),
+    *(Add(kind) for kind in (None, "relu", "sigmoid")),
+    *(Mul(), MaxPool((2, 2), (2, 2)), AvgPool((2, 2), (2, 2)), GlobalAvgPool(), Flatten(1)),
+    *(Concat(1), Pad((0, 0, 1, 1), (0, 0, 1, 1)), Softmax(1)),
+    Slice((0, 0, 0, 0), (None,) * 4, (1, 1, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", "int32", "int64"])
+@pytest.mark.parametrize("op", EVERYWHERE, ids=str)
+def test_whole_numbers_go_where_pytorch_takes_them(op: Op, dtype: str) -> None:
+    given = TensorSpec((2, 3, 4, 4), dtype)
+    names = ("x",) * (2 if isinstance(op, Add | Mul | Concat) else 1)
+    graph = Graph((Value("x", given),), (), ("y",), {}, LEAF)
+    shape = node_shape(graph, Node("y", op, names, given), {"x": given.shape})
+    graph = graph.replace(nodes=(Node("y", op, names, TensorSpec(shape, dtype)),))
+    try:
+        value = evaluate(graph["y"], {"x": torch.ones(given.shape).to(given.torch_dtype)}, {})
+        computed = value.dtype == given.torch_dtype
+    except (NotImplementedError, RuntimeError):
+        computed = False
+    if computed:
+        laws.check(graph)
+    else:
+        with pytest.raises(GraphError, match=f"y: PyTorch has no {op_name(op)} of "):
+            laws.check(graph)
 
 
 def test_lawful() -> None:
