@@ -19,7 +19,7 @@ from fastres.graph.ir import Conv2d, Graph, Node
 from fastres.kernels.epilogue import Epilogue
 from fastres.kernels.geometry import Pair
 
-LONG_SUM = 9 * 128  # products
+SHORT_SUM = 9 * 64  # products
 _TAPS = 3
 
 
@@ -46,7 +46,7 @@ def _axis(graph: Graph, node: Node) -> int | None:
     if not isinstance(op, Conv2d) or op.groups > 1 or "scale" in node.params:
         return None
     sizes = graph.constants[node.params["weight"]].shape
-    if math.prod(sizes[1:]) < LONG_SUM:
+    if math.prod(sizes[1:]) <= SHORT_SUM:
         return None
     for axis in (3, 2):
         if sizes[axis] == _TAPS and op.padding[axis - 2] >= op.dilation[axis - 2]:
