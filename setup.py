@@ -1,21 +1,16 @@
-"""Maps the top-level folders to their packages; everything else is in pyproject.toml."""
+"""Finds the packages, three of whose trees lie side by side; all else is in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+HOMES = {"fastres": "fastres", "fastres.kernels": "kernels", "fastres.calib": "calib"}
 
 setup(
     packages=[
-        "fastres",
-        "fastres.graph",
-        "fastres.graph.passes",
-        "fastres.backends",
-        "fastres.backends.triton",
-        "fastres.backends.tensorrt",
-        "fastres.report",
-        "fastres.cli",
-        "fastres.timing",
-        "fastres.calib",
-        "fastres.kernels",
+        package
+        for name, folder in HOMES.items()
+        for package in (name, *(f"{name}.{inner}" for inner in find_packages(folder)))
     ],
-    package_dir={"fastres.kernels": "kernels", "fastres.calib": "calib"},
-    package_data={"fastres": ["py.typed", "backends/triton/tables/*.json", "report/page.*"]},
+    package_dir=HOMES,
+    package_data={"fastres": ["py.typed"], "fastres.report": ["page.*"]}
+    | {"fastres.backends.triton.tables": ["*.json"]},
 )

@@ -181,6 +181,21 @@ def test_files_are_short_enough_to_read(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400, "would a reader know their way in it?"
 
 
+def not_published(tree: Path) -> list[str]:
+    """Folders with sources that are no packages, which is what setup.py looks for."""
+    folders = {path.parent for path in tree.rglob("*.py")}
+    return sorted(str(f.relative_to(tree)) for f in folders if not (f / "__init__.py").exists())
+
+
+def test_every_folder_is_in_the_wheel(tmp_path: Path) -> None:
+    for folder in FOLDERS:
+        assert not not_published(ROOT / folder)
+    for name in ("__init__.py", "inner/__init__.py", "inner/forgotten/planted.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert not_published(tmp_path) == ["inner/forgotten"]
+
+
 def test_import_fastres_is_lazy() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import fastres; "
