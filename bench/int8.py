@@ -37,10 +37,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastres
+from fastres.assembly import optimised
 from fastres.calib.images import Preprocess, find_images
 from fastres.calibrating import collect
 from fastres.cli.output import write_file
-from fastres.compiler import optimised
 from fastres.errors import CaptureError
 from fastres.options import Input
 from fastres.source import source_of

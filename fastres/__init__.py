@@ -12,18 +12,17 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _HERE = os.path.dirname(__file__)
 # a checkout, where setup.py finds some packages beside this; pathlib takes a while to import
 if not os.path.exists(os.path.join(_HERE, "kernels")):
     __path__.append(os.path.dirname(_HERE))
 
+from fastres.version import __version__ as __version__  # noqa: E402
+
 if TYPE_CHECKING:
     from fastres import deploy as deploy
     from fastres import errors as errors
     from fastres import models as models
-    from fastres.artifact import load as load
     from fastres.building import build as build
     from fastres.calib.images import Preprocess as Preprocess
     from fastres.calib.table import CalibrationTable as CalibrationTable
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from fastres.engine import Engine as Engine
     from fastres.exporting import export as export
     from fastres.graph.builder import ResNetSpec as ResNetSpec
+    from fastres.loading import load as load
     from fastres.options import Input as Input
     from fastres.parity import verify as verify
     from fastres.predicting import Prediction as Prediction
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "compile": "fastres.compiler",
     "build": "fastres.building",
-    "load": "fastres.artifact",
+    "load": "fastres.loading",
     "verify": "fastres.parity",
     "quantize": "fastres.quantizing",
     "export": "fastres.exporting",

@@ -19,19 +19,19 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 import safetensors.torch
 import torch
 
-import fastres
+from fastres.assembly import assemble
 from fastres.backends.base import CompiledParts
 from fastres.backends.select import BACKENDS
 from fastres.calib.images import Preprocess
 from fastres.container import MANIFEST, SEAL, Container, defect, open_container, place, seal
 from fastres.container import write as write_container
-from fastres.engine_allowance import CallAllowance
+from fastres.engine_parts import Origin, Parts
 from fastres.errors import BackendUnavailable, GraphError, InputError
 from fastres.graph import serial
 from fastres.graph.allowance import Allowance
@@ -58,14 +58,10 @@ from fastres.options import (
     PathLike,
     Precision,
     Sizes,
-    as_device,
-    integer,
 )
 from fastres.preprocess_entry import PreprocessEntry
 from fastres.tolerances import FLOOR
-
-if TYPE_CHECKING:
-    from fastres.engine import Engine
+from fastres.version import __version__
 
 
 class InputEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -127,86 +123,31 @@ class Contents:
     size: int = 0  # bytes of the file that it was read from
 
 
-def save(engine: Engine, path: PathLike) -> None:
-    """Saves an engine to a folder, or to one zip file if the path ends in `.fastres`.
-
-    Nothing is left half-written; a saved engine that is there already is replaced.
-
-    Raises:
-        ArtifactError: the path holds something else or cannot be written, or the model returns
-            something that cannot be written down.
-    """
-    options = replace(engine.options, backend=(engine.backend.name,))
-    contents = Contents(
-        engine.graph,
-        engine.source,
-        options,
-        engine.inputs,
-        engine.preprocess,
-        engine.ignored_weights,
-        dict(engine.compiled_parts().files),
-    )
-    write(contents, path)
-
-
-def load(
+def restored(
     path: PathLike,
     *,
-    device: str | torch.device | None = None,
+    device: torch.device | None = None,
     target: str | None = None,
     trust_engine: bool = False,
     allow_aten: bool = True,
     max_bytes: int | None = None,
-) -> Engine:
-    """Loads a saved engine; the model's code and torch.export are not needed.
-
-    Nothing of the file is run before the engine is called; see docs/security.md.
-
-    Args:
-        path: folder or file.
-        device: None takes the backend's own.
-        target: look at an engine that was built for this architecture, such as "sm_90", on a
-            machine without it: it can be inspected and saved, not called.
-        trust_engine: whether machine code in the file may run: it can do anything that this
-            process can. False compiles the kernels on this machine; `engine.info` says so.
-        allow_aten: whether the network may call operators of PyTorch, which `fastres inspect` names
-            `aten.…`: those without side effects, see `fastres.graph.operators`.
-        max_bytes: what a run may hold at once, in place of 64 MiB and 64 times the file; 256 times
-            the inputs that it is called with are added to either.
-
-    Raises:
-        ArtifactError: the artifact is damaged, incomplete, or newer than this version, or a run of
-            it would take more than it may.
-        InputError: `device` is none, `trust_engine` or `allow_aten` is neither True nor False, or
-            `max_bytes` is no number of bytes.
-        BackendUnavailable, UnsupportedError: its backend or precision cannot run on this machine.
-    """
-    from fastres.compiler import assemble
-    from fastres.engine_parts import Origin
-
-    for name, value in (("trust_engine", trust_engine), ("allow_aten", allow_aten)):
-        if not isinstance(value, bool):
-            raise InputError(f"{name} is {value!r}; give True or False")
-    if max_bytes is not None:
-        max_bytes = integer("max_bytes", max_bytes)
-    wanted = as_device(device)
+) -> Parts:
+    """What an engine is made of, read and lowered for a backend; see `fastres.load`."""
     contents = read(path, allow_aten=allow_aten)
     allowance = Allowance(contents.size, max_bytes)
     shapes = _affordable(contents, allowance, place(path))
     try:
         with naming(place(path)):
-            engine = assemble(
+            parts = assemble(
                 contents.graph,
                 Origin(contents.source, contents.ignored_weights),
-                replace(contents.options, device=wanted, target=target),
+                replace(contents.options, device=device, target=target),
                 contents.inputs,
                 contents.preprocess,
                 CompiledParts(contents.compiled, trust_engine),
                 prepared=shapes,
             )
-        engine.notes = contents.notes
-        engine.allowance = CallAllowance(engine.options, allowance)
-        return engine
+        return replace(parts, notes=contents.notes, allowance=allowance)
     except BackendUnavailable as error:
         built_for = contents.options.target
         if built_for is None or target is not None:
@@ -241,7 +182,7 @@ def write(contents: Contents, path: PathLike) -> None:
     """Writes an artifact; `read` gives equal contents back.
 
     Raises:
-        ArtifactError: as `save`.
+        ArtifactError: see `Engine.save`.
     """
     where = place(path)
     try:
@@ -260,10 +201,10 @@ def read(path: PathLike, *, allow_aten: bool = True) -> Contents:
     """Reads an artifact without lowering it for a backend.
 
     Args:
-        allow_aten: see `load`.
+        allow_aten: see `fastres.load`.
 
     Raises:
-        ArtifactError: as `load`.
+        ArtifactError: as `fastres.load`.
     """
     container = open_container(place(path))
     manifest = _read_manifest(container)
@@ -304,7 +245,7 @@ def _manifest(contents: Contents, files: Mapping[str, bytes]) -> Manifest:
         format="fastres-engine",
         schema=SCHEMA,
         versions={
-            "fastres": fastres.__version__,
+            "fastres": __version__,
             "torch": str(torch.__version__),
             "openvino": _version("openvino"),
         },
@@ -367,7 +308,7 @@ def _read_manifest(container: Container) -> Manifest:
         raise defect(
             container.path,
             f"made for the backend {manifest.options.backend!r}; this fastres "
-            f"({fastres.__version__}) has {', '.join(BACKENDS)}",
+            f"({__version__}) has {', '.join(BACKENDS)}",
         )
     return manifest
 

@@ -13,13 +13,15 @@ import msgspec
 import torch
 import torch.utils._pytree as pytree
 
+from fastres import artifact
+from fastres.assembly import with_weights
 from fastres.backends.base import Backend, CompiledParts, Executable, elsewhere
 from fastres.calib.images import ImageLike, Preprocess
 from fastres.deadlines import Callers, Deadline
 from fastres.engine_allowance import CallAllowance
 from fastres.engine_info import EngineInfo, describe
 from fastres.engine_inputs import EngineInputs, Taken
-from fastres.engine_parts import Lowered, Origin
+from fastres.engine_parts import Lowered, Origin, Parts
 from fastres.engine_running import in_flight, in_parts, of_nothing, run_of
 from fastres.engine_tracing import beside_compiler, refuse
 from fastres.errors import FastresError, InputError
@@ -63,6 +65,22 @@ class Engine:
         self._given = EngineInputs(self.graph, self.inputs, self.options)
         self.allowance = CallAllowance(self.options)
         self._streams = OnStreams(self.device) if self.device.type == "cuda" else None
+
+    @classmethod
+    def of(cls, parts: Parts) -> Engine:
+        """Around what was compiled, or read from a file."""
+        engine = cls(
+            parts.lowered,
+            parts.origin,
+            parts.backend,
+            parts.options,
+            parts.inputs,
+            parts.preprocess,
+            parts.passed_over,
+            parts.notes,
+        )
+        engine.allowance = CallAllowance(parts.options, parts.allowance)
+        return engine
 
     @property
     def graph(self) -> Graph:
@@ -305,10 +323,8 @@ class Engine:
             InputError: a weight is missing, unknown, misshapen, or not finite, or the file cannot
                 be read; nothing is changed.
         """
-        from fastres.compiler import with_weights
-
-        self._open()
-        self._lowered = with_weights(self, state_dict, entry, max_bytes)
+        parts = Parts(self._open(), self._origin, self.backend, self.options, self.inputs)
+        self._lowered = with_weights(parts, state_dict, entry, max_bytes)
         if self._closed:  # meanwhile, by another thread
             self.close()
             self._open()
@@ -316,13 +332,22 @@ class Engine:
     def save(self, path: PathLike) -> None:
         """Saves graph, weights and settings; see `fastres.load`. Ends in .fastres: one zip file.
 
-        Raises:
-            ArtifactError: the path holds something else, or cannot be written.
-        """
-        from fastres import artifact
+        Nothing is left half-written; a saved engine that is there already is replaced.
 
-        self._open()
-        artifact.save(self, path)
+        Raises:
+            ArtifactError: the path holds something else or cannot be written, or the model returns
+                something that cannot be written down.
+        """
+        contents = artifact.Contents(
+            self.graph,
+            self.source,
+            replace(self.options, backend=(self.backend.name,)),
+            self.inputs,
+            self.preprocess,
+            self.ignored_weights,
+            dict(self.compiled_parts().files),
+        )
+        artifact.write(contents, path)
 
     def compiled_parts(self) -> CompiledParts:
         """What was compiled and is worth keeping; see `Executable.compiled`."""

@@ -7,8 +7,11 @@ from functools import cached_property
 
 import torch
 
-from fastres.backends.base import Executable, Refusal
+from fastres.backends.base import Backend, Executable, Refusal
+from fastres.calib.images import Preprocess
+from fastres.graph.allowance import Allowance
 from fastres.graph.ir import Graph
+from fastres.options import Input, Options
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,25 @@ class Origin:
 
     graph: Graph
     ignored_weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that an engine is made of.
+
+    Args:
+        options: with the precision and the device that were settled.
+        passed_over: backends that were asked first, and why they do not run this.
+        notes: what there is to say of where it came from.
+        allowance: what a run of it may take; None for what was compiled here.
+    """
+
+    lowered: Lowered
+    origin: Origin
+    backend: Backend
+    options: Options
+    inputs: tuple[Input, ...]
+    preprocess: Preprocess | None = None
+    passed_over: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    allowance: Allowance | None = None

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 
 import torch
 
+from fastres.assembly import optimised
 from fastres.calib.files import write_whole
 from fastres.calib.images import Preprocess
-from fastres.compiler import optimised
 from fastres.errors import CaptureError, InputError, UnsupportedError
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph

@@ -14,9 +14,9 @@ from typing import Literal
 
 import msgspec
 
-import fastres
 from fastres.container import MANIFEST, SEAL, Container, defect, read_manifest
 from fastres.errors import ArtifactError
+from fastres.version import __version__
 
 SCHEMA = 2  # 1 had no compiled parts
 GRAPH = "graph.json"
@@ -52,7 +52,7 @@ def known_manifest(container: Container) -> bytes:
     if header.schema > SCHEMA:
         raise defect(
             container.path,
-            f"written by schema {header.schema}, this fastres ({fastres.__version__}) reads up to "
+            f"written by schema {header.schema}, this fastres ({__version__}) reads up to "
             f"{SCHEMA}: upgrade fastres",
         )
     if header.schema < 1:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from fastres.calib.decoding import called
 from fastres.calib.images import ImageLike, Preprocess
 from fastres.deadlines import Deadline
+from fastres.engine_inputs import Taken
 from fastres.errors import InputError
-from fastres.graph.ir import Normalize
+from fastres.graph.ir import Graph, Normalize
 from fastres.options import integer
 from fastres.wording import message
-
-if TYPE_CHECKING:
-    from fastres.engine import Engine
 
 OnError = Literal["raise", "row"]
 
@@ -33,8 +31,30 @@ class Prediction:
     error: str = ""
 
 
+class Classifier(Protocol):
+    """Of an engine, what predicting needs."""
+
+    preprocess: Preprocess | None
+
+    @property
+    def graph(self) -> Graph: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def io_dtype(self) -> torch.dtype | None: ...
+
+    @property
+    def accepted(self) -> tuple[Taken, ...]: ...
+
+    def mapped(
+        self, batches: Iterable[torch.Tensor], depth: int, deadline: Deadline | None
+    ) -> Iterator[Any]: ...
+
+
 def predict(
-    engine: Engine,
+    engine: Classifier,
     images: Sequence[ImageLike],
     batch_size: int,
     top_k: int,
@@ -75,7 +95,7 @@ def predict(
     return [found[number] for number in range(len(images))]
 
 
-def _preprocess(engine: Engine) -> Preprocess:
+def _preprocess(engine: Classifier) -> Preprocess:
     preprocess, fused = engine.preprocess, engine.graph.normalize
     if preprocess is None:
         raise InputError("this engine has no preprocess: compile with preprocess=Preprocess(...)")
@@ -90,7 +110,7 @@ def _preprocess(engine: Engine) -> Preprocess:
 class _Pictures:
     """Some images as inputs: those of one size together, and what is to be said of the others."""
 
-    def __init__(self, engine: Engine, preprocess: Preprocess, on_error: OnError) -> None:
+    def __init__(self, engine: Classifier, preprocess: Preprocess, on_error: OnError) -> None:
         self.refused: dict[int, Prediction] = {}
         self._preprocess, self._on_error = preprocess, on_error
         self._normalise = engine.io_dtype is None

@@ -11,6 +11,7 @@ import msgspec
 import torch
 from torch.export import ExportedProgram
 
+from fastres.assembly import optimised
 from fastres.calib.images import Preprocess
 from fastres.calib.table import CalibrationTable
 from fastres.calib.thresholds import ALGORITHMS, Algorithm
@@ -174,8 +175,6 @@ def table_of(
     """
     if not isinstance(calibration, Batches):
         return calibration, ()
-    from fastres.compiler import optimised
-
     graph = optimised(source.graph, CaptureError)
     shown: list[Batch] = []
     with progress_bar("calibrating") as moved:

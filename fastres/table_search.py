@@ -10,17 +10,19 @@ from fnmatch import fnmatchcase
 import msgspec
 import torch
 
+from fastres.assembly import assemble, optimised
 from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.table import AccuracyPoint, CalibrationTable
 from fastres.calib.thresholds import ALGORITHMS
 from fastres.calibration_data import Batch
 from fastres.engine import Engine
+from fastres.engine_parts import Origin
 from fastres.errors import CaptureError, InputError
 from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import quantise
 from fastres.graph.quantisable import quantisable
 from fastres.image_noise import Exact
-from fastres.options import is_number
+from fastres.options import Options, is_number
 from fastres.source import Source
 from fastres.text import progress_bar
 
@@ -50,8 +52,6 @@ class Network:
 
     @classmethod
     def of(cls, source: Source, batches: Iterable[Batch], backend: str | Sequence[str]) -> Network:
-        from fastres.compiler import optimised
-
         network = cls(source, optimised(source.graph, CaptureError), (), [], backend)
         network.batches = remembering(batches, network.probes)
         return network
@@ -79,15 +79,12 @@ class Network:
 
     def engine(self, table: CalibrationTable | None) -> Engine:
         """Of the float network, or quantised."""
-        from fastres.compiler import assemble
-        from fastres.engine_parts import Origin
-        from fastres.options import Options
-
         options = Options(
             backend=(self.backend,) if isinstance(self.backend, str) else self.backend,
             precision=None if table is None else "int8",
         )
-        return assemble(self.graph, Origin(self.graph), options, self.source.inputs, table=table)
+        origin = Origin(self.graph)
+        return Engine.of(assemble(self.graph, origin, options, self.source.inputs, table=table))
 
     def outputs(self, table: CalibrationTable | None) -> Iterator[list[torch.Tensor]]:
         """Of each batch of probes, by the graph's meaning in PyTorch."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import models
+from fastres.assembly import optimised
 from fastres.backends.openvino_runtime import core
 from fastres.backends.reference import ReferenceExecutable
-from fastres.compiler import optimised
 from fastres.errors import CaptureError, InputError, UnsupportedError
 from fastres.graph import onnx as onnx_form
 from fastres.graph.ir import Graph, Quantize

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastres import __version__
 from fastres.cli import interrupts
 from fastres.cli.bench import bench
 from fastres.cli.calibrate import calibrate
@@ -29,6 +28,7 @@ from fastres.cli.standard_streams import drop_broken, make_usable
 from fastres.cli.summary import summary
 from fastres.cli.verify import verify
 from fastres.errors import BackendUnavailable, FastresError, ParityError
+from fastres.version import __version__
 from fastres.wording import named
 
 

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from fastres import __version__
 from fastres.cli.standard_streams import drop_broken
 from fastres.errors import InputError
 from fastres.text import json_text
+from fastres.version import __version__
 from fastres.wording import printable
 
 WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())  # the command was given

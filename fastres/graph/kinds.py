@@ -157,14 +157,12 @@ def _check_weights(model: nn.Module) -> None:
 
 def _no_module(given: object) -> str:
     """What was given for a model that is none, and what to give instead."""
-    from fastres.engine import Engine  # from above: an engine is told apart only here
-
     kind = type(given)
     if isinstance(given, str | os.PathLike):
         path = os.fspath(given)
         help = _FILES.get(Path(str(path)).suffix.lower(), _NAME)
         return f"the text {path!r}: {help.format(path)}"
-    if isinstance(given, Engine):
+    if kind.__module__.split(".")[0] == "fastres" and kind.__name__ == "Engine":
         return "an engine already: it is called as it is"
     if isinstance(given, type):
         made = f"{given.__name__}(...).eval()" if issubclass(given, nn.Module) else "an nn.Module"

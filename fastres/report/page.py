@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from fastres import __version__
 from fastres.calib.files import write_whole
 from fastres.errors import InputError
 from fastres.report.html import Html, anchor, items, join, section, tag
+from fastres.version import __version__
 
 
 def page(title: str, subtitle: str, parts: Sequence[tuple[str, Html]]) -> Html:

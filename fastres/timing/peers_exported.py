@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.assembly import optimised
 from fastres.backends.cpu import CpuBackend
 from fastres.backends.openvino_runtime import core, cpu_config, openvino
-from fastres.compiler import compile, optimised
+from fastres.compiler import compile
 from fastres.errors import BackendUnavailable, CaptureError, InputError, UnsupportedError, missing
 from fastres.graph.capture import capture
 from fastres.graph.onnx import refusals, to_onnx

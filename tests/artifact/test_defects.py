@@ -225,10 +225,10 @@ class TestDefects:
     @pytest.mark.parametrize("form", FORMS)
     def test_no_artifact(self, tmp_path: Path, form: str) -> None:
         with pytest.raises(ArtifactError, match="there is no saved engine here"):
-            artifact.load(tmp_path / form)
+            fastres.load(tmp_path / form)
         (tmp_path / form).mkdir()
         with pytest.raises(ArtifactError, match=r"there is no manifest\.json"):
-            artifact.load(tmp_path / form)
+            fastres.load(tmp_path / form)
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("name", MANIFESTS)

@@ -68,7 +68,7 @@ class TestRoundTrip:
         self, engine: Engine, x: torch.Tensor, tmp_path: Path, form: str
     ) -> None:
         engine.save(tmp_path / form)
-        with artifact.load(str(tmp_path / form)) as loaded:
+        with fastres.load(str(tmp_path / form)) as loaded:
             assert torch.equal(loaded(x), engine(x))
             assert loaded.graph.equals(engine.graph)
             assert loaded.source.structure() == engine.source.structure()
@@ -93,17 +93,17 @@ class TestRoundTrip:
             return lower(self, *rest)
 
         monkeypatch.setattr(ReferenceBackend, "lower", noted)
-        with artifact.load(tmp_path / "engine", trust_engine=trust):
+        with fastres.load(tmp_path / "engine", trust_engine=trust):
             assert given == [CompiledParts(files, trust)]
 
     def test_trust_is_yes_or_no(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="trust_engine is 'yes'; give True or False"):
-            artifact.load(tmp_path, trust_engine="yes")  # type: ignore[arg-type]
+            fastres.load(tmp_path, trust_engine="yes")  # type: ignore[arg-type]
 
     def test_saved_loaded_saved_is_the_same_file(self, engine: Engine, tmp_path: Path) -> None:
         first, second = tmp_path / "a.fastres", tmp_path / "b.fastres"
         engine.save(first)
-        with artifact.load(first) as loaded:
+        with fastres.load(first) as loaded:
             loaded.save(second)
         assert first.read_bytes() == second.read_bytes()
 
@@ -112,7 +112,7 @@ class TestRoundTrip:
     ) -> None:
         engine.save(tmp_path / "engine")
         other = models.cifar_resnet(8, seed=1).eval()
-        with artifact.load(tmp_path / "engine") as loaded:
+        with fastres.load(tmp_path / "engine") as loaded:
             loaded.update_weights(other.state_dict())
             engine_of_other = compile(other, x[:2], backend=engine.backend.name, threads=2)
             got, want = loaded(x[:2]), engine_of_other(x[:2])
@@ -131,12 +131,12 @@ class TestRoundTrip:
         model, x = Shifted().eval(), torch.randn(2, 3, 8, 8)
         with compile(model, x, backend="reference") as engine:
             engine.save(tmp_path / "engine")
-        with artifact.load(tmp_path / "engine") as loaded, torch.no_grad():
+        with fastres.load(tmp_path / "engine") as loaded, torch.no_grad():
             model.conv.weight.mul_(2)
             loaded.update_weights(model.state_dict())
             torch.testing.assert_close(loaded(x), model(x))
             loaded.save(tmp_path / "again")
-        with artifact.load(tmp_path / "again") as again, torch.no_grad():
+        with fastres.load(tmp_path / "again") as again, torch.no_grad():
             torch.testing.assert_close(again(x), model(x))
 
     def test_everything_in_the_manifest(self, tiny: Tiny, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ torch.export.export = pickle.load = pickle.loads = pickle.Unpickler = torch.load
 from fastres import artifact
 folder = sys.argv[1]
 x = safetensors.torch.load_file(folder + "/x.safetensors")["x"]
-out = {form: artifact.load(folder + "/" + form)(x) for form in sys.argv[2:]}
+out = {form: fastres.load(folder + "/" + form)(x) for form in sys.argv[2:]}
 assert "torchvision" not in sys.modules and "fastres.models" not in sys.modules
 safetensors.torch.save_file(out, folder + "/out.safetensors")
 """
@@ -196,9 +196,9 @@ safetensors.torch.save_file(out, folder + "/out.safetensors")
     def test_a_device_that_is_none(self, tiny: Tiny, tmp_path: Path) -> None:
         artifact.write(tiny(), tmp_path / "engine")
         with pytest.raises(InputError, match="'toaster' is not one"):
-            artifact.load(tmp_path / "engine", device="toaster")
+            fastres.load(tmp_path / "engine", device="toaster")
         with pytest.raises(InputError, match="device is 5"):
-            artifact.load(tmp_path / "engine", device=5)  # type: ignore[arg-type]
+            fastres.load(tmp_path / "engine", device=5)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
         ("path", "what"),
@@ -213,7 +213,7 @@ safetensors.torch.save_file(out, folder + "/out.safetensors")
         ids=["None", "5", "bytes", "NUL", "long", "surrogate"],
     )
     def test_what_cannot_be_a_path(self, tiny: Tiny, path: Any, what: str) -> None:
-        for use in (lambda: artifact.write(tiny(), path), lambda: artifact.load(path)):
+        for use in (lambda: artifact.write(tiny(), path), lambda: fastres.load(path)):
             with pytest.raises(ArtifactError, match=f"cannot be a saved engine's path: .*{what}"):
                 use()
 

@@ -10,11 +10,11 @@ import torch
 
 import fastres
 from fastres import models
+from fastres.assembly import optimised
 from fastres.backends.tensorrt.api import Api, find_api
 from fastres.backends.tensorrt.build import build
 from fastres.backends.tensorrt.plan import Built, Range
 from fastres.calibrating import collect
-from fastres.compiler import optimised
 from fastres.errors import CaptureError
 from fastres.graph.ir import Graph
 from fastres.graph.onnx import to_onnx

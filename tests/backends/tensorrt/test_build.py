@@ -11,12 +11,12 @@ import torch
 
 import fastres
 from fastres import models
+from fastres.assembly import optimised
 from fastres.backends.tensorrt import build as module
 from fastres.backends.tensorrt.api import Api
 from fastres.backends.tensorrt.build import build
 from fastres.backends.tensorrt.layers import notes_on, precisions
 from fastres.backends.tensorrt.plan import Built, Range
-from fastres.compiler import optimised
 from fastres.errors import CaptureError, OutOfMemory, UnsupportedError
 from fastres.graph.ir import Conv2d, Graph, Linear
 from fastres.graph.onnx import to_onnx

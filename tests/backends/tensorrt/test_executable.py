@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastres
+from fastres.assembly import optimised
 from fastres.backends.base import CompiledParts
 from fastres.backends.tensorrt import backend, executable
 from fastres.backends.tensorrt.api import Api
@@ -21,7 +22,6 @@ from fastres.backends.tensorrt.backend import TensorRtBackend
 from fastres.backends.tensorrt.executable import TensorRtExecutable
 from fastres.backends.tensorrt.plan import Built, Layer
 from fastres.backends.tensorrt.stored import read_plan
-from fastres.compiler import optimised
 from fastres.errors import CaptureError, ParityError
 from fastres.graph.ir import Graph
 from fastres.options import Options
