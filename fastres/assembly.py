@@ -105,6 +105,7 @@ def _assembled(
         inputs,
         preprocess,
         choice.passed_over,
+        () if table is None else table.notes,
     )
 
 

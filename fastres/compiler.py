@@ -144,15 +144,16 @@ def compile(
     if source.largest_batch is not None:
         limit = min(source.largest_batch, options.max_batch_size or source.largest_batch)
         options = replace(options, max_batch_size=limit)
-    parts = assemble(
-        optimised(source.graph, CaptureError),
-        Origin(without_values(source.graph, source.weights), source.ignored_weights),
-        options,
-        source.inputs,
-        preprocess,
-        table=table,
+    engine = Engine(
+        assemble(
+            optimised(source.graph, CaptureError),
+            Origin(without_values(source.graph, source.weights), source.ignored_weights),
+            options,
+            source.inputs,
+            preprocess,
+            table=table,
+        )
     )
-    engine = Engine.of(replace(parts, notes=() if table is None else table.notes))
     if verify or (verify is None and target is None and engine.backend.checked):
         from fastres.parity import verify as check
 

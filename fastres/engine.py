@@ -15,19 +15,19 @@ import torch.utils._pytree as pytree
 
 from fastres import artifact
 from fastres.assembly import with_weights
-from fastres.backends.base import Backend, CompiledParts, Executable, elsewhere
-from fastres.calib.images import ImageLike, Preprocess
+from fastres.backends.base import CompiledParts, Executable, elsewhere
+from fastres.calib.images import ImageLike
 from fastres.deadlines import Callers, Deadline
 from fastres.engine_allowance import CallAllowance
 from fastres.engine_info import EngineInfo, describe
 from fastres.engine_inputs import EngineInputs, Taken
-from fastres.engine_parts import Lowered, Origin, Parts
+from fastres.engine_parts import Lowered, Parts
 from fastres.engine_running import in_flight, in_parts, of_nothing, run_of
 from fastres.engine_tracing import beside_compiler, refuse
 from fastres.errors import FastresError, InputError
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
-from fastres.options import Input, Options, PathLike, integer
+from fastres.options import PathLike, integer
 from fastres.predicting import OnError, Prediction, predict
 from fastres.streams import OnStreams
 
@@ -45,42 +45,22 @@ class Engine:
     size and thread count; between batch sizes they differ in the last bits.
     """
 
-    _lowered: Lowered
-    _origin: Origin
-    backend: Backend
-    options: Options
-    inputs: tuple[Input, ...]
-    preprocess: Preprocess | None = None
-    passed_over: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    # dataclasses.replace, and copy.replace, take this one, too, from the engine that they copy
-    _copied: InitVar[Any] = property(lambda engine: _refuse_copies())
+    # dataclasses.replace, and copy.replace, take this from the engine that they copy
+    parts: InitVar[Any] = property(lambda engine: _refuse_copies())
     _closed: bool = field(default=False, init=False)
     _process: int = field(default_factory=os.getpid, init=False)
     _callers: Callers | None = field(default=None, init=False)
 
-    def __post_init__(self, _: object) -> None:
+    def __post_init__(self, parts: Parts) -> None:
+        self._lowered, self._origin = parts.lowered, parts.origin
+        self.backend, self.options, self.inputs = parts.backend, parts.options, parts.inputs
+        self.preprocess, self.notes = parts.preprocess, parts.notes
+        self.passed_over = parts.passed_over
+        self.allowance = CallAllowance(self.options, parts.allowance)
         self._tree = self.graph.output_tree
         self._gives_one = self._tree.is_leaf()
         self._given = EngineInputs(self.graph, self.inputs, self.options)
-        self.allowance = CallAllowance(self.options)
         self._streams = OnStreams(self.device) if self.device.type == "cuda" else None
-
-    @classmethod
-    def of(cls, parts: Parts) -> Engine:
-        """Around what was compiled, or read from a file."""
-        engine = cls(
-            parts.lowered,
-            parts.origin,
-            parts.backend,
-            parts.options,
-            parts.inputs,
-            parts.preprocess,
-            parts.passed_over,
-            parts.notes,
-        )
-        engine.allowance = CallAllowance(parts.options, parts.allowance)
-        return engine
 
     @property
     def graph(self) -> Graph:

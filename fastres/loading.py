@@ -47,7 +47,7 @@ def load(
             raise InputError(f"{name} is {value!r}; give True or False")
     if max_bytes is not None:
         max_bytes = integer("max_bytes", max_bytes)
-    return Engine.of(
+    return Engine(
         artifact.restored(
             path,
             device=as_device(device),

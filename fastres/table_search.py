@@ -84,7 +84,7 @@ class Network:
             precision=None if table is None else "int8",
         )
         origin = Origin(self.graph)
-        return Engine.of(assemble(self.graph, origin, options, self.source.inputs, table=table))
+        return Engine(assemble(self.graph, origin, options, self.source.inputs, table=table))
 
     def outputs(self, table: CalibrationTable | None) -> Iterator[list[torch.Tensor]]:
         """Of each batch of probes, by the graph's meaning in PyTorch."""

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import fastres
 from fastres import artifact, container
 from fastres.artifact import Contents
 from fastres.container import MANIFEST, SEAL

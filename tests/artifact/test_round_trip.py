@@ -164,7 +164,7 @@ import safetensors.torch, torch
 def never(*args, **kwargs):
     raise SystemExit("this must not be called")
 torch.export.export = pickle.load = pickle.loads = pickle.Unpickler = torch.load = never
-from fastres import artifact
+import fastres
 folder = sys.argv[1]
 x = safetensors.torch.load_file(folder + "/x.safetensors")["x"]
 out = {form: fastres.load(folder + "/" + form)(x) for form in sys.argv[2:]}
