@@ -12,5 +12,5 @@ setup(
     ],
     package_dir=HOMES,
     package_data={"fastres": ["py.typed"], "fastres.report": ["page.*"]}
-    | {"fastres.backends.triton.tables": ["*.json"]},
+    | {"fastres.backends.triton.planning.tables": ["*.json"]},
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastres
 from fastres.calib.thresholds import ALGORITHMS
-from fastres.engine import Engine
+from fastres.engine.engine import Engine
 from fastres.errors import BackendUnavailable, UnsupportedError
 from fastres.graph.ir import Graph
 

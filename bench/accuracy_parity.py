@@ -22,7 +22,7 @@ from fastres import models
 from fastres.calib.decoding import decode
 from fastres.calib.images import Preprocess, find_images
 from fastres.errors import UnsupportedError
-from fastres.parity_report import ParityReport
+from fastres.parity.report import ParityReport
 from fastres.text import render
 from fastres.timing.machine import Machine, machine
 

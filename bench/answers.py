@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastres.backends.triton.answering import answering
+from fastres.backends.triton.running.answering import answering
 from fastres.errors import DeviceLost, is_interrupt
 
 Row = dict[str, Any]

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import models
-from fastres.container import MANIFEST, SEAL, seal
+from fastres.artifact.container import MANIFEST, SEAL, seal
+from fastres.artifact.manifest import GRAPH, WEIGHTS
 from fastres.graph import aten, serial, trees
 from fastres.graph.ir import Aten, Graph, Node
 from fastres.graph.shapes import node_shape
 from fastres.graph.specs import DTYPE_NAMES, DTYPES, TensorSpec
-from fastres.manifest import GRAPH, WEIGHTS
 
 Json = dict[str, Any]
 Files = dict[str, bytes]

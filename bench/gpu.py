@@ -31,7 +31,7 @@ from gpu_carry import carrying
 from gpu_plans import EVERYTHING, PLANS, Asked
 from gpu_sections import NETS, PRECISIONS, SECTIONS, Row, Run, keep, latest
 
-from fastres.backends.triton.choosing import tiles_for
+from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.errors import DeviceLost, is_interrupt
 from fastres.options import Options
 

@@ -17,8 +17,8 @@ import pytest
 from gpu_cache import kernel_of
 from triton import knobs
 
-from fastres.backends.triton import choosing
-from fastres.backends.triton.table import Tiles, shipped_for
+from fastres.backends.triton.planning.table import Tiles, shipped_for
+from fastres.backends.triton.tuning import choosing
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 

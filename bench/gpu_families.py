@@ -15,9 +15,9 @@ from answers import answer
 from kernel_cases import KernelCase, ProductCase, cases, name_of
 from questions_case import Posed
 
-from fastres.backends.triton.choosing import tiles_for
-from fastres.backends.triton.overlap import has_dependent_launch
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.planning.overlap import has_dependent_launch
+from fastres.backends.triton.planning.table import Tiles
+from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.kernels.launch import Launch
 from fastres.options import Options
 

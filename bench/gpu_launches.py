@@ -19,19 +19,19 @@ from kernel_cases import name_of
 from quantised import in_precision
 
 import fastres
-from fastres.backends.triton.bind import load_launch
-from fastres.backends.triton.contexts import views
-from fastres.backends.triton.cross import launches_of
-from fastres.backends.triton.eight_bits import FLOAT_OF
-from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.overlap import has_dependent_launch
-from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import LoadInput
-from fastres.backends.triton.plan import Plan as NetworkPlan
-from fastres.backends.triton.problems import Problem
-from fastres.backends.triton.table import Tiles, shipped_for
-from fastres.backends.triton.trial_eight_bits import make_trial
-from fastres.backends.triton.tune import tiles_to_try
+from fastres.backends.triton.planning.eight_bits import FLOAT_OF
+from fastres.backends.triton.planning.lower import make_plan
+from fastres.backends.triton.planning.overlap import has_dependent_launch
+from fastres.backends.triton.planning.plan import LoadInput
+from fastres.backends.triton.planning.plan import Plan as NetworkPlan
+from fastres.backends.triton.planning.problems import Problem
+from fastres.backends.triton.planning.table import Tiles, shipped_for
+from fastres.backends.triton.running.bind import load_launch
+from fastres.backends.triton.running.contexts import views
+from fastres.backends.triton.running.pack import Packed
+from fastres.backends.triton.shipping.cross import launches_of
+from fastres.backends.triton.tuning.trial_eight_bits import make_trial
+from fastres.backends.triton.tuning.tune import tiles_to_try
 from fastres.graph.capture import capture
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.cost import Target

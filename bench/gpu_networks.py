@@ -13,12 +13,12 @@ from answers import answer
 from pictures import photographs
 
 import fastres
-from fastres.backends.triton.choosing import tiles_for
-from fastres.backends.triton.eight_bits import FLOAT_OF
-from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.run import PlanRunner
-from fastres.backends.triton.timing import recorder
+from fastres.backends.triton.planning.eight_bits import FLOAT_OF
+from fastres.backends.triton.planning.lower import make_plan
+from fastres.backends.triton.running.pack import Packed
+from fastres.backends.triton.running.run import PlanRunner
+from fastres.backends.triton.running.timing import recorder
+from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.options import Options, Precision
 from fastres.timing.checks import judge, reference
 

@@ -34,10 +34,9 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import models
-from fastres.backends.triton.choosing import tiles_for
-from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.problems import Problem
-from fastres.backends.triton.table import (
+from fastres.backends.triton.planning.lower import make_plan
+from fastres.backends.triton.planning.problems import Problem
+from fastres.backends.triton.planning.table import (
     Table,
     Tiles,
     cache_path,
@@ -45,7 +44,8 @@ from fastres.backends.triton.table import (
     this_machine,
     write_table,
 )
-from fastres.backends.triton.tune import precompile, tune
+from fastres.backends.triton.tuning.choosing import tiles_for
+from fastres.backends.triton.tuning.tune import precompile, tune
 from fastres.graph.copies import copied
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels import cost

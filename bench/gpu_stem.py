@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from answers import answer
 from torch import Tensor
 
-from fastres.backends.triton.timing import milliseconds
+from fastres.backends.triton.running.timing import milliseconds
 from fastres.kernels.box_choice import box_candidates, box_seconds
 from fastres.kernels.conv2d import conv2d_launch
 from fastres.kernels.conv2d_tma import conv2d_tma_launches

@@ -37,12 +37,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastres
-from fastres.assembly import optimised
+from fastres.assembly.assemble import optimised
 from fastres.calib.images import Preprocess, find_images
-from fastres.calibrating import collect
 from fastres.cli.output import write_file
 from fastres.errors import CaptureError
 from fastres.options import Input
+from fastres.quantization.calibrate import collect
 from fastres.source import source_of
 from fastres.text import json_text, render
 from fastres.timing.benchmark import Target, benchmark

@@ -25,10 +25,10 @@ from kernel_maps import (
 )
 from questions_case import Posed, compiled
 
-from fastres.backends.triton.eight_bits import OPERAND_OF
-from fastres.backends.triton.problems import AnyTile, Problem
-from fastres.backends.triton.table import Tiles, shipped_for
-from fastres.backends.triton.trial_eight_bits import make_trial
+from fastres.backends.triton.planning.eight_bits import OPERAND_OF
+from fastres.backends.triton.planning.problems import AnyTile, Problem
+from fastres.backends.triton.planning.table import Tiles, shipped_for
+from fastres.backends.triton.tuning.trial_eight_bits import make_trial
 from fastres.kernels import boxes, chain_tiles
 from fastres.kernels.aot_table import BOXES, CHAINS, CLASSIFIER, LAYERS, STEM, Layer
 from fastres.kernels.boxes import BoxTile

@@ -27,11 +27,9 @@ from quantised import in_precision
 
 import fastres
 from fastres import models
-from fastres.backends.triton.cross import compiled_plan, launches_of, spill_limit
-from fastres.backends.triton.eight_bits import FLOAT_OF
-from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import Plan
-from fastres.backends.triton.table import (
+from fastres.backends.triton.planning.eight_bits import FLOAT_OF
+from fastres.backends.triton.planning.plan import Plan
+from fastres.backends.triton.planning.table import (
     TYPICAL,
     Entry,
     Machine,
@@ -40,6 +38,8 @@ from fastres.backends.triton.table import (
     kernels_digest,
     write_table,
 )
+from fastres.backends.triton.running.pack import Packed
+from fastres.backends.triton.shipping.cross import compiled_plan, launches_of, spill_limit
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, fits, key_of, narrow_loads

@@ -24,16 +24,16 @@ from rich.table import Table
 
 import fastres
 from fastres import models
-from fastres.backends.triton.bind import bind, load_launch
-from fastres.backends.triton.choosing import problem_of
-from fastres.backends.triton.contexts import views
-from fastres.backends.triton.eight_bits import FLOAT_OF
-from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.overlap import LAUNCH_US
-from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import AnyStep, LoadInput, Plan
-from fastres.backends.triton.problems import Problem
-from fastres.backends.triton.table import Tiles, shipped_for
+from fastres.backends.triton.planning.eight_bits import FLOAT_OF
+from fastres.backends.triton.planning.lower import make_plan
+from fastres.backends.triton.planning.overlap import LAUNCH_US
+from fastres.backends.triton.planning.plan import AnyStep, LoadInput, Plan
+from fastres.backends.triton.planning.problems import Problem
+from fastres.backends.triton.planning.table import Tiles, shipped_for
+from fastres.backends.triton.running.bind import bind, load_launch
+from fastres.backends.triton.running.contexts import views
+from fastres.backends.triton.running.pack import Packed
+from fastres.backends.triton.tuning.choosing import problem_of
 from fastres.cli.output import check_folder, write_file
 from fastres.errors import InputError
 from fastres.graph.ir import Graph
@@ -75,8 +75,8 @@ class Prediction:
     """A network at one batch size in one precision.
 
     Args:
-        launch_us: what launches cost besides, by the guess of `fastres.backends.triton.overlap`;
-            none where the plan's kernels overlap.
+        launch_us: what launches cost besides, by the guess of `planning/overlap.py`; none where
+            the plan's kernels overlap.
     """
 
     gpu: str

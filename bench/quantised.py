@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 import fastres
-from fastres.calibrating import collect
 from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import eight_bits, quantise
 from fastres.options import EIGHT_BITS, Precision
+from fastres.quantization.calibrate import collect
 
 
 def in_precision(graph: Graph, shape: tuple[int, ...], precision: Precision) -> Graph:

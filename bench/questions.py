@@ -20,9 +20,9 @@ from questions_gemm import layouts, peaks
 from questions_system import chains, launches, loads
 from rotation import in_turn, one_pass, rotation
 
-from fastres.backends.triton.choosing import tiles_for
-from fastres.backends.triton.table import Tiles
-from fastres.backends.triton.timing import milliseconds
+from fastres.backends.triton.planning.table import Tiles
+from fastres.backends.triton.running.timing import milliseconds
+from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.kernels.cost import Target
 from fastres.options import Options
 

@@ -12,8 +12,8 @@ from questions_kernels import l2_loads, small_step
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastres.backends.triton.problems import Problem
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.planning.problems import Problem
+from fastres.backends.triton.planning.table import Tiles
 from fastres.kernels.bottleneck_chain import chain_launch
 from fastres.kernels.boxes import BoxTile
 from fastres.kernels.chain_tiles import ChainShape, ChainTile, chain_cost

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fastres.backends.triton.overlap import LAUNCH_US
+from fastres.backends.triton.planning.overlap import LAUNCH_US
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 
@@ -19,7 +19,7 @@ class Rates:
         least_us: the roofline: microseconds that the rates of `fastres.kernels.cost` allow.
         share_of_roofline: that, of the time it takes.
         bound: which rate the roofline is of; "launch" where it is less than a launch takes, by
-            the guess of `fastres.backends.triton.overlap`.
+            the guess of `fastres.backends.triton.planning.overlap`.
     """
 
     microseconds: float

@@ -23,12 +23,12 @@ import torch
 
 import fastres
 from fastres import artifact
-from fastres.container import open_container, write
+from fastres.artifact.container import open_container, write
 
 SAVER = """
 import sys
 from pathlib import Path
-from fastres.container import open_container, write
+from fastres.artifact.container import open_container, write
 found = [open_container(Path(name)) for name in sys.argv[1:3]]
 engines = [{name: one.read(name) for name in one.sizes} for one in found]
 while True:

@@ -22,10 +22,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rates import rates
 from rotation import in_turn, one_pass, operand_bytes, rotation
 
-from fastres.backends.triton.answering import check_answers
-from fastres.backends.triton.choosing import tiles_for
-from fastres.backends.triton.table import Tiles
-from fastres.backends.triton.timing import REPEATS, stopwatch
+from fastres.backends.triton.planning.table import Tiles
+from fastres.backends.triton.running.answering import check_answers
+from fastres.backends.triton.running.timing import REPEATS, stopwatch
+from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.errors import DeviceLost
 from fastres.options import Options
 from fastres.timing.machine import machine

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fastres
-from fastres.engine import Engine
+from fastres.engine.engine import Engine
 from fastres.errors import FastresError, UnsupportedError
 from fastres.options import Input
 from fastres.source import source_of

@@ -27,9 +27,9 @@ from torch import nn
 
 import fastres
 from fastres.calib.images import find_images
-from fastres.checkpoints import read_weights
+from fastres.checkpoints.reading import read_weights
 from fastres.errors import BuildError, FastresError, UnsupportedError
-from fastres.parity_report import ParityReport
+from fastres.parity.report import ParityReport
 from fastres.timing.benchmark import Target
 from fastres.timing.report import BenchReport
 

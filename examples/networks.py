@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastres import models
 from fastres.calib.images import Preprocess
-from fastres.checkpoints import read_weights
+from fastres.checkpoints.reading import read_weights
 from fastres.cli.models import reference
 from fastres.errors import BuildError, InputError
 

@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from fastres.calib.images import Preprocess as Preprocess
     from fastres.calib.table import CalibrationTable as CalibrationTable
     from fastres.compiler import compile as compile
-    from fastres.engine import Engine as Engine
+    from fastres.engine.engine import Engine as Engine
+    from fastres.engine.load import load as load
+    from fastres.engine.predict import Prediction as Prediction
     from fastres.exporting import export as export
     from fastres.graph.builder import ResNetSpec as ResNetSpec
-    from fastres.loading import load as load
     from fastres.options import Input as Input
-    from fastres.parity import verify as verify
-    from fastres.predicting import Prediction as Prediction
-    from fastres.quantizing import quantize as quantize
+    from fastres.parity.verify import verify as verify
+    from fastres.quantization.quantize import quantize as quantize
     from fastres.summaries import summary as summary
     from fastres.timing.benchmark import benchmark as benchmark
 
 _HOMES = {
     "compile": "fastres.compiler",
     "build": "fastres.building",
-    "load": "fastres.loading",
-    "verify": "fastres.parity",
-    "quantize": "fastres.quantizing",
+    "load": "fastres.engine.load",
+    "verify": "fastres.parity.verify",
+    "quantize": "fastres.quantization.quantize",
     "export": "fastres.exporting",
     "benchmark": "fastres.timing.benchmark",
     "summary": "fastres.summaries",
-    "Engine": "fastres.engine",
-    "Prediction": "fastres.predicting",
+    "Engine": "fastres.engine.engine",
+    "Prediction": "fastres.engine.predict",
     "Input": "fastres.options",
     "Preprocess": "fastres.calib.images",
     "CalibrationTable": "fastres.calib.table",

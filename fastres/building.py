@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastres.blocks import Version
-from fastres.checkpoints import read_weights
+from fastres.checkpoints.reading import read_weights
 from fastres.errors import BuildError
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.ir import Graph
+from fastres.models.blocks import Version
 from fastres.options import Input, PathLike
 
 

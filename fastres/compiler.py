@@ -8,11 +8,11 @@ from typing import cast
 
 import torch
 
-from fastres.assembly import assemble, optimised, without_values
+from fastres.assembly.assemble import assemble, optimised, without_values
+from fastres.assembly.parts import Origin
 from fastres.backends.select import check_names
 from fastres.calib.images import Preprocess
-from fastres.engine import Engine
-from fastres.engine_parts import Origin
+from fastres.engine.engine import Engine
 from fastres.errors import CaptureError, InputError
 from fastres.graph.kinds import accepted
 from fastres.options import (
@@ -25,7 +25,7 @@ from fastres.options import (
     Precision,
     as_device,
 )
-from fastres.quantizing import Calibration, opened, settled_precision, table_of
+from fastres.quantization.quantize import Calibration, opened, settled_precision, table_of
 from fastres.source import (
     Inputs,
     Model,
@@ -155,7 +155,7 @@ def compile(
         )
     )
     if verify or (verify is None and target is None and engine.backend.checked):
-        from fastres.parity import verify as check
+        from fastres.parity.verify import verify as check
 
         reference = model if isinstance(model, torch.nn.Module) else source.graph
         data = shown if shown and io_dtype is None else examples(source)

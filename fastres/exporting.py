@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fastres.assembly import optimised
+from fastres.assembly.assemble import optimised
 from fastres.calib.files import write_whole
 from fastres.calib.images import Preprocess
 from fastres.errors import CaptureError, InputError, UnsupportedError
@@ -17,7 +17,7 @@ from fastres.graph.ir import Graph
 from fastres.graph.passes.quantise import quantise
 from fastres.graph.passes.thin_out import thin_out
 from fastres.options import PathLike
-from fastres.quantizing import Calibration, opened, settled_precision, table_of
+from fastres.quantization.quantize import Calibration, opened, settled_precision, table_of
 from fastres.source import Inputs, Model, check_pictures, source_of, taking_pictures
 
 Placement = Literal["tensorrt", "openvino"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastres.engine import Engine
+from fastres.engine.engine import Engine
 from fastres.errors import InputError
 from fastres.graph.capture import capture
 from fastres.graph.cost import multiply_adds

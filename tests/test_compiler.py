@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-import fastres.parity
-from fastres.engine import Engine
+import fastres.parity.verify
+from fastres.engine.engine import Engine
 from fastres.errors import BuildError, CaptureError, InputError, ParityError
-from fastres.parity_report import ParityReport
+from fastres.parity.report import ParityReport
 from fastres.source import examples, source_of
 
 PhotoBatch = Callable[[int, int], Tensor]
@@ -171,8 +171,8 @@ def test_verify_tries_one_image_and_several_and_both_ends_of_the_range(
         tried.extend(tuple(x.shape) for (x,) in data)
         return honest(model, engine, data)
 
-    honest = fastres.parity.verify
-    monkeypatch.setattr(fastres.parity, "verify", verify)
+    honest = fastres.parity.verify.verify
+    monkeypatch.setattr(fastres.parity.verify, "verify", verify)
     ranged = fastres.Input(((2, 3, 24, 28), (4, 3, 32, 32), (8, 3, 40, 36)))
     fastres.compile(model, ranged, verify=True, backend="cpu").close()
     assert set(tried) == {(1, 3, 32, 32), (3, 3, 24, 28), (1, 3, 40, 36)}

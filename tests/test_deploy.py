@@ -26,10 +26,10 @@ from torch import Tensor
 
 import fastres
 from fastres import deploy
+from fastres.artifact.container import MANIFEST, SEAL, seal
 from fastres.backends.tensorrt import api
 from fastres.backends.tensorrt.api import find_builder
 from fastres.backends.tensorrt.stored import ABOUT, PLAN
-from fastres.container import MANIFEST, SEAL, seal
 from fastres.errors import ArtifactError, BackendUnavailable, InputError, OutOfMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")

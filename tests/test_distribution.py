@@ -106,7 +106,7 @@ def run(installed: Path, folder: Path, *command: str) -> str:
 
 USED = """
 import sys, numpy, torch, fastres, fastres.kernels.tiles
-from fastres.backends.triton.table import Machine, shipped
+from fastres.backends.triton.planning.table import Machine, shipped
 assert fastres.__file__.startswith(sys.prefix) and fastres.kernels.__file__.startswith(sys.prefix)
 assert len(shipped(Machine("NVIDIA H200", 132, "", "")).entries) > 300
 engine = fastres.load("engine.fastres")

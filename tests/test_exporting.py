@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import models
-from fastres.assembly import optimised
+from fastres.assembly.assemble import optimised
 from fastres.backends.openvino_runtime import core
 from fastres.backends.reference import ReferenceExecutable
 from fastres.errors import CaptureError, InputError, UnsupportedError

@@ -16,7 +16,7 @@ from fastres.cli.bench_targets import keep_state
 from fastres.cli.flags import Request
 from fastres.cli.output import note, working
 from fastres.cli.targets import Target, is_saved, open_target, split
-from fastres.engine import Engine
+from fastres.engine.engine import Engine
 from fastres.errors import InputError
 from fastres.options import DTYPE_OF, EIGHT_BITS, PRECISION_OF, Precision
 from fastres.timing.checks import Reference, exact, own_error

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fastres.calib.images import Preprocess
     from fastres.calib.table import CalibrationTable
-    from fastres.engine import Engine
+    from fastres.engine.engine import Engine
 
 _UNUSED = ("precision", "calibration", "batch_size", "device", "threads", "on_unsupported")
 

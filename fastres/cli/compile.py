@@ -17,7 +17,7 @@ from fastres.cli.targets import open_model, precision_ran, to_engine, warn_if_un
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastres.engine import Engine
+    from fastres.engine.engine import Engine
 
 
 @flags.takes_request(without=("trust_engine",), target=True)
@@ -42,7 +42,7 @@ def compile_model(
     every kernel is compiled for a GPU that is not here, and listed with what it uses. With --tune
     the kernels' tiles are measured first; an interrupted run goes on where it was.
     """
-    from fastres.container import check_replaceable, place
+    from fastres.artifact.container import check_replaceable, place
 
     if output is not None:
         check_replaceable(place(output))
@@ -56,7 +56,7 @@ def compile_model(
             engine.save(output)
     warn_if_untrained(target)
     facts = _facts(engine, target.name, seconds, output)
-    from fastres.engine_info import kernel_table
+    from fastres.engine.info import kernel_table
     from fastres.text import render
 
     text = render(_table(facts))

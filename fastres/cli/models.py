@@ -21,7 +21,7 @@ from fastres.wording import named
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastres.blocks import Version
+    from fastres.models.blocks import Version
 
 _VERSIONS: dict[str, Version] = {"v1": "v1", "v1.5": "v1.5"}
 _IMAGENET = (
@@ -108,7 +108,7 @@ def load_weights(
     Raises:
         BuildError: the file is unreadable or does not fit; says where.
     """
-    from fastres.checkpoints import read_weights
+    from fastres.checkpoints.reading import read_weights
 
     own = model.state_dict()
     table = read_weights(file, names=own, entry=entry, max_bytes=max_bytes)

@@ -19,8 +19,8 @@ from fastres.errors import InputError
 from fastres.wording import LINE, named
 
 if TYPE_CHECKING:
-    from fastres.engine import Engine
-    from fastres.predicting import OnError, Prediction
+    from fastres.engine.engine import Engine
+    from fastres.engine.predict import OnError, Prediction
 
 _MOST_LABELS = 1 << 24  # bytes
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fastres.blocks import Version
     from fastres.calib.images import Preprocess
-    from fastres.engine import Engine
+    from fastres.engine.engine import Engine
     from fastres.graph.ir import Graph
+    from fastres.models.blocks import Version
     from fastres.options import Input
 
 Shape = tuple[int, int, int]
@@ -47,7 +47,7 @@ class Target:
     @property
     def normalises(self) -> bool:
         """Whether it is an engine that takes decoded pictures, uint8 [N, H, W, 3]."""
-        from fastres.engine import Engine
+        from fastres.engine.engine import Engine
 
         return isinstance(self.model, Engine) and self.model.io_dtype is not None
 
@@ -115,7 +115,7 @@ def open_model(request: Request) -> Target:
 def to_engine(target: Target, request: Request, preprocess: Preprocess | None = None) -> Engine:
     """The target compiled as asked; a saved engine as it is."""
     import fastres
-    from fastres.engine import Engine
+    from fastres.engine.engine import Engine
     from fastres.graph.ir import Graph
 
     if isinstance(target.model, Engine):
@@ -155,7 +155,7 @@ def warn_if_untrained(target: Target) -> None:
 
 def _saved(request: Request, path: Path) -> Target:
     import fastres
-    from fastres.checkpoint_files import SUFFIXES
+    from fastres.checkpoints.files import SUFFIXES
 
     if path.suffix in SUFFIXES:
         raise InputError(f"{path} holds weights, not an engine; give it as --weights {path}")

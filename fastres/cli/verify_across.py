@@ -15,7 +15,7 @@ from fastres.errors import BackendUnavailable, UnsupportedError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastres.parity_report import ParityReport
+    from fastres.parity.report import ParityReport
 
 
 @dataclass(frozen=True)

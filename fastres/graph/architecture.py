@@ -14,8 +14,8 @@ from typing import Literal, get_args
 
 import torch
 
-from fastres.blocks import Stem, Version
 from fastres.errors import BuildError
+from fastres.models.blocks import Stem, Version
 from fastres.options import is_number
 from fastres.weights import is_finite, oddity
 from fastres.wording import listed, named

@@ -34,7 +34,7 @@ class Captured:
     """A graph beside the program it was read from.
 
     `values` maps the program's node names to the graph's value names, so that the program's own
-    activations can be compared with the graph's (`fastres.oracle`).
+    activations can be compared with the graph's (`fastres.parity.oracle`).
     """
 
     graph: Graph

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastres.checkpoints import read_weights
+from fastres.checkpoints.reading import read_weights
 from fastres.errors import BuildError, InputError
 from fastres.graph.ir import Graph
 from fastres.graph.specs import spec_of
@@ -27,7 +27,7 @@ def renewed(
     Args:
         graph: with those constants on the meta device.
         ignored: entries of the model's state_dict that the graph does not read.
-        state_dict, entry, max_bytes: see `fastres.checkpoints.read_weights`.
+        state_dict, entry, max_bytes: see `fastres.checkpoints.reading.read_weights`.
 
     Raises:
         InputError: a weight is missing, unknown, misshapen, or not finite, or the file cannot be

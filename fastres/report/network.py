@@ -9,12 +9,12 @@ from itertools import groupby
 import msgspec
 import torch
 
-from fastres.engine import Engine
-from fastres.engine_info import EngineInfo
+from fastres.engine.engine import Engine
+from fastres.engine.info import EngineInfo
+from fastres.engine.profile import Profile
 from fastres.graph.cost import Shapes
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
-from fastres.profiling import Profile
 from fastres.report import records
 from fastres.report.html import Cell, Column, Html, folded, items, join, table, tag
 from fastres.report.network_boxes import INPUT, Box, boxes_of, captured_and_run

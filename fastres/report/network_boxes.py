@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastres.backends.base import Choice
-from fastres.backends.triton.form import SEVERAL
-from fastres.engine_info import MERGED, EngineInfo
+from fastres.backends.triton.planning.form import SEVERAL
+from fastres.engine.info import MERGED, EngineInfo
+from fastres.engine.profile import Profile, Row, group_of
 from fastres.graph.cost import Shapes
 from fastres.graph.ir import (
     Activation,
@@ -22,7 +23,6 @@ from fastres.graph.ir import (
     Quantize,
     op_name,
 )
-from fastres.profiling import Profile, Row, group_of
 
 INPUT = "input"  # what stands in a box for an input of the graph
 _MAIN = ".main"  # what an int8 convolution is called once its residual add stands by itself

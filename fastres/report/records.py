@@ -82,7 +82,7 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Work(msgspec.Struct, frozen=True):
-    """Time of a node or a group, and what was done in it; a row of `fastres.profiling.Profile`."""
+    """Time of a node or a group, and what was done in it; a row of a `Profile`."""
 
     name: str
     milliseconds: Amount

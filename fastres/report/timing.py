@@ -10,7 +10,7 @@ from fastres.report.numbers import number, percent
 
 
 class Timed(Protocol):
-    """What took time: a row of `fastres.profiling.Profile`, or of a document."""
+    """What took time: a row of `fastres.engine.profile.Profile`, or of a document."""
 
     @property
     def name(self) -> str: ...

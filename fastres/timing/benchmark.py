@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastres.engine import Engine
+from fastres.engine.engine import Engine
 from fastres.errors import InputError
 from fastres.options import integer, is_number
 from fastres.timing.machine import machine

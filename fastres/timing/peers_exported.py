@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.assembly import optimised
+from fastres.assembly.assemble import optimised
 from fastres.backends.cpu import CpuBackend
 from fastres.backends.openvino_runtime import core, cpu_config, openvino
 from fastres.compiler import compile

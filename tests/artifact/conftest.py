@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastres.artifact import Contents
+from fastres.artifact.contents import Contents
 from fastres.graph.ir import Conv2d, Graph, Node, Pad, Value
 from fastres.graph.specs import Sym, TensorSpec
 from fastres.graph.trees import LEAF

@@ -14,11 +14,12 @@ import safetensors.torch
 import torch
 
 import fastres
-from fastres import artifact, container
-from fastres.artifact import Contents
-from fastres.container import MANIFEST, SEAL
+from fastres import artifact
+from fastres.artifact import container
+from fastres.artifact.container import MANIFEST, SEAL
+from fastres.artifact.contents import Contents
+from fastres.artifact.manifest import GRAPH, WEIGHTS
 from fastres.errors import ArtifactError
-from fastres.manifest import GRAPH, WEIGHTS
 
 FORMS = ("engine", "engine.fastres")
 Json = dict[str, Any]

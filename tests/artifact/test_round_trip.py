@@ -18,15 +18,15 @@ from torch import nn
 
 import fastres
 from fastres import artifact, models
-from fastres.artifact import Contents
+from fastres.artifact.container import MANIFEST, SEAL
+from fastres.artifact.contents import Contents
+from fastres.artifact.manifest import GRAPH, SCHEMA, WEIGHTS
 from fastres.backends.base import CompiledParts
 from fastres.backends.reference import ReferenceBackend
 from fastres.calib.images import Preprocess
 from fastres.compiler import compile
-from fastres.container import MANIFEST, SEAL
-from fastres.engine import Engine
+from fastres.engine.engine import Engine
 from fastres.errors import ArtifactError, InputError
-from fastres.manifest import GRAPH, SCHEMA, WEIGHTS
 from fastres.options import Input, Options
 
 FORMS = ("engine", "engine.fastres")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import artifact
-from fastres.artifact import Contents
+from fastres.artifact.contents import Contents
 from fastres.errors import ArtifactError, InputError
 from fastres.graph import aten
 from tests.artifact.test_defects import forge, put

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastres.backends.triton import timing
+from fastres.backends.triton.running import timing
 
 Kernel = Callable[[], None]
 ATTRIBUTES = (

@@ -18,11 +18,11 @@ import torch
 from answers import answer
 from questions_case import Case, Library, Posed
 
-from fastres.backends.triton import answering
-from fastres.backends.triton import tune as tuning
-from fastres.backends.triton.problems import Problem
-from fastres.backends.triton.table import Machine
-from fastres.backends.triton.tune import Attempt
+from fastres.backends.triton.planning.problems import Problem
+from fastres.backends.triton.planning.table import Machine
+from fastres.backends.triton.running import answering
+from fastres.backends.triton.tuning import tune as tuning
+from fastres.backends.triton.tuning.tune import Attempt
 from fastres.errors import DeviceLost, UnsupportedError
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape

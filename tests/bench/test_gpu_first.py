@@ -19,7 +19,7 @@ import torch
 from gpu_families import one_of_each
 from gpu_plans import FIRST, PLANS, SECOND
 
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.planning.table import Tiles
 from fastres.kernels.cost import Target
 
 SCRIPT = Path(gpu.__file__)

@@ -18,7 +18,7 @@ from rotation import in_turn, one_pass, operand_bytes, sets_for
 
 import fastres
 from fastres import models
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.planning.table import Tiles
 from fastres.graph.cost import multiply_adds, traffic
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
@@ -251,7 +251,7 @@ import pytest, sys, torch
 sys.path.insert(0, {bench!r})
 import test_kernels as timed
 from kernel_cases import cases, name_of
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.planning.table import Tiles
 from fastres.kernels.cost import Target
 
 timed.device = lambda: torch.device("cpu")

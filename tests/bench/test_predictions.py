@@ -13,9 +13,9 @@ from predictions import LABEL, Prediction, predict
 
 import fastres
 from fastres import models
-from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.overlap import LAUNCH_US
-from fastres.backends.triton.table import Tiles, shipped_for
+from fastres.backends.triton.planning.lower import make_plan
+from fastres.backends.triton.planning.overlap import LAUNCH_US
+from fastres.backends.triton.planning.table import Tiles, shipped_for
 from fastres.graph.cost import multiply_adds
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.planning.table import Tiles
 from fastres.kernels import aot
 from fastres.kernels.cost import Target
 

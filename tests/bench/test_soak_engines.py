@@ -13,7 +13,7 @@ import torch
 from forged_engines import Source, forged, sources
 
 import fastres
-from fastres.container import MANIFEST, SEAL, seal
+from fastres.artifact.container import MANIFEST, SEAL, seal
 
 
 @pytest.fixture(scope="module")

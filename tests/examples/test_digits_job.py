@@ -14,7 +14,7 @@ from networks import facts_of
 from rich.console import Console
 from torch import Tensor
 
-from fastres.engine import Engine
+from fastres.engine.engine import Engine
 
 NAME = "bottleneck"
 

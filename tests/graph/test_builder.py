@@ -17,8 +17,8 @@ from fastres.errors import BuildError
 from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.capture import capture
 from fastres.graph.ir import Add, Graph
+from fastres.models.settling import settle
 from fastres.options import Input
-from fastres.settling import settle
 
 Hollow = Callable[..., nn.Module]
 PhotoBatch = Callable[[int, int], Tensor]

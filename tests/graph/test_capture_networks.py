@@ -18,8 +18,8 @@ from fastres.graph.builder import ResNetSpec, build_graph
 from fastres.graph.capture import capture
 from fastres.graph.ir import Aten
 from fastres.graph.passes.pipeline import optimise
+from fastres.models.settling import settle
 from fastres.options import Input
-from fastres.settling import settle
 
 Agree = Callable[..., None]
 PhotoBatch = Callable[[int, int], Tensor]

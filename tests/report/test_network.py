@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import fastres
 from fastres import models
 from fastres.backends.base import NodeTime
-from fastres.backends.triton.form import SEVERAL
-from fastres.engine import Engine
+from fastres.backends.triton.planning.form import SEVERAL
+from fastres.engine.engine import Engine
+from fastres.engine.profile import Profile, make_profile
 from fastres.graph.shapes import infer_shapes
-from fastres.profiling import Profile, make_profile
 from fastres.report.network import draw, network_page
 from fastres.report.network_boxes import Box, boxes_of, captured_and_run
 from fastres.report.network_layout import GAP, HEIGHT, WIDTH, Block, blocks_of, place

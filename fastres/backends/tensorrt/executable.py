@@ -148,7 +148,7 @@ class TensorRtExecutable:
     def _runner(self, plan: bytes) -> TensorRtRunner:
         if self._options.target is not None:
             raise elsewhere(self._options.target)
-        from fastres.backends.triton.timing import recorder
+        from fastres.backends.triton.running.timing import recorder
 
         names = [value.name for value in self._graph.inputs], output_names(self._graph)
         record = None if self._options.cuda_graph is False else recorder(self._device)

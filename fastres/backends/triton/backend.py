@@ -10,8 +10,8 @@ import torch
 
 from fastres.backends.base import Account, CompiledParts, NodeTime, Refusal
 from fastres.backends.shape_cache import ShapeCache, Shapes
-from fastres.backends.triton.eight_bits import FLOAT_OF, plain, precision_of
-from fastres.backends.triton.stored_code import brings_code
+from fastres.backends.triton.planning.eight_bits import FLOAT_OF, plain, precision_of
+from fastres.backends.triton.shipping.stored_code import brings_code
 from fastres.calib.table import CalibrationTable
 from fastres.errors import BackendUnavailable, missing
 from fastres.graph.ir import Graph
@@ -20,10 +20,10 @@ from fastres.graph.specs import Sym
 from fastres.options import DTYPE_OF, Options, Precision
 
 if TYPE_CHECKING:
-    from fastres.backends.triton.contexts import Record, Runner
-    from fastres.backends.triton.cross import CrossExecutable
-    from fastres.backends.triton.pack import Packed
-    from fastres.backends.triton.plan import Plan
+    from fastres.backends.triton.planning.plan import Plan
+    from fastres.backends.triton.running.contexts import Record, Runner
+    from fastres.backends.triton.running.pack import Packed
+    from fastres.backends.triton.shipping.cross import CrossExecutable
 
 _OLDEST = 80
 _ONE_BY_ONE = "each launch is waited for and named on stderr (sync_launches): all times are longer"
@@ -67,7 +67,7 @@ class TritonBackend:
         return quantise(graph, table, "skip", eight_bits(precision))
 
     def refusals(self, graph: Graph) -> tuple[Refusal, ...]:
-        from fastres.backends.triton.refusals import refusals
+        from fastres.backends.triton.planning.refusals import refusals
 
         return refusals(plain(graph).graph)
 
@@ -79,7 +79,7 @@ class TritonBackend:
         compiled: CompiledParts | None = None,
     ) -> TritonExecutable | CrossExecutable:
         if options.target is not None:
-            from fastres.backends.triton.cross import build
+            from fastres.backends.triton.shipping.cross import build
 
             parts = compiled or CompiledParts()
             return build(graph, options, planned(shapes, is_batched(graph)), parts)
@@ -132,13 +132,13 @@ class TritonExecutable:
         shapes: Shapes,
         compiled: CompiledParts | None = None,
     ) -> None:
-        from fastres.backends.triton.answering import launched_one_by_one
-        from fastres.backends.triton.choosing import ban, tiles_for, tuned
-        from fastres.backends.triton.lower import make_plan
-        from fastres.backends.triton.machine_code import ready_code
-        from fastres.backends.triton.pack import Packed
-        from fastres.backends.triton.stored import recorded
-        from fastres.backends.triton.timing import recorder
+        from fastres.backends.triton.planning.lower import make_plan
+        from fastres.backends.triton.running.answering import launched_one_by_one
+        from fastres.backends.triton.running.pack import Packed
+        from fastres.backends.triton.running.timing import recorder
+        from fastres.backends.triton.shipping.machine_code import ready_code
+        from fastres.backends.triton.shipping.stored import recorded
+        from fastres.backends.triton.tuning.choosing import ban, tiles_for, tuned
 
         self._graph = graph
         self._batched = is_batched(graph)
@@ -187,7 +187,7 @@ class TritonExecutable:
         self._runner(shapes)
 
     def account(self) -> Account:
-        from fastres.backends.triton.bounds import step_bounds
+        from fastres.backends.triton.planning.bounds import step_bounds
 
         banned = (f"not used: {why}" for why in self._tiles.banned.values())
         notes = (*self._notes, *banned)
@@ -200,8 +200,8 @@ class TritonExecutable:
 
         With the machine code that came with them, trusted as it was.
         """
-        from fastres.backends.triton.stored import write_plans
-        from fastres.backends.triton.stored_code import code_files
+        from fastres.backends.triton.shipping.stored import write_plans
+        from fastres.backends.triton.shipping.stored_code import code_files
 
         if not self._on_gpu:
             return CompiledParts()
@@ -244,7 +244,7 @@ def _compiling(
         raise BackendUnavailable(
             f"kernels for inputs {shapes} must be compiled here: {without_triton}{why}"
         )
-    from fastres.backends.triton.run import PlanRunner
+    from fastres.backends.triton.running.run import PlanRunner
 
     return PlanRunner(plan, constants, device, record)
 

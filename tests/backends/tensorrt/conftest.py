@@ -10,15 +10,15 @@ import torch
 
 import fastres
 from fastres import models
-from fastres.assembly import optimised
+from fastres.assembly.assemble import optimised
 from fastres.backends.tensorrt.api import Api, find_api
 from fastres.backends.tensorrt.build import build
 from fastres.backends.tensorrt.plan import Built, Range
-from fastres.calibrating import collect
 from fastres.errors import CaptureError
 from fastres.graph.ir import Graph
 from fastres.graph.onnx import to_onnx
 from fastres.graph.passes.quantise import quantise
+from fastres.quantization.calibrate import collect
 from fastres.source import source_of
 
 TARGET = "sm_86"

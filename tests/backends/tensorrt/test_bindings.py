@@ -22,7 +22,7 @@ import pytest
 HERE = Path(__file__).parent
 BINDINGS = sorted((Path(sys.prefix) / "tensorrt-bindings").glob("*"))
 
-# methods that build.py, run.py and fastres/deploy.py call, and with how many arguments
+# methods that build.py, run.py and fastres/deploy/engine.py call, and with how many arguments
 METHODS = {
     "Builder.__init__": 1,
     "Builder.create_network": 1,

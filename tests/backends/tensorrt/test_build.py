@@ -11,7 +11,7 @@ import torch
 
 import fastres
 from fastres import models
-from fastres.assembly import optimised
+from fastres.assembly.assemble import optimised
 from fastres.backends.tensorrt import build as module
 from fastres.backends.tensorrt.api import Api
 from fastres.backends.tensorrt.build import build

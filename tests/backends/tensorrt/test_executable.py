@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastres
-from fastres.assembly import optimised
+from fastres.assembly.assemble import optimised
 from fastres.backends.base import CompiledParts
 from fastres.backends.tensorrt import backend, executable
 from fastres.backends.tensorrt.api import Api
@@ -275,7 +275,7 @@ class TestCheck:
         images: Tensor,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        from fastres import parity
+        from fastres.parity import verify as parity
 
         seen: list[Any] = []
         real = parity.verify

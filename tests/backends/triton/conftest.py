@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastres
-from fastres.backends.triton.plan import Plan
-from fastres.backends.triton.stored import recorded
-from fastres.backends.triton.stored_kernels import MachineCode, read_code
+from fastres.backends.triton.planning.plan import Plan
+from fastres.backends.triton.shipping.stored import recorded
+from fastres.backends.triton.shipping.stored_kernels import MachineCode, read_code
 from fastres.kernels.binary import KernelBinary
 from fastres.kernels.tensor_map import TensorMap
 

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 import fastres
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.triton.backend import TritonExecutable
-from fastres.backends.triton.cross import launches_of
-from fastres.backends.triton.eight_bits import FLOAT_OF, inverse, is_whole, plain
-from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import (
+from fastres.backends.triton.planning.eight_bits import FLOAT_OF, inverse, is_whole, plain
+from fastres.backends.triton.planning.lower import make_plan
+from fastres.backends.triton.planning.plan import (
     AnyStep,
     LaunchBoxConv2d,
     LaunchChain,
@@ -31,12 +29,13 @@ from fastres.backends.triton.plan import (
     LoadInput,
     Plan,
 )
-from fastres.backends.triton.run import PlanRunner
-from fastres.backends.triton.run_driver import DriverRunner
-from fastres.backends.triton.table import Entry, Machine, Table, Tiles
-from fastres.backends.triton.tensors import COUNTERS
+from fastres.backends.triton.planning.table import Entry, Machine, Table, Tiles
+from fastres.backends.triton.planning.tensors import COUNTERS
+from fastres.backends.triton.running.pack import Packed
+from fastres.backends.triton.running.run import PlanRunner
+from fastres.backends.triton.running.run_driver import DriverRunner
+from fastres.backends.triton.shipping.cross import launches_of
 from fastres.calib.table import CalibrationTable
-from fastres.calibrating import collect
 from fastres.errors import UnsupportedError
 from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Graph, MaxPool, Quantize
@@ -47,6 +46,7 @@ from fastres.kernels.cost import Target
 from fastres.kernels.layout import to_nhwc
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.options import Input
+from fastres.quantization.calibrate import collect
 
 PhotoBatch = Callable[[int, int], Tensor]
 TILES = Tiles(Target.typical(90))

@@ -15,20 +15,20 @@ from torch import Tensor, nn
 import fastres
 from fastres import Preprocess
 from fastres.backends.base import CompiledParts
-from fastres.backends.triton import machine_code
 from fastres.backends.triton.backend import TritonExecutable
-from fastres.backends.triton.link import check_linked
-from fastres.backends.triton.link_build import digest_of, link, numbered
-from fastres.backends.triton.linked import Pictures
-from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import LaunchStem, LaunchStemPool, LoadInput, Plan
-from fastres.backends.triton.problems import Problem
-from fastres.backends.triton.run import PlanRunner
-from fastres.backends.triton.run_driver import DriverRunner
-from fastres.backends.triton.stored import recorded
-from fastres.backends.triton.stored_kernels import read_code
-from fastres.backends.triton.table import Entry, Machine, Table, Tiles
+from fastres.backends.triton.planning.lower import make_plan
+from fastres.backends.triton.planning.plan import LaunchStem, LaunchStemPool, LoadInput, Plan
+from fastres.backends.triton.planning.problems import Problem
+from fastres.backends.triton.planning.table import Entry, Machine, Table, Tiles
+from fastres.backends.triton.running.link import check_linked
+from fastres.backends.triton.running.linked import Pictures
+from fastres.backends.triton.running.pack import Packed
+from fastres.backends.triton.running.run import PlanRunner
+from fastres.backends.triton.running.run_driver import DriverRunner
+from fastres.backends.triton.shipping import machine_code
+from fastres.backends.triton.shipping.link_build import digest_of, link, numbered
+from fastres.backends.triton.shipping.stored import recorded
+from fastres.backends.triton.shipping.stored_kernels import read_code
 from fastres.graph.ir import Normalize
 from fastres.kernels.binary_build import arguments_of
 from fastres.kernels.cost import Target

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastres
-from fastres.backends.triton import pack
-from fastres.backends.triton.bind import bind
-from fastres.backends.triton.contexts import views
-from fastres.backends.triton.lower import make_plan
-from fastres.backends.triton.pack import Packed
-from fastres.backends.triton.plan import LaunchBoxConv2d, LaunchElementwise, Plan
-from fastres.backends.triton.regions import factors
-from fastres.backends.triton.table import Tiles
+from fastres.backends.triton.planning.lower import make_plan
+from fastres.backends.triton.planning.plan import LaunchBoxConv2d, LaunchElementwise, Plan
+from fastres.backends.triton.planning.regions import factors
+from fastres.backends.triton.planning.table import Tiles
+from fastres.backends.triton.running import pack
+from fastres.backends.triton.running.bind import bind
+from fastres.backends.triton.running.contexts import views
+from fastres.backends.triton.running.pack import Packed
 from fastres.graph.capture import capture
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise

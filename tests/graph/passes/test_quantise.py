@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from fastres.backends.reference import ReferenceExecutable
 from fastres.calib.images import Preprocess
 from fastres.calib.table import CalibrationTable
-from fastres.calibrating import collect
 from fastres.errors import InputError
 from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Dequantize, Graph, Linear, Quantize
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.passes.quantise import Placement, quantise
 from fastres.options import Input
+from fastres.quantization.calibrate import collect
 from fastres.source import source_of, taking_pictures
 
 Forward = Callable[..., Any]

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.backends.reference import ReferenceExecutable
-from fastres.calibrating import collect
 from fastres.graph import laws
 from fastres.graph.capture import capture
 from fastres.graph.ir import Conv2d, Graph, MaxPool
@@ -19,6 +18,7 @@ from fastres.graph.passes.pipeline import optimise
 from fastres.graph.passes.quantise import quantise
 from fastres.graph.passes.thin_out import thin_out
 from fastres.options import Input
+from fastres.quantization.calibrate import collect
 
 
 class Stage(nn.Module):

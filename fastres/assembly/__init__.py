@@ -1,0 +1,1 @@
+"""From an optimised graph to what an engine is made of."""

@@ -1,0 +1,1 @@
+"""Graph → Plan: which kernels, with which tiles, on which memory."""

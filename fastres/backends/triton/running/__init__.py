@@ -1,0 +1,1 @@
+"""Plan → launches: buffers, packed weights, recordings, time."""

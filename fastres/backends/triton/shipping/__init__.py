@@ -1,0 +1,1 @@
+"""Plans and machine code that travel with a saved engine."""

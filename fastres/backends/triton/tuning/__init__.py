@@ -1,0 +1,1 @@
+"""Which tile is fastest: measured where it can be, else by estimate."""
