@@ -29,7 +29,8 @@ from gpu_bench import SPARE_S
 from gpu_cache import unpack
 from gpu_carry import carrying
 from gpu_plans import EVERYTHING, PLANS, Asked
-from gpu_sections import NETS, PRECISIONS, SECTIONS, Row, Run, keep, latest
+from gpu_run import Row, Run, keep, latest
+from gpu_sections import NETS, PRECISIONS, SECTIONS
 
 from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.errors import DeviceLost, is_interrupt

@@ -15,18 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
+from gpu_run import Row, Run, settled
 from pictures import photographs
 
 import fastres
 from fastres.options import Precision
 
-if TYPE_CHECKING:
-    from gpu_sections import Run
-
-Row = dict[str, Any]
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int8")
 PEERS = (
     "eager_channels_last",
@@ -161,8 +157,6 @@ def power(run: Run) -> Iterator[Row]:
     if shutil.which("nvidia-smi") is None:
         yield {"name": "not run", "reason": "there is no nvidia-smi to read the power draw with"}
         return
-    from gpu_sections import settled
-
     model = settled(run.tuned, "v1.5", run)
     for batch in run.batch_sizes:
         x = photographs(batch, run.image_size)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from answers import answer
+from gpu_run import Row, Run
 from kernel_cases import KernelCase, ProductCase, cases, name_of
 from questions_case import Posed
 
@@ -20,9 +21,6 @@ from fastres.backends.triton.planning.table import Tiles
 from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.kernels.launch import Launch
 from fastres.options import Options
-
-if TYPE_CHECKING:
-    from gpu_sections import Row, Run
 
 BATCH = 1  # of pictures, where a family has such a case: operands are laid out in no time
 

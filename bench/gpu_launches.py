@@ -15,6 +15,7 @@ import torch
 from gpu_families import one_of_each
 from gpu_networks import NETWORKS
 from gpu_plans import Asked, Plan
+from gpu_run import FAST, TRIED, made, problems
 from kernel_cases import name_of
 from quantised import in_precision
 
@@ -80,8 +81,6 @@ def _questions(asked: Asked, target: Target, size: int) -> Iterator[Job]:
 
 def _tuning(asked: Asked, target: Target, size: int) -> Iterator[Job]:
     """The first tile of every problem, then the second of each, and so on."""
-    from gpu_sections import TRIED, problems
-
     found = [
         problem
         for version in ("v1.5", "v1")
@@ -92,8 +91,6 @@ def _tuning(asked: Asked, target: Target, size: int) -> Iterator[Job]:
 
 
 def _speed(asked: Asked, target: Target, size: int) -> Iterator[Job]:
-    from gpu_sections import FAST
-
     for version in ("v1.5", "v1"):
         for batch in asked.batch_sizes:
             for precision in FAST:
@@ -119,8 +116,6 @@ def _of_plan(
     net: str, version: str, precision: Precision, batch: int, target: Target, size: int
 ) -> Iterator[Launch]:
     """With the tiles that are shipped, and pictures as floats of either size."""
-    from gpu_sections import made
-
     shape = (batch, 3, size, size)
     graph = optimise(capture(made(net, version).eval(), [fastres.Input(shape)]).graph)
     graph = in_precision(graph, shape, precision)

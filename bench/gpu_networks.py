@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from answers import answer
+from gpu_run import Row, Run, settled
 from pictures import photographs
 
 import fastres
@@ -21,9 +22,6 @@ from fastres.backends.triton.running.timing import recorder
 from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.options import Options, Precision
 from fastres.timing.checks import judge, reference
-
-if TYPE_CHECKING:
-    from gpu_sections import Row, Run
 
 VERIFIED = 4  # images of a batch
 CALLS = 20  # timed, after some to warm up
@@ -46,8 +44,6 @@ def networks(run: Run) -> Iterator[Row]:
 
 def _asked(run: Run, precision: Precision, batch: int) -> Row:
     """One network: its verdict on some of the batch, milliseconds of a call, and of each step."""
-    from gpu_sections import settled
-
     model = settled(run.nets[0], "v1.5", run)
     pictures = photographs(batch, run.image_size)
     started = time.perf_counter()

@@ -10,12 +10,10 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpu_bench import interrupted
-
-if TYPE_CHECKING:
-    from gpu_sections import Row, Run
+from gpu_run import Row, Run
 
 _BENCH = Path(__file__).parent
 _SPARE = 10.0  # seconds for the last benchmark to end and the results to be written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -11,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,16 +23,23 @@ from gpu_families import families, one_of_each
 from gpu_launches import Job, built_for, launches
 from gpu_networks import networks
 from gpu_pytest import kernels, tests
+from gpu_run import (
+    FAST,
+    PARITY_BATCH,
+    TRIED,
+    Row,
+    Run,
+    problems,
+    settled,
+    versions,
+)
 from gpu_stem import stem
 from gpu_tensorrt import tensorrt
 from kernel_cases import name_of
 from pictures import photographs
-from quantised import in_precision
 from torch import Tensor, nn
 
 import fastres
-from fastres import models
-from fastres.backends.triton.planning.lower import make_plan
 from fastres.backends.triton.planning.problems import Problem
 from fastres.backends.triton.planning.table import (
     Table,
@@ -47,87 +52,15 @@ from fastres.backends.triton.planning.table import (
 from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.backends.triton.tuning.tune import precompile, tune
 from fastres.graph.copies import copied
-from fastres.graph.passes.pipeline import optimise
-from fastres.kernels import cost
 from fastres.kernels.aot import compile_kernel, key_of
 from fastres.options import Options, Precision
 from fastres.timing.benchmark import Target, benchmark
 from fastres.timing.machine import machine
 
-Row = dict[str, Any]
-PARITY_BATCH = 4
-TRIED = 10  # tiles of a problem
-FAST: tuple[Precision, ...] = ("fp16", "int8")  # tuned and timed
 NETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "wide_resnet50")
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int8", "bf16", "tf32", "fp32")
 BOTH_LAUNCHES = (1, 32)  # batches at which launches are compared, dependent and not
 POWER = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What was asked for, and when to stop."""
-
-    out: Path
-    device: torch.device
-    nets: Sequence[str]
-    precisions: Sequence[Precision]
-    batch_sizes: Sequence[int]
-    image_size: int
-    until: float
-    groups: Sequence[str] = ()  # of questions, those whose names begin so; all if empty
-
-    @property
-    def tuned(self) -> str:
-        """The network whose problems are tuned, and which is timed."""
-        return "resnet50" if "resnet50" in self.nets else self.nets[0]
-
-    def rows(self, section: str) -> list[Row]:
-        """Results of earlier runs and of this one, the last of each name."""
-        return list(latest(self.out, section).values())
-
-    def keep(self, section: str, row: Row) -> None:
-        keep(self.out, section, row)
-
-
-def keep(out: Path, section: str, row: Row) -> None:
-    """Adds a row to those of a folder."""
-    path = out / "gpu.jsonl"
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * torn + json.dumps({"section": section, **row}) + "\n")
-
-
-def latest(out: Path, section: str) -> dict[str, Row]:
-    """The last line of each name, of all runs with that folder."""
-    path = out / "gpu.jsonl"
-    rows: dict[str, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):  # a line that was broken off with its run
-            if (row := json.loads(line))["section"] == section:
-                rows[row["name"]] = row
-    return rows
-
-
-def settled(name: str, version: str, run: Run) -> nn.Module:
-    """A network whose statistics fit the photographs, so that its numbers can go wrong."""
-    model = made(name, version)
-    return models.settle(model, photographs(3, run.image_size))
-
-
-def made(name: str, version: str) -> nn.Module:
-    factory, _, depth = name.partition(":")
-    arguments = (int(depth),) if depth else ()
-    more = {"version": version} if name.startswith("resnet") and name[6:] in _BOTTLENECKS else {}
-    model: nn.Module = getattr(models, factory)(*arguments, seed=0, **more)
-    return model
-
-
-_BOTTLENECKS = ("50", "101", "152")
-
-
-def _versions(name: str) -> tuple[str, ...]:
-    return ("v1.5", "v1") if name.startswith("resnet") and name[6:] in _BOTTLENECKS else ("v1.5",)
 
 
 def facts(run: Run) -> Iterator[Row]:
@@ -149,7 +82,7 @@ def compiling(run: Run) -> Iterator[Row]:
     jobs += [("plan", *net, batch, target, run.image_size) for net, batch in _plans(run)]
     jobs += [("question", case.name, target) for case in questions.cases(Tiles(target))]
     for batch in run.batch_sizes:
-        for version in _versions(run.tuned):
+        for version in versions(run.tuned):
             jobs += [("tiles", p, target) for p in _problems(version, batch, run)]
     jobs += [("kernel", name_of(case), target) for case in kernel_cases.cases()]
     workers = max(1, len(os.sched_getaffinity(0)) - 2)
@@ -169,10 +102,10 @@ def compiling(run: Run) -> Iterator[Row]:
 
 def _plans(run: Run) -> Iterator[tuple[tuple[str, str, Precision], int]]:
     for net in run.nets:
-        for version in _versions(net):
+        for version in versions(net):
             for precision in run.precisions:
                 yield (net, version, precision), PARITY_BATCH
-    for version in _versions(run.tuned):
+    for version in versions(run.tuned):
         for batch in run.batch_sizes:
             for precision in FAST:
                 yield (run.tuned, version, precision), batch
@@ -196,7 +129,7 @@ def parity(run: Run) -> Iterator[Row]:
     """Every network in every precision against PyTorch in float64."""
     x = photographs(PARITY_BATCH, run.image_size)
     for net in sorted(run.nets, key=lambda name: name != "resnet50"):
-        for version in _versions(net):
+        for version in versions(net):
             made = cache(partial(settled, net, version, run))  # not where all is known
             for precision in run.precisions:
                 name = f"{net} {version} {precision}"
@@ -220,7 +153,7 @@ def tuning(run: Run) -> Iterator[Row]:
     path = cache_path(this, str(run.out))
     table = read_table(path, this)
     for batch in sorted(run.batch_sizes, reverse=True):
-        for version in _versions(run.tuned):
+        for version in versions(run.tuned):
             for problem in _problems(version, batch, run):
                 if problem.key in table.entries:
                     continue
@@ -250,30 +183,6 @@ def _problems(version: str, batch: int, run: Run) -> list[Problem]:
     return problems(version, batch, *asked, tiles.target, run.tuned, tiles.library)
 
 
-def problems(
-    version: str,
-    batch: int,
-    precisions: Sequence[Precision],
-    image_size: int,
-    target: cost.Target,
-    net: str = "resnet50",
-    library: str | None = None,
-) -> list[Problem]:
-    """What plans of a network want tiles for, in those of the precisions that are tuned.
-
-    Args:
-        library: the vendor's that is there (`vendor.library`), which is timed beside our kernels.
-    """
-    weights = made(net, version).state_dict()
-    shape = (batch, 3, image_size, image_size)
-    graph = optimise(fastres.build(weights, version=version, inputs=fastres.Input(shape)))
-    tiles = Tiles(target, (), library)
-    for precision in FAST:
-        if precision in precisions:
-            make_plan(in_precision(graph, shape, precision), (shape,), precision, tiles)
-    return tiles.asked()
-
-
 def speed(run: Run) -> Iterator[Row]:
     """Ours in fp16 and int8 beside PyTorch's own ways in fp16, interleaved.
 
@@ -281,7 +190,7 @@ def speed(run: Run) -> Iterator[Row]:
     each to build, comes after all of these, beside the two once more.
     """
     torch.backends.cudnn.benchmark = True
-    networks = [(version, batch) for version in _versions(run.tuned) for batch in run.batch_sizes]
+    networks = [(version, batch) for version in versions(run.tuned) for batch in run.batch_sizes]
     for compiled in (False, True):
         for version, batch in networks:
             modes = _modes(version, batch) if compiled else ()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from answers import answer
+from gpu_run import Row, Run
 from torch import Tensor
 
 from fastres.backends.triton.running.timing import milliseconds
@@ -22,9 +22,6 @@ from fastres.kernels.layout import to_nhwc
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem_launch
 from fastres.tolerances import errors
-
-if TYPE_CHECKING:
-    from gpu_sections import Row, Run
 
 
 def stem(run: Run) -> Iterator[Row]:

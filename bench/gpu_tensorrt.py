@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gpu_run import PARITY_BATCH, Run, settled
 from pictures import photographs
 
 import fastres
@@ -17,9 +18,6 @@ from fastres.backends.select import BACKENDS
 from fastres.graph.copies import copied
 from fastres.options import Precision
 from fastres.timing.benchmark import Target, benchmark
-
-if TYPE_CHECKING:
-    from gpu_sections import Run
 
 NETS = ("resnet18", "resnet50", "resnet101")
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int8")
@@ -36,8 +34,6 @@ def tensorrt(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _parity(run: Run) -> Iterator[dict[str, Any]]:
-    from gpu_sections import PARITY_BATCH, settled
-
     x = photographs(PARITY_BATCH, run.image_size)
     for net in NETS:
         model = settled(net, "v1.5", run)
@@ -60,8 +56,6 @@ def _parity(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _speed(run: Run) -> Iterator[dict[str, Any]]:
-    from gpu_sections import settled
-
     for batch in run.batch_sizes:
         x = photographs(batch, run.image_size).half().to(run.device)
         x = x.contiguous(memory_format=torch.channels_last)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from answers import answer
+from gpu_run import Row, Run
 from questions_case import Case, compiled
 from questions_gemm import layouts, peaks
 from questions_system import chains, launches, loads
@@ -25,9 +26,6 @@ from fastres.backends.triton.running.timing import milliseconds
 from fastres.backends.triton.tuning.choosing import tiles_for
 from fastres.kernels.cost import Target
 from fastres.options import Options
-
-if TYPE_CHECKING:
-    from gpu_sections import Row, Run
 
 _SETS = 8  # of operands at most
 

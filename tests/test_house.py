@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,68 +15,19 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"fastres": "fastres", "kernels": "fastres.kernels", "calib": "fastres.calib"}
 SOURCES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 
-# A module may import from its own floor and from those below it.
-FLOORS: tuple[tuple[str, ...], ...] = (
-    ("fastres.wording",),
-    ("fastres.kernels",),
-    ("fastres.calib",),
-    (
-        "fastres.errors",
-        "fastres.deadlines",
-        "fastres.streams",
-        "fastres.tolerances",
-        "fastres.text",
-        "fastres.models.settling",
-        "fastres.models.blocks",
-    ),
-    ("fastres.options", "fastres.models"),
-    (
-        "fastres.weights",
-        "fastres.checkpoints.files",
-        "fastres.checkpoints.pickles",
-        "fastres.checkpoints.zips",
-        "fastres.checkpoints.reading",
-        "fastres.graph",
-    ),
-    ("fastres.backends",),
-    (
-        *("fastres.engine.engine", "fastres.engine.info", "fastres.engine.inputs"),
-        *("fastres.engine.allowance", "fastres.engine.tracing", "fastres.engine.predict"),
-        *("fastres.assembly.parts", "fastres.engine.running"),
-    ),
-    (
-        "fastres.artifact.contents",
-        "fastres.artifact.container",
-        "fastres.artifact.manifest",
-        "fastres.artifact.preprocess",
-        "fastres.parity.oracle",
-        "fastres.parity.other_dtypes",
-        "fastres.parity.references",
-        "fastres.parity.verify",
-        "fastres.parity.layers",
-        "fastres.parity.report",
-        "fastres.engine.profile",
-        "fastres.summaries",
-        "fastres.timing",
-        "fastres.building",
-        "fastres.compiler",
-        "fastres.source",
-        "fastres.quantization.calibrate",
-        "fastres.quantization.data",
-        "fastres.quantization.data_kinds",
-        "fastres.quantization.image_noise",
-        "fastres.quantization.search",
-        "fastres.quantization.quantize",
-        "fastres.exporting",
-        "fastres.deploy",
-        "fastres.deploy.triton",
-        "fastres.deploy.weights",
-        "fastres.installed",
-    ),
-    ("fastres.report",),
-    ("fastres.cli",),
-    ("fastres.__main__",),
-)
+EXAMPLES = ("utils.py", "runtime/cache.py", "setup.py")  # that the docs speak of, and are not here
+GROUND = [ROOT / "bench", ROOT / "examples"]
+
+
+def floors() -> list[list[str]]:
+    """From the ground up: the rows of the table in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("| floor | of `fastres` |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(\w+)`", line) for line in table.splitlines()[2:]]
+    return [[f"fastres.{name}" for name in row] for row in reversed(rows)]
+
+
+FLOORS = floors()
 ONLY_IN = {  # package → the modules that may import it
     "triton": ("fastres.kernels", "fastres.backends.triton"),
     "openvino": ("fastres.backends.openvino_runtime",),
@@ -112,49 +65,67 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: Path, *, top_level_only: bool = False) -> list[str]:
-    """Every module that a file imports, those under `if TYPE_CHECKING` left out."""
-    tree = ast.parse(path.read_text())
+def imports_of(path: Path) -> list[str]:
+    """Every module that a file imports: inside functions and for types alone, too."""
     found: list[str] = []
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            return
-        if top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            return
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found.append(node.module or "")
             found.extend(f"{node.module}.{alias.name}" for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(tree)
     return found
 
 
 def floor_of(module: str) -> int | None:
-    matches = [
-        (len(prefix), i)
-        for i, floor in enumerate(FLOORS)
-        for prefix in floor
-        if module == prefix or module.startswith(prefix + ".")
-    ]
-    return max(matches)[1] if matches else None
+    for i, floor in enumerate(FLOORS):
+        if any(module == name or module.startswith(name + ".") for name in floor):
+            return i
+    return None
+
+
+def looks_up(module: str, imports: Iterable[str]) -> list[str]:
+    """What a module imports from above it."""
+    own = floor_of(module)
+    assert own is not None, f"{module} stands on no floor: add it to the table in architecture.md"
+    return [name for name in imports if (floor_of(name) or 0) > own]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_imports_point_downwards(path: Path) -> None:
-    module = module_of(path)
-    if module == "fastres":
-        return  # the public face imports everything, lazily
-    own = floor_of(module)
-    assert own is not None, f"{module} stands on no floor: add it to FLOORS"
-    for name in imports_of(path, top_level_only=True):
-        target = floor_of(name)
-        assert target is None or target <= own, f"{module} imports {name}, which is above it"
+    if module_of(path) != "fastres":  # the public face imports everything, lazily
+        assert not looks_up(module_of(path), imports_of(path))
+
+
+def test_a_look_upwards_is_seen(tmp_path: Path) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text("def f():\n    from fastres.compiler import compile\n")
+    assert looks_up("fastres.engine.planted", imports_of(planted)) == [
+        "fastres.compiler",
+        "fastres.compiler.compile",
+    ]
+    planted.write_text("if TYPE_CHECKING:\n    from fastres.cli import flags\n")
+    assert looks_up("fastres.engine.planted", imports_of(planted))
+    planted.write_text("from fastres.graph import ir\n")
+    assert not looks_up("fastres.engine.planted", imports_of(planted))
+
+
+def circle_of(imports: Mapping[str, Iterable[str]]) -> set[str]:
+    """Files that import each other in a circle, and those that stand upon them; none if none."""
+    left = {name: set(found) & imports.keys() - {name} for name, found in imports.items()}
+    while free := [name for name, found in left.items() if not found & left.keys()]:
+        for name in free:
+            del left[name]
+    return set(left)
+
+
+def test_no_files_import_each_other() -> None:
+    modules = {module_of(path): imports_of(path) for path in SOURCES}
+    assert not circle_of({name: found for name, found in modules.items() if name != "fastres"})
+    for folder in GROUND:
+        assert not circle_of({path.stem: imports_of(path) for path in folder.glob("*.py")})
+    assert circle_of({"a": ["b"], "b": ["c"], "c": ["a", "d"], "d": []}) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -194,6 +165,19 @@ def test_every_folder_is_in_the_wheel(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert not_published(tmp_path) == ["inner/forgotten"]
+
+
+def test_files_that_the_docs_name_are_there() -> None:
+    there = {str(path.relative_to(ROOT)) for path in ROOT.glob("[!.]*/**/*.py")}
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        if page.name == "CHANGELOG.md":
+            continue
+        for name in re.findall(r"`([\w/]+\.py)`", page.read_text()):
+            known = name in EXAMPLES or "NAME" in name
+            assert known or any(f"/{path}".endswith(f"/{name}") for path in there), (
+                page.name,
+                name,
+            )
 
 
 def test_import_fastres_is_lazy() -> None:
