@@ -13,7 +13,7 @@ import msgspec
 import torch
 import torch.utils._pytree as pytree
 
-from fastres import artifact
+from fastres.artifact.contents import Contents, write
 from fastres.assembly.assemble import with_weights
 from fastres.assembly.parts import Lowered, Parts
 from fastres.backends.base import CompiledParts, Executable, elsewhere
@@ -318,7 +318,7 @@ class Engine:
             ArtifactError: the path holds something else or cannot be written, or the model returns
                 something that cannot be written down.
         """
-        contents = artifact.Contents(
+        contents = Contents(
             self.graph,
             self.source,
             replace(self.options, backend=(self.backend.name,)),
@@ -327,7 +327,7 @@ class Engine:
             self.ignored_weights,
             dict(self.compiled_parts().files),
         )
-        artifact.write(contents, path)
+        write(contents, path)
 
     def compiled_parts(self) -> CompiledParts:
         """What was compiled and is worth keeping; see `Executable.compiled`."""

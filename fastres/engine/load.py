@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastres import artifact
+from fastres.artifact import contents
 from fastres.engine.engine import Engine
 from fastres.errors import InputError
 from fastres.options import PathLike, as_device, integer
@@ -48,7 +48,7 @@ def load(
     if max_bytes is not None:
         max_bytes = integer("max_bytes", max_bytes)
     return Engine(
-        artifact.restored(
+        contents.restored(
             path,
             device=as_device(device),
             target=target,
