@@ -247,7 +247,7 @@ def test_a_whole_model_and_an_optimizer(tmp_path: Path) -> None:
     for content, named in (
         (model, "torch.nn.modules.linear.Linear"),
         ({"model": model, "epoch": 3}, "torch.nn.modules.linear.Linear"),
-        (models.cifar_resnet(8), "fastres.models.ResNet"),
+        (models.cifar_resnet(8), "fastres.models.resnet.ResNet"),
         ({"model": table(), "optimizer": torch.optim.SGD(model.parameters())}, "torch.optim.sgd"),
     ):
         torch.save(content, tmp_path / "net.pth")
