@@ -13,13 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from forged_engines import TEXTS, WHOLE, Files, Json, leaf, leaves
 
 import fastres
 from fastres import models
-from fastres.backends.triton.stored import PLANS
+from fastres.backends.triton import lower
+from fastres.backends.triton.overlap import with_overlap
+from fastres.backends.triton.stored import PLANS, Stored, write_plans
 from fastres.backends.triton.stored_kernels import KERNELS
+from fastres.backends.triton.table import Tiles
 from fastres.container import MANIFEST, SEAL, seal
+from fastres.errors import ArtifactError
+from fastres.graph.ir import Graph
+from fastres.kernels.cost import Target
 
 TILES = (
     *(1, 2, 3, 4, 8, 15, 16, 24, 32, 64, 128, 256, 512, 1024),
@@ -42,9 +49,15 @@ def sources(folder: Path) -> None:
             engine.save(folder / name)
 
 
-def forged(files: Files, chance: random.Random) -> Files:
+def forged(files: Files, chance: random.Random, graph: Graph) -> Files:
     """The engine with changed parts, and digests that fit."""
     made = dict(files)
+    if chance.random() < 0.3:  # other tiles, and all that follows from them
+        document = json.loads(made[PLANS])
+        for _ in range(chance.choice([1, 1, 2, 4])):
+            _tile(document, chance)
+        made[PLANS] = _fitted(json.dumps(document).encode(), graph)
+        return resealed(made)
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         name = chance.choice([PLANS, PLANS, KERNELS])
         document = json.loads(made[name])
@@ -52,6 +65,20 @@ def forged(files: Files, chance: random.Random) -> Files:
         change(document, chance)
         made[name] = json.dumps(document, separators=(",", ":")).encode()
     return resealed(made)
+
+
+def _fitted(text: bytes, graph: Graph) -> bytes:
+    """Plans with the memory and the choices that follow from their tiles, where any do."""
+    target = Target.typical(90)
+    try:
+        stored = msgspec.json.decode(text, type=Stored)
+        steps = {step.node: step for step in stored.plans[0].steps}
+        shapes = stored.plans[0].input_shapes
+        plan = lower._Planner(graph, shapes, "fp16", Tiles(target), steps).plan()
+    except (ArtifactError, ValueError, msgspec.MsgspecError):
+        return text
+    plan = with_overlap(plan, target, stored.plans[0].dependent)
+    return write_plans(stored.target, [plan], ())[PLANS]
 
 
 def resealed(files: Files) -> Files:

@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import checkout  # noqa: F401
 import numpy as np
@@ -34,7 +34,7 @@ from forged_parts import SHAPES, Files, forged, sources
 from soaking import UNWELL, supervised
 
 import fastres
-from fastres import deploy, deploy_triton
+from fastres import artifact, deploy, deploy_triton
 from fastres.backends.reference import ReferenceExecutable
 from fastres.backends.triton import backend, cross, machine_code
 from fastres.backends.triton.run_driver import DriverRunner
@@ -45,6 +45,7 @@ from fastres.errors import (
     OutOfMemory,
     UnsupportedError,
 )
+from fastres.graph.ir import Graph
 from fastres.kernels.binary import KernelBinary
 from fastres.kernels.tensor_map import TensorMap
 
@@ -53,6 +54,13 @@ HANGS = 30  # seconds after which a process is ended; of a call in the interpret
 DOCUMENTED = (ArtifactError, BackendUnavailable, InputError, OutOfMemory, UnsupportedError)
 GPU_BYTES, GPU_START = 80 << 30, 1 << 40
 ERROR = 5e-3  # of fp16, where only the order of sums may differ
+
+
+class Known(NamedTuple):
+    """A sound engine: its files, and its graph."""
+
+    files: Files
+    graph: Graph
 
 
 class Driver:
@@ -145,11 +153,12 @@ def interpreted(path: Path, trust: bool, name: str) -> str:
 _CALLED: set[str] = set()
 
 
-def case(number: int, seed: int, known: dict[str, Files], folder: Path, interpret: bool) -> str:
+def case(number: int, seed: int, known: dict[str, Known], folder: Path, interpret: bool) -> str:
     """What became of one case: how it was taken, the kind of a refusal, or what was not well."""
     chance = random.Random(seed * 10**9 + number)
     name = chance.choice(sorted(known))
-    files, path = forged(known[name], chance), folder / str(number)
+    sound, graph = known[name]
+    files, path = forged(sound, chance, graph), folder / str(number)
     path.mkdir()
     for file, data in files.items():
         (path / file).write_bytes(data)
@@ -184,7 +193,9 @@ def run_chunk(start: int, stop: int, seed: int, interpret: bool, sound: Path) ->
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     known = {
-        part.name: {file.name: file.read_bytes() for file in part.iterdir()}
+        part.name: Known(
+            {f.name: f.read_bytes() for f in part.iterdir()}, artifact.read(part).graph
+        )
         for part in sound.iterdir()
     }
     if not interpret:

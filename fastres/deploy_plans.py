@@ -111,10 +111,10 @@ def check_linked(
             raise ArtifactError(f"{name} lies outside of the {plan.arena_bytes} bytes of the plan")
     for name, shape in plan.outputs:
         n, *rest = shape if min(shape, default=0) > 0 else (0,)
-        place = plan.places[name].shape
-        is_map = len(rest) == 3 and place == (n, *rest[1:], rest[0])
-        if not (is_map or (rest and place[:1] == (n,) and math.prod(place) == math.prod(shape))):
-            raise ArtifactError(f"{name} lies there as {list(place)}, expected {list(shape)}")
+        stored = plan.places[name].shape
+        is_map = len(rest) == 3 and stored == (n, *rest[1:], rest[0])
+        if not (is_map or (rest and stored[:1] == (n,) and math.prod(stored) == math.prod(shape))):
+            raise ArtifactError(f"{name} lies there as {list(stored)}, expected {list(shape)}")
 
 
 def check_inputs(plan: Plan, loads: Sequence[Step]) -> None:
