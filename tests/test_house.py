@@ -68,6 +68,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fastres.exporting",
         "fastres.deploy",
         "fastres.deploy_triton",
+        "fastres.deploy_plans",
         "fastres.deploy_weights",
         "fastres.installed",
     ),

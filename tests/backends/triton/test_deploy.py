@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import fastres
-from fastres import container, deploy, deploy_triton
+from fastres import container, deploy, deploy_plans, deploy_triton
 from fastres.backends.triton.pack import Packed
 from fastres.backends.triton.plan import LoadInput, Norm, Place, Plan
 from fastres.backends.triton.run_driver import DriverRunner
@@ -190,7 +190,7 @@ class Twins:
         self.before = {key: raw(tensor) for key, tensor in self.weights.items()}
         addresses = [tensor.data_ptr() for tensor in self.weights.values()]
         self.ours = fake_driver(list(saved.code.kernels.values()))
-        plans = msgspec.json.decode(saved.files[PLANS], type=deploy_triton._Plans).plans
+        plans = msgspec.json.decode(saved.files[PLANS], type=deploy_plans.Plans).plans
         self.engine = TritonEngine(
             saved.code,
             plans,
@@ -346,7 +346,7 @@ class TestSaved:
             deploy.load(folder, trust_engine=True)
 
     def test_plans_and_code_that_do_not_go_together(self, cifar: Any, fake_driver: Any) -> None:
-        plans = msgspec.json.decode(cifar.files[PLANS], type=deploy_triton._Plans).plans
+        plans = msgspec.json.decode(cifar.files[PLANS], type=deploy_plans.Plans).plans
         graph, code = cifar.engine.graph, read_code(cifar.files)
         assert code is not None
         room = np.zeros(2**22, np.uint8)
