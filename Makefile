@@ -83,6 +83,8 @@ soak: dev  ## damaged files, forged engines, killed savers, leaks: by ten thousa
 	$(BIN)/python bench/soak_leaks.py
 	$(BIN)/python bench/soak_engines.py
 	$(BIN)/python bench/soak_engines.py --calls 0.9
+	$(BIN)/python bench/soak_parts.py
+	$(BIN)/python bench/soak_parts.py --interpret
 
 CACHED = $(if $(wildcard $(CACHE)),--cache $(CACHE))
 

@@ -106,9 +106,9 @@ def forged(files: Files, chance: random.Random, calls: float) -> Files:
             continue
         match chance.randrange(8):
             case 0 | 1 | 2:
-                _leaf(graph, chance)
+                leaf(graph, chance)
             case 3:
-                _leaf({k: manifest[k] for k in ("options", "inputs", "preprocess")}, chance)
+                leaf({k: manifest[k] for k in ("options", "inputs", "preprocess")}, chance)
             case 4 | 5:
                 _node(graph, chance)
             case 6:
@@ -136,9 +136,9 @@ def _text(document: Json) -> bytes:
         return json.dumps(document, separators=(",", ":")).encode()
 
 
-def _leaf(document: Any, chance: random.Random) -> None:
+def leaf(document: Any, chance: random.Random) -> None:
     """Another value for a number, a text or an empty place."""
-    places = list(_leaves(document))
+    places = list(leaves(document))
     if not places:
         return
     holder, key = chance.choice(places)
@@ -155,11 +155,11 @@ def _leaf(document: Any, chance: random.Random) -> None:
         holder[key] = chance.choice(TEXTS)
 
 
-def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
+def leaves(value: Any) -> Iterator[tuple[Any, Any]]:
     parts = value.items() if isinstance(value, dict) else enumerate(value)
     for key, part in parts:
         if isinstance(part, dict | list) and part:
-            yield from _leaves(part)
+            yield from leaves(part)
         else:
             yield value, key
 

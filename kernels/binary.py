@@ -133,6 +133,21 @@ class KernelHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def __post_init__(self) -> None:
         for parameter in self.parameters:
             _check_parameter(parameter, self)
+        numbers = {
+            "num_warps": (self.num_warps, 1, 32),
+            "num_ctas": (self.num_ctas, 1, 16),
+            "shared_bytes": (self.shared_bytes, 0, 2**20),
+            "global_scratch": (self.global_scratch.bytes, 0, 2**31),
+            "profile_scratch": (self.profile_scratch.bytes, 0, 2**31),
+            "their alignment": (
+                min(self.global_scratch.alignment, self.profile_scratch.alignment),
+                1,
+                2**31,
+            ),
+        }
+        for name, (number, least, most) in numbers.items():
+            if not least <= number <= most:
+                raise ValueError(f"{name} is {number}, expected {least} to {most}")
 
     @property
     def signature(self) -> dict[str, str]:
@@ -229,7 +244,7 @@ def pack(
 
 
 def _check_names(header: KernelHeader, values: Mapping[str, Value | Constant]) -> None:
-    signature = header.signature
+    signature = {p.argument: p.type for p in header.parameters if p.argument}
     missing = [name for name in signature if name not in values]
     unknown = [name for name in values if name not in signature and name not in header.constants]
     if missing or unknown:
@@ -251,12 +266,14 @@ def _check_scratch(name: str, scratch: Scratch, address: int) -> None:
 
 
 def _check_parameter(parameter: Parameter, header: KernelHeader) -> None:
-    """Refuses types that are not known, and descriptors without a box."""
+    """Refuses types that are not known, descriptors without a box, and what has no value."""
     known = parameter.type.startswith("*") or parameter.type in FORMATS
     if parameter.is_descriptor:
         known = parameter.argument in header.boxes
     if parameter.part in ("shape", "stride"):
         box = header.boxes.get(parameter.argument)
         known = known and box is not None and 0 <= parameter.dim < len(box.box)
+    scratch = parameter.part in ("global scratch", "profile scratch")
+    known = known and scratch == (parameter.argument == "")
     if not known:
         raise ValueError(f"no launch can pass on {parameter}")

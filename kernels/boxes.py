@@ -13,11 +13,13 @@ import torch
 
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape, Pair
-from fastres.kernels.tiles import least_depth, summed_by_steps
+from fastres.kernels.tiles import MOST_STAGES, least_depth, summed_by_steps
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn)
 _BARRIERS = 2048  # bytes of shared memory for barriers and alignment
 _BLOCK_LIMIT = 256  # the copy engine's limit on each side of a box
+_MOST_PARTS = 16  # of a depth: each takes 32 bits of workspace for every element of the output
+_MOST_PROGRAMS = 32  # that an SM holds
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ class BoxTile:
             )
         if self.num_warps not in (4, 8):
             raise ValueError(f"num_warps is {self.num_warps}, expected 4 or 8")
-        if min(self.num_stages, self.split_k, self.programs_per_sm) < 1:
+        numbers = self.num_stages, self.split_k, self.programs_per_sm
+        limits = MOST_STAGES, _MOST_PARTS, _MOST_PROGRAMS
+        if any(not 1 <= number <= most for number, most in zip(numbers, limits, strict=True)):
             raise ValueError(
                 f"num_stages is {self.num_stages}, split_k {self.split_k}, programs_per_sm "
-                f"{self.programs_per_sm}; expected each to be at least 1"
+                f"{self.programs_per_sm}; expected each to be at least 1, and at most {limits}"
             )
         if self.last_adds and self.split_k == 1:
             raise ValueError("last_adds is set with split_k 1: there are no parts to add")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastres.kernels.cost import Cost, Target, Work
-from fastres.kernels.tiles import GemmShape
+from fastres.kernels.tiles import MOST_STAGES, GemmShape
 
 WIDTHS = (64, 128)  # of the 3x3; wider ones wait for arithmetic, and would fill shared memory
 DEPTH = 64  # channels in one step of the 3x3, and the granularity of every channel count
@@ -138,10 +138,11 @@ class ChainTile:
             )
         if self.num_warps not in (4, 8):
             raise ValueError(f"num_warps is {self.num_warps}, expected 4 or 8")
-        if min(self.num_stages, self.chunk_stages) < 1:
+        stages = self.num_stages, self.chunk_stages
+        if not 1 <= min(stages) <= max(stages) <= MOST_STAGES:
             raise ValueError(
                 f"num_stages is {self.num_stages} and chunk_stages {self.chunk_stages}, expected "
-                "each to be at least 1"
+                f"each to be at least 1, and at most {MOST_STAGES}"
             )
 
     def __str__(self) -> str:

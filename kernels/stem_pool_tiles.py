@@ -35,6 +35,7 @@ class StemPoolTile:
         blocks = (self.block_p, self.block_q, self.block_k)
         if any(block & (block - 1) for block in blocks) or min(blocks) < 2 or self.block_k < 16:
             raise ValueError(f"blocks are {blocks}, expected powers of two of at least 2, 2 and 16")
+        _ = self.product  # which refuses other numbers of warps and stages
 
     def __str__(self) -> str:
         blocks = f"{self.block_p}x{self.block_q}x{self.block_k}"

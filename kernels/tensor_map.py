@@ -15,6 +15,7 @@ import msgspec
 TENSOR_MAP_BYTES = 128
 _TFLOAT32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32: fp32 rounded to tf32 on the way
 _FLOAT_TYPES = (6, 7, 8, 9, 10, 11, 12)  # CUtensorMapDataType from FLOAT16 to TFLOAT32_FTZ
+_TYPES = range(13)
 MAX_DIMS = 5
 
 
@@ -96,6 +97,11 @@ def tensor_map(name: str, view: TensorView, layout: BoxLayout) -> TensorMap:
         raise ValueError(
             f"{name} has shape {list(view.shape)} and strides {list(view.strides)}, expected "
             f"{rank} of each as in its box {list(layout.box)}, and no more than {MAX_DIMS}"
+        )
+    if not all(1 <= size <= 256 for size in layout.box) or layout.element_type not in _TYPES:
+        raise ValueError(
+            f"{name} has boxes of {list(layout.box)} elements of type {layout.element_type}, "
+            "expected sides from 1 to 256 and a CUtensorMapDataType"
         )
     if view.address % 16:
         raise ValueError(f"{name} lies at address {view.address:#x}, expected a multiple of 16")

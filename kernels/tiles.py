@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fastres.kernels.cost import Target, Work
 
+MOST_STAGES = 8  # of a pipeline; the candidates of every kernel have fewer
 _THREADS_PER_SM = 1536  # the smallest among sm_86 and newer; sm_80, 90 and 100 hold 2048
 _TILE_OVERHEAD = 1.5e-6  # seconds to fill the pipeline and to drain the epilogue of one block
 
@@ -60,8 +61,8 @@ class ConvTile:
             raise ValueError(f"blocks are {blocks}, expected powers of two of at least 16")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps is {self.num_warps}, expected 1, 2, 4, 8 or 16")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages is {self.num_stages}, expected at least 1")
+        if not 1 <= self.num_stages <= MOST_STAGES:
+            raise ValueError(f"num_stages is {self.num_stages}, expected 1 to {MOST_STAGES}")
 
     def __str__(self) -> str:
         blocks = f"{self.block_m}x{self.block_n}x{self.block_k}"

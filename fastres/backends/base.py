@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeAlias
 
 import msgspec
 import torch
+from msgspec import Meta
 
 from fastres.calib.table import CalibrationTable
 from fastres.deadlines import Deadline
@@ -26,6 +27,12 @@ def elsewhere(target: str) -> BackendUnavailable:
     )
 
 
+# what files may say of plans and kernels, of which nothing else can be made anew
+Count: TypeAlias = Annotated[int, Meta(ge=0, lt=2**31)]
+Time: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e12)]  # microseconds
+Text: TypeAlias = Annotated[str, Meta(max_length=1200, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
+
+
 class KernelInfo(msgspec.Struct, frozen=True):
     """One distinct machine code of an executable, and what it was compiled to.
 
@@ -41,10 +48,10 @@ class KernelInfo(msgspec.Struct, frozen=True):
     kernel: str
     nodes: tuple[str, ...]
     tile: str
-    registers: int
-    spilled: int
-    shared_bytes: int
-    instructions: dict[str, int]
+    registers: Count
+    spilled: Count
+    shared_bytes: Count
+    instructions: Annotated[dict[Text, Count], Meta(max_length=256)]
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -62,11 +69,11 @@ class Choice(msgspec.Struct, frozen=True):
 
     nodes: tuple[str, ...]
     taken: str
-    microseconds: float
+    microseconds: Time
     measured: bool
     problem: str
-    others: dict[str, str]
-    estimated: float = 0.0
+    others: Annotated[dict[Text, Text], Meta(max_length=64)]
+    estimated: Time = 0.0
 
 
 Limit = Literal["arithmetic", "memory", "l2", "launch"]

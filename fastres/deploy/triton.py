@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import msgspec
@@ -11,17 +13,22 @@ import numpy as np
 import safetensors.numpy
 
 from fastres.artifact.manifest import GRAPH, WEIGHTS
+from fastres.backends.parts import read_part
 from fastres.backends.tensorrt.plan import Range
-from fastres.backends.triton.running.linked import (
-    InArena,
-    InConstant,
-    LinkedLaunch,
-    LinkedPlan,
-    values,
-)
+from fastres.backends.triton.running.linked import LinkedLaunch, LinkedPlan, values
 from fastres.backends.triton.shipping.stored_kernels import CODE, KERNELS, MachineCode, read_code
+from fastres.deploy.plans import (
+    ELEMENTS,
+    MARGIN,
+    Graph,
+    Place,
+    Plan,
+    Plans,
+    check_inputs,
+    check_linked,
+)
 from fastres.deploy.weights import PLAIN, PackedArrays, bf16, tf32
-from fastres.errors import ArtifactError, BackendUnavailable, InputError
+from fastres.errors import ArtifactError, BackendUnavailable, InputError, OutOfMemory
 from fastres.kernels.binary import KernelBinary, KernelHeader, pack
 from fastres.kernels.device_memory import DeviceMemory, Stream
 from fastres.kernels.driver import (
@@ -36,8 +43,6 @@ from fastres.kernels.tensor_map import TensorMap
 Array = np.ndarray[Any, np.dtype[Any]]
 PLANS = "compiled_triton_plans.json"
 FILES = (KERNELS, CODE, PLANS, GRAPH, WEIGHTS)
-_MARGIN, _FOLDED = (2, 1), 16  # of a folded picture, as in fastres.kernels.folding
-_ELEMENTS = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "int8": "i1", "int32": "i4"}
 
 
 class Gpu(Protocol):
@@ -98,40 +103,6 @@ class CudaGpu:
         launch(self._headers[kernel], function, arguments, programs, self._stream.address)
 
 
-class _Place(msgspec.Struct, frozen=True):
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-    tf32: bool = False
-
-
-class _Plan(msgspec.Struct, frozen=True):
-    """As much of a plan as is needed to bring inputs in and outputs out."""
-
-    input_shapes: tuple[tuple[int, ...], ...]
-    places: dict[str, _Place]
-    steps: tuple[dict[str, Any], ...]
-    outputs: tuple[tuple[str, tuple[int, ...]], ...]
-    arena_bytes: int
-
-
-class _Plans(msgspec.Struct, frozen=True):
-    target: str
-    plans: tuple[_Plan, ...]
-
-
-class _Constant(msgspec.Struct, frozen=True):
-    stored: str
-
-
-class _Constants(msgspec.Struct, frozen=True):
-    constants: dict[str, _Constant]
-
-
-class _Graph(msgspec.Struct, frozen=True):
-    graph: _Constants
-
-
 def load_triton(files: Mapping[str, bytes], precision: str, device: int) -> TritonEngine:
     """An engine of a saved engine's files, which are sound and trusted.
 
@@ -144,9 +115,9 @@ def load_triton(files: Mapping[str, bytes], precision: str, device: int) -> Trit
         raise ArtifactError("the engine brings no machine code: compile it with target=")
     if PLANS not in files:
         raise ArtifactError(f"{PLANS} is missing. Copy the engine anew")
+    plans = read_part(PLANS, files[PLANS], Plans).plans
     try:
-        plans = msgspec.json.decode(files[PLANS], type=_Plans).plans
-        graph = msgspec.json.decode(files[GRAPH], type=_Graph).graph
+        graph = msgspec.json.decode(files[GRAPH], type=Graph).graph
         tensors = safetensors.numpy.load(files[WEIGHTS])
     except KeyError as error:
         raise ArtifactError(
@@ -161,11 +132,21 @@ def load_triton(files: Mapping[str, bytes], precision: str, device: int) -> Trit
         found: Array = tensors[graph.constants[name].stored]
         return found
 
-    try:
+    with _telling("take up the engine"):
         gpu = CudaGpu(list(code.kernels.values()), device)
+        return TritonEngine(code, plans, constant, precision, gpu)
+
+
+@contextmanager
+def _telling(task: str) -> Iterator[None]:
+    """The driver's errors as ours."""
+    try:
+        yield
     except DriverUnavailable as error:
         raise BackendUnavailable(str(error)) from error
-    return TritonEngine(code, plans, constant, precision, gpu)
+    except RuntimeError as error:
+        kind = OutOfMemory if "OUT_OF_MEMORY" in str(error) else BackendUnavailable
+        raise kind(f"the GPU could not {task}: {error}") from error
 
 
 class TritonEngine:
@@ -181,7 +162,7 @@ class TritonEngine:
     def __init__(
         self,
         code: MachineCode,
-        plans: Sequence[_Plan],
+        plans: Sequence[Plan],
         constant: Callable[[str], Array],
         precision: str,
         gpu: Gpu,
@@ -216,10 +197,11 @@ class TritonEngine:
 
         Raises:
             InputError: inputs that fit no plan.
+            OutOfMemory, BackendUnavailable: the GPU has no room for them, or failed.
         """
         for plan in self._plans:
             if plan.takes(inputs):
-                with self._running:
+                with self._running, _telling("run the engine"):
                     outputs = plan.run(inputs)
                 return outputs[0] if len(outputs) == 1 else tuple(outputs)
         found = [
@@ -236,7 +218,7 @@ class _Runner:
 
     def __init__(
         self,
-        plan: _Plan,
+        plan: Plan,
         linked: LinkedPlan,
         headers: Sequence[KernelHeader],
         weights: Mapping[Any, tuple[int, int]],
@@ -246,22 +228,30 @@ class _Runner:
         self._gpu = gpu
         self._headers = headers
         self._addresses = {key: address for key, (address, _) in weights.items()}
-        self._loads = [step for step in plan.steps if step["type"] == "LoadInput"]
-        _check(linked, plan, len(headers), weights)
+        numbers = [i for i, step in enumerate(plan.steps) if step.type == "LoadInput"]
+        self._loads = [plan.steps[i] for i in numbers]
+        check_linked(linked, plan, headers, weights)
+        check_inputs(plan, self._loads)
         self._arena = gpu.allocate(plan.arena_bytes)
         self._pixels = [
-            gpu.allocate(int(np.prod(shape))) if step.get("normalize") else 0
+            gpu.allocate(math.prod(shape)) if step.normalize else 0
             for step, shape in zip(self._loads, plan.input_shapes, strict=True)
         ]
-        first = {plan.steps.index(step): i for i, step in enumerate(self._loads)}
-        self._bring_in = {first[x.step]: x for x in linked.launches if x.step in first}
+        first = {number: i for i, number in enumerate(numbers)}
+        self._bring_in = {
+            first[x.step]: (x.kernel, self._packed(x, self._pixels[first[x.step]]), x.programs)
+            for x in linked.launches
+            if x.step in first
+        }
+        if any(step.normalize and i not in self._bring_in for i, step in enumerate(self._loads)):
+            raise ArtifactError(f"{KERNELS} has no launch that brings the pictures in")
         self._launches = [
             (x.kernel, self._packed(x), x.programs) for x in linked.launches if x.step not in first
         ]
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{'uint8' if step.get('normalize') else 'float32'}{list(shapes.largest)}"
+            f"{'uint8' if step.normalize else 'float32'}{list(shapes.largest)}"
             for step, shapes in zip(self._loads, self.ranges.values(), strict=True)
         )
 
@@ -270,17 +260,17 @@ class _Runner:
         """By input: 1 to as many images as the plan is for; of pictures as they are decoded."""
         found = {}
         for step, shape in zip(self._loads, self._plan.input_shapes, strict=True):
-            if step.get("normalize"):
+            if step.normalize:
                 n, c, h, w = shape
                 shape = (n, h, w, c)
-            found[str(step["source"])] = Range((1, *shape[1:]), shape, shape)
+            found[step.source] = Range((1, *shape[1:]), shape, shape)
         return found
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         ranges = list(self.ranges.values())
         return len(inputs) == len(ranges) and all(
             type(x) in PLAIN
-            and x.dtype == (np.uint8 if step.get("normalize") else np.float32)
+            and x.dtype == (np.uint8 if step.normalize else np.float32)
             and shapes.holds(x.shape)
             and len(x) == len(inputs[0])
             for x, shapes, step in zip(inputs, ranges, self._loads, strict=True)
@@ -293,7 +283,7 @@ class _Runner:
         found = []
         for name, shape in self._plan.outputs:
             place = self._plan.places[name]
-            array = np.empty(place.shape, _ELEMENTS[place.dtype])
+            array = np.empty(place.shape, ELEMENTS[place.dtype])
             self._gpu.read(array, self._arena + place.offset)
             found.append((array, place.dtype, shape))
         self._gpu.wait()
@@ -302,26 +292,27 @@ class _Runner:
 
     def _load(self, number: int, x: Array) -> Array:
         step = self._loads[number]
-        place = self._plan.places[str(step["target"])]
-        if not step.get("normalize"):
-            array = as_stored(x, place, folded=step["folded"], scale=step["scale"])
+        place = self._plan.places[step.target]
+        if step.normalize is None:
+            array = as_stored(x, place, folded=step.folded, scale=step.scale)
             self._gpu.write(self._arena + place.offset, array)
             return array
-        pixels = np.ascontiguousarray(x[..., ::-1] if step["normalize"]["flip"] else x)
+        pixels = np.ascontiguousarray(x[..., ::-1] if step.normalize.flip else x)
         self._gpu.write(self._pixels[number], pixels)
-        bring = self._bring_in[number]
+        kernel, arguments, programs = self._bring_in[number]
         # the grid is pictures times tiles of one, and the plan may be for more pictures
-        tiles = bring.programs // place.shape[0]
-        packed = self._packed(bring, self._pixels[number])
-        self._gpu.launch(bring.kernel, packed, tiles * len(pixels))
+        self._gpu.launch(kernel, arguments, programs // place.shape[0] * len(pixels))
         return pixels
 
     def _packed(self, x: LinkedLaunch, pictures: int = 0) -> list[bytes]:
         given = values(x, self._arena, self._addresses, pictures)
-        return pack(self._headers[x.kernel], given, encode=self._gpu.encode)
+        try:
+            return pack(self._headers[x.kernel], given, encode=self._gpu.encode)
+        except ValueError as error:
+            raise ArtifactError(f"a launch is not what its kernel takes: {error}") from error
 
 
-def as_stored(x: Array, place: _Place, *, folded: bool, scale: float | None) -> Array:
+def as_stored(x: Array, place: Place, *, folded: bool, scale: float | None) -> Array:
     """An input as kernels read it: NHWC or folded, in the plan's type, rounded once.
 
     Args:
@@ -334,7 +325,7 @@ def as_stored(x: Array, place: _Place, *, folded: bool, scale: float | None) -> 
         n, c, h, w = x.shape
         whole = np.zeros((n, *place.shape[1:]), np.float32)
         pixels = x.reshape(n, c, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3, 5)
-        rows, columns = (slice(_MARGIN[0], _MARGIN[0] + size // 2) for size in (h, w))
+        rows, columns = (slice(MARGIN[0], MARGIN[0] + size // 2) for size in (h, w))
         whole[:, rows, columns, : 4 * c] = pixels.reshape(n, h // 2, w // 2, 4 * c)
     else:
         whole = x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
@@ -343,7 +334,7 @@ def as_stored(x: Array, place: _Place, *, folded: bool, scale: float | None) -> 
     if place.tf32:
         return np.ascontiguousarray(tf32(whole))
     with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN, as anywhere
-        return np.ascontiguousarray(whole.astype(_ELEMENTS[place.dtype]))
+        return np.ascontiguousarray(whole.astype(ELEMENTS[place.dtype]))
 
 
 def _as_returned(array: Array, dtype: str, shape: Sequence[int]) -> Array:
@@ -353,30 +344,3 @@ def _as_returned(array: Array, dtype: str, shape: Sequence[int]) -> Array:
     is_map = array.ndim == 4 and len(shape) == 4
     whole = array.transpose(0, 3, 1, 2) if is_map else array.reshape(shape)
     return np.ascontiguousarray(whole, np.float32)
-
-
-def _check(
-    linked: LinkedPlan, plan: _Plan, kernels: int, weights: Mapping[Any, tuple[int, int]]
-) -> None:
-    """Refuses launches of memory that is not there.
-
-    Raises:
-        ArtifactError: naming the launch.
-    """
-    for number, x in enumerate(linked.launches):
-        if not (0 <= x.kernel < kernels and 0 <= x.step < len(plan.steps)):
-            raise ArtifactError(f"launch {number} is of kernel {x.kernel} and step {x.step}")
-        for pointer in x.pointers():
-            assert isinstance(pointer, InArena | InConstant)
-            room = plan.arena_bytes if isinstance(pointer, InArena) else weights[pointer.key][1]
-            if pointer.offset < 0 or pointer.bytes < 0 or pointer.offset + pointer.bytes > room:
-                raise ArtifactError(
-                    f"launch {number} is given {pointer.bytes} bytes at {pointer.offset} of {room}"
-                )
-    for name in (*plan.places, *(name for name, _ in plan.outputs)):
-        place = plan.places.get(name)
-        if place is None or place.dtype not in _ELEMENTS:
-            raise ArtifactError(f"{name} has no place, or one of a type that NumPy has not")
-        size = int(np.prod(place.shape)) * np.dtype(_ELEMENTS[place.dtype]).itemsize
-        if place.offset < 0 or place.offset + size > plan.arena_bytes:
-            raise ArtifactError(f"{name} lies outside of the {plan.arena_bytes} bytes of the plan")

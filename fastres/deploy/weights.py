@@ -12,6 +12,7 @@ import numpy as np
 
 from fastres.errors import ArtifactError
 from fastres.kernels.epilogue import TF32_LIMIT
+from fastres.kernels.geometry import mergeable
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PLAIN = (np.ndarray, np.memmap)  # others, such as masked arrays, are more than their numbers
@@ -67,7 +68,7 @@ class PackedArrays:
             raise ArtifactError(f"the plan reads {key}, which this fastres does not know")
         try:
             return np.ascontiguousarray(make(*rest))
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise ArtifactError(f"the plan reads {key}, which cannot be: {error}") from error
 
     def _rounded(self, weight: Array) -> Array:
@@ -76,8 +77,10 @@ class PackedArrays:
     def _filters(self, name: str) -> Array:
         return self._rounded(self._constant(name).transpose(0, 2, 3, 1))
 
-    def _matrix(self, *names: str) -> Array:
-        parts = [self._constant(name).transpose(0, 2, 3, 1) for name in names]
+    def _matrix(self, name: str, *projection: str) -> Array:
+        if len(projection) > 1:
+            raise ValueError(f"a matrix has one projection, not {len(projection)}")
+        parts = [self._constant(n).transpose(0, 2, 3, 1) for n in (name, *projection)]
         return self._rounded(np.concatenate([part.reshape(len(part), -1) for part in parts], 1))
 
     def _interleaved(self, *names: str) -> Array:
@@ -89,6 +92,8 @@ class PackedArrays:
         groups, merged = int(groups), int(merged)
         filters = self._constant(name).transpose(0, 2, 3, 1)
         k, r, s, c = filters.shape
+        if groups < 1 or k % groups or merged not in mergeable(groups, c):
+            raise ValueError(f"{merged} of {groups} groups cannot be one product")
         each = filters.reshape(groups // merged, merged, k // groups, r, s, c)
         whole = np.zeros((*each.shape[:-1], merged, c), filters.dtype)
         for i in range(merged):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from fastres.backends.parts import read_part
 from fastres.backends.tensorrt.api import package_of
 from fastres.backends.tensorrt.plan import Built, Layer, Range
 from fastres.errors import ArtifactError
@@ -94,10 +95,7 @@ def read_about(files: Mapping[str, bytes]) -> About | None:
     """
     if ABOUT not in files:
         return None
-    try:
-        about = msgspec.json.decode(files[ABOUT], type=About)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{ABOUT} cannot be read: {error}") from error
+    about = read_part(ABOUT, files[ABOUT], About)
     for what in ("builder", "architecture", "gpu", "settings"):  # which are shown on terminals
         if not getattr(about.origin, what).isprintable():
             raise ArtifactError(f"{ABOUT} cannot be read: its {what} is no name")

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from fastres.backends.base import Choice
 from fastres.backends.triton.planning.form import (
+    SEVERAL,
     Form,
     Kind,
     Way,
@@ -35,7 +36,7 @@ from fastres.backends.triton.planning.plan import (
     LaunchVendor,
 )
 from fastres.backends.triton.planning.posing import Posing
-from fastres.backends.triton.planning.problems import Problem
+from fastres.backends.triton.planning.problems import AnyTile, Problem
 from fastres.backends.triton.planning.regions import Boundary
 from fastres.backends.triton.planning.table import Tiles
 from fastres.errors import UnsupportedError
@@ -75,6 +76,7 @@ class Reckoner:
         if self._recorded is not None:
             step = self._recorded.get(node.name)
             if isinstance(step, LaunchLinear) and problem.takes(step.tile, self._target):
+                self._took((node,), "pointers", step.tile, problem)
                 return step.tile
             raise strange(node)
         form = self._form("pointers", problem)
@@ -273,41 +275,59 @@ class Reckoner:
             problem = self._posing.stem_and_pool(node)
             possible = self._posing.pooling_reason(node) is None
             if possible and problem.takes(step.tile, self._target):
+                self._took((node, pool), "stem and pool", step.tile, problem)
                 return step.tile
             raise strange(pool)
         step = recorded.get(node.name)
         if not isinstance(step, LaunchStem):
             return None
+        problem = self._posing.folded_stem(node)
         possible = self._posing.folding_reason(node) is None
-        if possible and self._posing.folded_stem(node).takes(step.tile, self._target):
+        if possible and problem.takes(step.tile, self._target):
+            self._took((node,), "folded stem", step.tile, problem)
             return step.tile
         raise strange(node)
 
     def _recorded_chain(self, boundary: Boundary) -> tuple[Boundary, ChainTile] | None:
         step = (self._recorded or {}).get(boundary.conv3.name)
         if not isinstance(step, LaunchChain):
+            self._took(boundary.nodes, SEVERAL, None, None)
             return None
         chained = boundary if step.next_target is not None else boundary.shorter or boundary
+        problem = self._posing.chain(chained)
         possible = self._posing.chain_reason(chained) is None
-        if not (possible and self._posing.chain(chained).takes(step.tile, self._target)):
+        if not (possible and problem.takes(step.tile, self._target)):
             raise strange(boundary.conv3)
+        kind: Kind = "chain" if chained.following else "chain without the next 1x1"
+        self._took(boundary.nodes, kind, step.tile, problem)
         return chained, step.tile
 
     def _recorded_form(self, node: Node, plain: bool, projection: Node | None) -> Form:
         step = (self._recorded or {}).get(node.name)
         posing = self._posing
+        nodes = (node,) if projection is None else (projection, node)
         if isinstance(step, LaunchConv2d) and projection is None:
             shape, merged = posing.shape(node), step.merged
             possible = merged in mergeable(shape.groups, shape.c // shape.groups)
             problem = posing.pointers(node, merged=merged if possible else 1)
             if possible and problem.takes(step.tile, self._target):
-                return Form("pointers", step.tile, 0.0, 0.0, merged=merged)
+                return self._took(nodes, "pointers", step.tile, problem)
         elif isinstance(step, LaunchBoxConv2d) and not posing.box_reason(node, plain, projection):
-            if posing.boxes(node, projection).takes(step.tile, self._target):
-                return Form("boxes", step.tile, 0.0, 0.0)
+            problem = posing.boxes(node, projection)
+            if problem.takes(step.tile, self._target):
+                return self._took(nodes, "boxes", step.tile, problem)
         elif isinstance(step, LaunchVendor) and projection is None:
             problem = posing.vendor(node, self._tiles.library or "")
             possible = not posing.vendor_reason(node, plain)
             if possible and problem.takes(step.tile, self._target):
-                return Form("vendor", step.tile, 0.0, 0.0)
+                return self._took(nodes, "vendor", step.tile, problem)
         raise strange(node)
+
+    def _took(
+        self, nodes: tuple[Node, ...], kind: Kind, tile: AnyTile | None, problem: Problem | None
+    ) -> Form:
+        """A recorded form, written down as it was when it was chosen, but for the times."""
+        key, merged = ("", 1) if problem is None else (problem.key, problem.merged)
+        form = Form(kind, tile, 0.0, 0.0, problem=key, merged=merged)
+        self.choices.append(choice_of(nodes, form, {}))
+        return form

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from msgspec.structs import replace
 
 from fastres.backends.triton.planning.eight_bits import is_whole, plain
 from fastres.backends.triton.planning.forms import Reckoner
-from fastres.backends.triton.planning.overlap import has_dependent_launch, with_overlap
+from fastres.backends.triton.planning.overlap import with_overlap
 from fastres.backends.triton.planning.plan import (
     AnyStep,
     LaunchAvgPool,
@@ -98,8 +97,8 @@ def make_plan(
         return with_overlap(plan, tiles.target, dependent)
     steps = {step.node: step for step in recorded.steps}
     plan = _Planner(graph, input_shapes, precision, tiles, steps).plan()
-    plan = replace(plan, dependent=recorded.dependent, choices=recorded.choices)
-    if plan != recorded or (plan.dependent and not has_dependent_launch(tiles.target)):
+    plan = with_overlap(plan, tiles.target, recorded.dependent).timed_as(recorded)
+    if plan != recorded:
         raise ArtifactError("a stored plan does not follow from the graph: copy the engine anew")
     return recorded
 

@@ -360,6 +360,14 @@ class Plan(msgspec.Struct, frozen=True):
         """What it was measured with, of steps that are not our kernels."""
         return {step.tile.library for step in self.steps if isinstance(step, LaunchVendor)}
 
+    def timed_as(self, other: Plan) -> Plan:
+        """With another's choices, where only times and what else there was may differ."""
+        mine, theirs = (
+            [(choice.nodes, choice.taken, choice.problem) for choice in plan.choices]
+            for plan in (self, other)
+        )
+        return msgspec.structs.replace(self, choices=other.choices) if mine == theirs else self
+
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)
 

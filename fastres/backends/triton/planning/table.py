@@ -14,18 +14,21 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
 
 from fastres.backends.triton.planning.problems import TILE_OF, AnyTile, Problem
-from fastres.calib.files import write_whole
+from fastres.calib.files import read_regular, write_whole
 from fastres.errors import ArtifactError
 from fastres.kernels.cost import Target
 from fastres.options import cache_folder
 
 TYPICAL = {90: "NVIDIA H200"}  # GPUs that tables are shipped for, by the names drivers give them
+
+
+_MOST_BYTES = 32 << 20  # of a table; one problem takes some 250
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,7 +39,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     tile: dict[str, Any]
-    microseconds: float
+    microseconds: Annotated[float, msgspec.Meta(gt=0.0, lt=1e12)]
     measured: bool = True
 
 
@@ -182,14 +185,14 @@ def read_table(path: Path, machine: Machine) -> Table:
         ArtifactError: the file is no table.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _MOST_BYTES)
     except FileNotFoundError:
         return Table(machine)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     try:
         table = msgspec.json.decode(data, type=Table)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path} is no table of tiles: {error}. Remove it") from error
     return table if table.machine == machine else Table(machine)
 

@@ -14,6 +14,7 @@ from fastres.backends.triton.running.linked import (
     LinkedPlan,
     Pictures,
     Pointer,
+    check_descriptor,
 )
 from fastres.kernels.binary import KernelHeader
 
@@ -65,7 +66,7 @@ def check_linked(
             _check_pointer(what, pointer, plan.arena_bytes, constants)
         for name, argument in launch.arguments.items():
             if isinstance(argument, Descriptor):
-                _check_descriptor(what, name, argument, headers[launch.kernel])
+                check_descriptor(what, name, argument, headers[launch.kernel])
 
 
 def _check_pointer(
@@ -85,17 +86,4 @@ def _check_pointer(
     if pointer.offset % 16:
         raise ValueError(
             f"{what} is given memory at {pointer.offset} in {where}, no multiple of 16"
-        )
-
-
-def _check_descriptor(what: str, name: str, box: Descriptor, header: KernelHeader) -> None:
-    layout = header.boxes.get(name)
-    if layout is None or not len(box.shape) == len(box.strides) == len(layout.box):
-        raise ValueError(f"{what} has no descriptor {name} of rank {len(box.shape)}")
-    if min(box.shape) < 1 or min(box.strides) < 0:
-        raise ValueError(f"{what}: {name} has shape {box.shape} and strides {box.strides}")
-    if box.extent(layout.element_size) > box.base.bytes:
-        raise ValueError(
-            f"{what}: {name} spans {box.extent(layout.element_size)} bytes of a tensor of "
-            f"{box.base.bytes}"
         )

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from fastres.kernels.binary import Value
+from fastres.kernels.binary import KernelHeader, Value
 from fastres.kernels.cost import Cost
 from fastres.kernels.tensor_map import TensorView
 
@@ -148,3 +148,21 @@ def values(
         return address(argument) if isinstance(argument, InArena | InConstant) else argument
 
     return {name: value(argument) for name, argument in launch.arguments.items()}
+
+
+def check_descriptor(what: str, name: str, box: Descriptor, header: KernelHeader) -> None:
+    """Refuses what reaches beyond the tensor that it looks at.
+
+    Raises:
+        ValueError: so it does, or the kernel has no such descriptor.
+    """
+    layout = header.boxes.get(name)
+    if layout is None or not len(box.shape) == len(box.strides) == len(layout.box):
+        raise ValueError(f"{what} has no descriptor {name} of rank {len(box.shape)}")
+    if min(box.shape) < 1 or min(box.strides) < 0:
+        raise ValueError(f"{what}: {name} has shape {box.shape} and strides {box.strides}")
+    if box.extent(layout.element_size) > box.base.bytes:
+        raise ValueError(
+            f"{what}: {name} spans {box.extent(layout.element_size)} bytes of a tensor of "
+            f"{box.base.bytes}"
+        )

@@ -185,6 +185,14 @@ class Packed:
         Raises:
             ValueError: there are no such constants.
         """
+        try:
+            return self._named(key)
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, RuntimeError, TypeError, msgspec.MsgspecError) as error:
+            raise ValueError(f"{key} stands for no constants of this graph: {error}") from error
+
+    def _named(self, key: Key) -> torch.Tensor:
         kind, *rest = key if key else (None,)
         if kind == "factors" and len(rest) == 6 and all(isinstance(x, float) for x in rest):
             return self._factors(cast(tuple[float, ...], tuple(rest)))

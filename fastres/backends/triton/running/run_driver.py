@@ -161,14 +161,23 @@ class DriverRunner(Runner):
         number = self.plan.steps.index(step)
         load = next(x for x in self._linked.launches if x.step == number)
         arena = target.data_ptr() - self.plan.places[step.target].offset
-        arguments = values(load, arena, self._addresses, pixels.data_ptr())
-        packed = pack(self._driver.headers[load.kernel], arguments, encode=self._driver.encode)
+        packed = self._packed(load, arena, pixels.data_ptr())
         # the grid is pictures times tiles of one, and the plan may be for more pictures
         tiles = load.programs // self.plan.places[step.target].shape[0]
         self._driver.launch(load.kernel, packed, tiles * len(pixels))
 
     def _call(self, x: LinkedLaunch, arena: torch.Tensor) -> Call:
         """One launch with its parameters packed."""
-        given = values(x, arena.data_ptr(), self._addresses)
-        packed = pack(self._driver.headers[x.kernel], given, encode=self._driver.encode)
+        packed = self._packed(x, arena.data_ptr())
         return partial(self._driver.launch, x.kernel, packed, x.programs)
+
+    def _packed(self, x: LinkedLaunch, arena: int, pictures: int = 0) -> list[bytes]:
+        """
+        Raises:
+            ArtifactError: the kernel does not take what its launch is given.
+        """
+        header, given = self._driver.headers[x.kernel], values(x, arena, self._addresses, pictures)
+        try:
+            return pack(header, given, encode=self._driver.encode)
+        except ValueError as error:
+            raise ArtifactError(f"a launch is not what its kernel takes: {error}") from error

@@ -25,6 +25,7 @@ from fastres.backends.triton.shipping.link_build import digest_of, link, numbere
 from fastres.backends.triton.shipping.stored import read_plans, recorded, write_plans
 from fastres.backends.triton.shipping.stored_code import code_files, write_code
 from fastres.backends.triton.tuning.choosing import ban
+from fastres.errors import ArtifactError
 from fastres.graph.ir import Graph
 from fastres.kernels.aot import MATRIX, KernelFacts, fits, key_of
 from fastres.kernels.binary_build import Built, build_launch
@@ -32,6 +33,8 @@ from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 from fastres.options import Options, Precision
 from fastres.text import progress_bar
+
+_MOST_REGISTERS = 255  # of a thread
 
 
 def spill_limit(sm: int) -> int:
@@ -103,10 +106,7 @@ def compile_launches(
     Raises:
         Unfit: by a kernel that is not what it should be.
     """
-    groups: dict[str, list[tuple[str, Launch]]] = {}
-    for node, launch in launches:
-        groups.setdefault(key_of(launch), []).append((node, launch))
-    reports = []
+    groups, reports = _groups(launches), []
     for done, (key, group) in enumerate(groups.items()):
         progress(done, len(groups))
         if key not in known:
@@ -141,16 +141,49 @@ def _compiled(node: str, launch: Launch, target: Target) -> Built:
 
 
 def _report(group: Sequence[tuple[str, Launch]], facts: KernelFacts) -> KernelInfo:
-    launch = group[0][1]
     return KernelInfo(
-        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-        nodes=tuple(name for name, _ in group),
-        tile=launch.tile,
+        *_named(group),
         registers=facts.registers,
         spilled=facts.spill_stores,
         shared_bytes=facts.shared_bytes,
         instructions=_mix(facts),
     )
+
+
+def _check_kernels(
+    kernels: Sequence[KernelInfo], launches: Sequence[tuple[str, Launch]], target: Target
+) -> None:
+    """Refuses kernels from a file that are not those of these launches, or that cannot be.
+
+    Raises:
+        ArtifactError: so it is.
+    """
+    follow = [_named(group) for group in _groups(launches).values()]
+    possible = all(
+        info.registers <= _MOST_REGISTERS
+        and info.spilled <= spill_limit(target.sm)
+        and info.shared_bytes <= target.shared_bytes
+        for info in kernels
+    )
+    if not possible or follow != [(info.kernel, info.nodes, info.tile) for info in kernels]:
+        raise ArtifactError(
+            "a stored plan lists other kernels than follow from it: copy the engine anew"
+        )
+
+
+def _groups(launches: Sequence[tuple[str, Launch]]) -> dict[str, list[tuple[str, Launch]]]:
+    """The launches by the kernel that they share, which is compiled once."""
+    groups: dict[str, list[tuple[str, Launch]]] = {}
+    for node, launch in launches:
+        groups.setdefault(key_of(launch), []).append((node, launch))
+    return groups
+
+
+def _named(group: Sequence[tuple[str, Launch]]) -> tuple[str, tuple[str, ...], str]:
+    """A kernel's name, the nodes that launch it, and its tile."""
+    launch = group[0][1]
+    name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    return name, tuple(node for node, _ in group), launch.tile
 
 
 def _mix(facts: KernelFacts) -> dict[str, int]:
@@ -235,6 +268,9 @@ def build(
         known = read_plans(compiled.files)
         code = code_files(compiled.files, [plan], options.target)
         kernels = known.kernels if known else ()
+        if kernels:
+            constants = Packed(graph, FLOAT_OF[precision], torch.device("meta"))
+            _check_kernels(kernels, launches_of(plan, constants, target), target)
         bounds = step_bounds(plan, graph, target)
         return CrossExecutable(plan, kernels, bounds, options.target, ran, code)
     built: dict[str, Built] = {}

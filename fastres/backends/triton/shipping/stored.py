@@ -3,7 +3,8 @@
     compiled_triton_plans.json    target, plans, and what each kernel was compiled to
 
 A plan says where in memory kernels write. None from a file is trusted: it is made anew from the
-graph with the choices that the file records, and taken only if it comes out the same.
+graph with the choices that the file records, and taken only if it comes out the same. So are the
+names and tiles of its kernels; what these were compiled to is told as the file tells it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from fastres.backends.base import KernelInfo
+from fastres.backends.parts import MOST_BYTES, read_part
 from fastres.backends.triton.planning.plan import Plan
 from fastres.errors import ArtifactError
 from fastres.options import Sizes
@@ -31,23 +33,30 @@ class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def write_plans(
     target: str, plans: Sequence[Plan], kernels: Sequence[KernelInfo]
 ) -> dict[str, bytes]:
-    """The file, by name."""
+    """The file, by name.
+
+    Args:
+        plans: of which the last are kept, as many as a file may hold: eight of ResNet-1202.
+    """
     content = msgspec.json.encode(Stored(target, tuple(plans), tuple(kernels)))
-    return {PLANS: msgspec.json.format(content, indent=1)}
+    text = msgspec.json.format(content, indent=1)
+    if len(text) > MOST_BYTES and plans:
+        return write_plans(target, plans[1:], kernels)
+    return {PLANS: text}
 
 
 def read_plans(files: Mapping[str, bytes]) -> Stored | None:
     """What the file holds; None if there is none.
 
     Raises:
-        ArtifactError: it is damaged.
+        ArtifactError: it is damaged, or too large.
     """
     if PLANS not in files:
         return None
-    try:
-        return msgspec.json.decode(files[PLANS], type=Stored)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{PLANS} cannot be read: {error}") from error
+    stored = read_part(PLANS, files[PLANS], Stored)
+    if len({plan.input_shapes for plan in stored.plans}) < len(stored.plans):
+        raise ArtifactError(f"{PLANS} cannot be read: two plans are for the same inputs")
+    return stored
 
 
 def recorded(

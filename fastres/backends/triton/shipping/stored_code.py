@@ -62,15 +62,15 @@ def usable_code(parts: CompiledParts, target: str) -> tuple[MachineCode | None, 
     Raises:
         ArtifactError: the files are damaged.
     """
+    if KERNELS in parts.files and not parts.trusted:  # nor is it read
+        return None, (
+            "the engine brings machine code, which was left alone: it can do anything that this "
+            "process can. Kernels were compiled here instead; where you trust the file, "
+            "fastres.load(path, trust_engine=True) runs it as it is, if it is for this GPU"
+        )
     code = read_code(parts.files)
     if code is None or code.target != target:
         return None, None
-    if not parts.trusted:
-        return None, (
-            f"the engine brings machine code for {target}, which was left alone: it can do "
-            "anything that this process can. Kernels were compiled here instead; where you trust "
-            "the file, fastres.load(path, trust_engine=True) runs it as it is"
-        )
     if code.sources != kernels_digest():
         return None, (
             f"the engine brings machine code for {target} of another version of the kernels; they "

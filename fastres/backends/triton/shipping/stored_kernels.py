@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from fastres.backends.parts import read_part
 from fastres.backends.triton.running.linked import LinkedPlan
 from fastres.errors import ArtifactError
 from fastres.kernels.binary import KernelBinary, KernelHeader
@@ -78,13 +79,15 @@ def read_code(files: Mapping[str, bytes]) -> MachineCode | None:
         raise ArtifactError(
             f"{KERNELS} and {CODE} belong together; one is missing. Copy the engine anew"
         )
+    stored = read_part(KERNELS, files[KERNELS], StoredCode)
     try:
-        stored = msgspec.json.decode(files[KERNELS], type=StoredCode)
         kernels = dict(_pieces(stored.kernels, files[CODE]))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except ValueError as error:
         raise ArtifactError(f"{KERNELS} cannot be read: {error}") from error
     if len(kernels) < len(stored.kernels):
         raise ArtifactError(f"{KERNELS} cannot be read: two kernels have one key")
+    if len({plan.input_shapes for plan in stored.plans}) < len(stored.plans):
+        raise ArtifactError(f"{KERNELS} cannot be read: two plans are for the same inputs")
     return MachineCode(stored.target, stored.sources, kernels, stored.plans)
 
 

@@ -103,7 +103,17 @@ def test_a_plan_is_taken_over_with_its_choices(engine: fastres.Engine) -> None:
     step = stored.steps[1]
     tile = msgspec.structs.replace(step, tile=type(step.tile)(64, 16, 16, 4, 3))
     other = msgspec.structs.replace(stored, steps=(stored.steps[0], tile, *stored.steps[2:]))
-    plan = make_plan(engine.graph, stored.input_shapes, "fp16", Tiles(Target.typical(90)), other)
+    tiles = Tiles(Target.typical(90))
+    with pytest.raises(ArtifactError, match="does not follow from the graph"):
+        make_plan(engine.graph, stored.input_shapes, "fp16", tiles, other)  # its choice says not so
+    choices = tuple(
+        msgspec.structs.replace(choice, taken=choice.taken.replace(str(step.tile), str(tile.tile)))
+        if step.node in choice.nodes
+        else choice
+        for choice in stored.choices
+    )
+    other = msgspec.structs.replace(other, choices=choices)
+    plan = make_plan(engine.graph, stored.input_shapes, "fp16", tiles, other)
     assert plan == other != stored
 
 

@@ -24,14 +24,15 @@ from torch import Tensor
 
 import fastres
 from fastres import deploy
-from fastres.artifact import container
 from fastres.artifact.container import MANIFEST, SEAL
+from fastres.artifact.contents import container
 from fastres.artifact.manifest import WEIGHTS
 from fastres.backends.triton.planning.plan import LoadInput, Norm, Place, Plan
 from fastres.backends.triton.running.pack import Packed
 from fastres.backends.triton.running.run_driver import DriverRunner
 from fastres.backends.triton.shipping.stored import PLANS
 from fastres.backends.triton.shipping.stored_kernels import CODE, KERNELS, read_code
+from fastres.deploy import plans as deploy_plans
 from fastres.deploy import triton as deploy_triton
 from fastres.deploy.triton import TritonEngine, as_stored
 from fastres.deploy.weights import PackedArrays, bf16
@@ -192,7 +193,7 @@ class Twins:
         self.before = {key: raw(tensor) for key, tensor in self.weights.items()}
         addresses = [tensor.data_ptr() for tensor in self.weights.values()]
         self.ours = fake_driver(list(saved.code.kernels.values()))
-        plans = msgspec.json.decode(saved.files[PLANS], type=deploy_triton._Plans).plans
+        plans = msgspec.json.decode(saved.files[PLANS], type=deploy_plans.Plans).plans
         self.engine = TritonEngine(
             saved.code,
             plans,
@@ -348,7 +349,7 @@ class TestSaved:
             deploy.load(folder, trust_engine=True)
 
     def test_plans_and_code_that_do_not_go_together(self, cifar: Any, fake_driver: Any) -> None:
-        plans = msgspec.json.decode(cifar.files[PLANS], type=deploy_triton._Plans).plans
+        plans = msgspec.json.decode(cifar.files[PLANS], type=deploy_plans.Plans).plans
         graph, code = cifar.engine.graph, read_code(cifar.files)
         assert code is not None
         room = np.zeros(2**22, np.uint8)
