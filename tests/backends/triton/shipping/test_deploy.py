@@ -24,8 +24,8 @@ from torch import Tensor
 
 import fastres
 from fastres import deploy
+from fastres.artifact import container
 from fastres.artifact.container import MANIFEST, SEAL
-from fastres.artifact.contents import container
 from fastres.artifact.manifest import WEIGHTS
 from fastres.backends.triton.planning.plan import LoadInput, Norm, Place, Plan
 from fastres.backends.triton.running.pack import Packed

@@ -169,9 +169,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
     def fake(builder: str) -> Any:
         name, version = builder.split()
-        return deploy.Api(module, name, tuple(map(int, version.split("."))))
+        return deploy.engine.Api(module, name, tuple(map(int, version.split("."))))
 
-    monkeypatch.setattr(deploy, "find_builder", fake)
+    monkeypatch.setattr(deploy.engine, "find_builder", fake)
     return gpu
 
 
@@ -302,7 +302,7 @@ class TestRefusals:
     def test_another_version(self, saved: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
         rtx: Any = ModuleType("tensorrt_rtx")
         rtx.__version__ = "1.0.2"
-        monkeypatch.setattr(deploy, "find_builder", find_builder)
+        monkeypatch.setattr(deploy.engine, "find_builder", find_builder)
         monkeypatch.setattr(api, "_load", lambda name: api.Api(rtx, name, (1, 0, 2)))
         text = r"built by (tensorrt_rtx (.*)), here is tensorrt_rtx 1.0.2: pip install tensorrt-rtx"
         with pytest.raises(BackendUnavailable, match=text):
