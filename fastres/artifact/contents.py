@@ -148,12 +148,11 @@ def restored(
         with naming(place(path)):
             parts = assemble(
                 contents.graph,
-                Origin(contents.source, contents.ignored_weights),
+                Origin(contents.source, contents.ignored_weights, shapes),
                 replace(contents.options, device=device, target=target),
                 contents.inputs,
                 contents.preprocess,
                 CompiledParts(contents.compiled, trust_engine),
-                prepared=shapes,
             )
         return replace(parts, notes=contents.notes, allowance=allowance)
     except BackendUnavailable as error:

@@ -23,7 +23,7 @@ from fastres.graph.ir import BatchNorm, Graph, identity
 from fastres.graph.passes.fold_constants import fold_constants
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.renewing import renewed
-from fastres.options import EIGHT_BITS, PRECISION_OF, Input, Options, PathLike, Sizes
+from fastres.options import EIGHT_BITS, PRECISION_OF, Input, Options, PathLike
 from fastres.weights import is_finite
 
 
@@ -35,7 +35,6 @@ def assemble(
     preprocess: Preprocess | None = None,
     compiled: CompiledParts | None = None,
     table: CalibrationTable | None = None,
-    prepared: tuple[Sizes, ...] | None = None,
 ) -> Parts:
     """Chooses a backend for an optimised graph, and lowers it.
 
@@ -44,7 +43,6 @@ def assemble(
     Args:
         compiled: what an executable of the same graph had to spare.
         table: to quantise the graph by, as the backend wants it.
-        prepared: shapes that a file's engine is made ready for; nothing of it is run here.
     """
     precision = options.precision or PRECISION_OF[graph.floating_dtype]
     wanted = options
@@ -65,7 +63,6 @@ def assemble(
                 preprocess,
                 compiled,
                 table,
-                prepared,
             )
         except UnsupportedError as error:
             names = order(wanted.backend, wanted.device, wanted.target)
@@ -85,16 +82,15 @@ def _assembled(
     preprocess: Preprocess | None,
     compiled: CompiledParts | None,
     table: CalibrationTable | None,
-    prepared: tuple[Sizes, ...] | None,
 ) -> Parts:
     """On the backend that was chosen."""
     options = replace(options, device=choice.backend.device(options))
     if table is not None:
         assert options.precision is not None  # settled by `assemble`
         graph = choice.backend.quantise(graph, table, options.precision)
-    usual = prepared or tuple(i.usual for i in inputs)
+    usual = origin.prepared or tuple(i.usual for i in inputs)
     if options.max_batch_size is not None and options.oversize == "split":
-        check_split(graph, usual, options.max_batch_size, tried=prepared is None)
+        check_split(graph, usual, options.max_batch_size, tried=origin.prepared is None)
     promised = replace(options, promised_batch=max(i.largest[0] for i in inputs))
     executable, refused = lower(choice.backend, graph, promised, usual, compiled)
     return Parts(

@@ -11,7 +11,7 @@ from fastres.backends.base import Backend, Executable, Refusal
 from fastres.calib.images import Preprocess
 from fastres.graph.allowance import Allowance
 from fastres.graph.ir import Graph
-from fastres.options import Input, Options
+from fastres.options import Input, Options, Sizes
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,13 @@ class Origin:
         graph: as captured. Constants that a state_dict holds are on the meta device: names, shapes
             and dtypes only.
         ignored_weights: state_dict entries that the graph does not read.
+        prepared: shapes that a file's engine is made ready for, with whatever weights, and nothing
+            of it is run for that. None: the usual ones of what was compiled here.
     """
 
     graph: Graph
     ignored_weights: tuple[str, ...] = ()
+    prepared: tuple[Sizes, ...] | None = None
 
 
 @dataclass(frozen=True)

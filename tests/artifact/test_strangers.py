@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import artifact
 from fastres.artifact.contents import Contents
+from fastres.backends.segments import lower
 from fastres.errors import ArtifactError, InputError
 from fastres.graph import aten
 from tests.artifact.test_defects import forge, put
@@ -179,6 +180,25 @@ class TestMemory:
         engine = fastres.load(tmp_path / "forged")
         assert engine(X).shape == (1, 1, 4, 6)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
+
+    def test_nor_is_it_with_new_weights(
+        self, tiny: Callable[..., Contents], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def change(manifest: dict[str, Any]) -> None:
+            manifest["inputs"][0]["usual"][0] = manifest["inputs"][0]["largest"][0] = 10**7
+
+        prepared: list[Any] = []
+
+        def seen(backend: Any, graph: Any, options: Any, shapes: Any, compiled: Any) -> Any:
+            prepared.append(shapes)
+            return lower(backend, graph, options, shapes, compiled)
+
+        monkeypatch.setattr("fastres.assembly.assemble.lower", seen)
+        forge(tmp_path / "forged", tiny(), manifest=change)
+        engine = fastres.load(tmp_path / "forged")
+        constants = engine.source.constants.items()
+        engine.update_weights({n: torch.zeros(t.shape) for n, t in constants if t.is_meta})
+        assert prepared == [((1, 1, 4, 4),)] * 2 and not engine(X).any()
 
     def test_values_beyond_what_a_file_may_take(
         self, tiny: Callable[..., Contents], tmp_path: Path
