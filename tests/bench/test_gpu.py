@@ -15,6 +15,7 @@ import gpu_bench
 import pytest
 import torch
 from gpu_bench import Ended, interrupted
+from gpu_run import Run
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 SMALL = ("--device=cpu", "--nets=cifar_resnet:8", "--image-size=32", "--batch-sizes=1")
@@ -314,13 +315,7 @@ def test_images_per_joule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(gpu_bench, "WARM_S", 0.1)
     monkeypatch.setattr(gpu_bench, "HEATED_S", 0.5)
-    asked = SimpleNamespace(
-        out=tmp_path,
-        nets=["cifar_resnet:8"],
-        batch_sizes=[1],
-        image_size=32,
-        device=torch.device("cpu"),
-    )
+    asked = Run(tmp_path, torch.device("cpu"), ["cifar_resnet:8"], ("fp16",), [1], 32, 0.0)
     first, second = (row for row in gpu_bench.power(asked) if "asked" not in row)
     assert (first["name"], second["name"]) == ("fp16 batch 1", "int8 batch 1")
     for row in (first, second):
