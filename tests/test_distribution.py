@@ -56,7 +56,7 @@ def test_the_wheel_holds_what_the_tree_does(tree: Path, built: dict[str, Path]) 
     with zipfile.ZipFile(built[".whl"]) as wheel:
         inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert inside == {f"{home}/{f}" for name, home in TREES.items() for f in files_of(tree / name)}
-    for needed in ("py.typed", "report/page.js", "backends/triton/tables/__init__.py"):
+    for needed in ("py.typed", "report/page.js", "backends/triton/planning/tables/__init__.py"):
         assert f"fastres/{needed}" in inside
     assert any(name.endswith("tables/tiles_nvidia_h200_132sm.json") for name in inside)
 

@@ -240,8 +240,11 @@ def _module(name: str) -> ModuleType:
 def _attribute(module: ModuleType, name: str) -> Any:
     found = getattr(module, name, None)
     if not callable(found):
-        own = (f for f in vars(module).values() if inspect.isfunction(f))
-        public = [f.__name__ for f in own if f.__module__ == module.__name__]
+        offered = getattr(module, "__all__", ())  # of a package, from files inside
+        functions = {n: f for n, f in vars(module).items() if inspect.isfunction(f)}
+        public = [
+            n for n, f in functions.items() if n in offered or f.__module__ == module.__name__
+        ]
         have = ", ".join(n for n in public if n[0] != "_") or "no function of its own"
         raise InputError(f"{module.__name__} has no factory {name!r}; it has {have}")
     return found

@@ -126,8 +126,8 @@ def test_launches_ask_for_it(name, by_steps, of_next):
 
 def test_parts_of_a_split_depth_are_short():
     shape = ConvShape(1, 7, 7, 512, 512, 3, 3, padding=(1, 1))
-    depths = [BoxTile(1, 4, 4, 64, 128, 4, 3, split).depth(shape) for split in (1, 9, 18)]
-    assert depths == [4608, 512, 256]
+    depths = [BoxTile(1, 4, 4, 64, 128, 4, 3, split).depth(shape) for split in (1, 9, 12)]
+    assert depths == [4608, 512, 384]
     assert BoxTile(1, 4, 4, 64, 128, 4, 3).depth(shape, Projection(8192)) == 8192
 
 
