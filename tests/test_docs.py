@@ -1,4 +1,4 @@
-"""What the docs say is run: the code and commands of README, `docs/start` and `docs/how-to`.
+"""What the docs say is run: code and commands of README and of every page.
 
 A comment before a block, such as `<!-- needs: a GPU -->`, says that it cannot be run here; it is
 parsed all the same. One that names a module is run where that is installed. Other tests build the
@@ -27,7 +27,7 @@ from fastres.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("start/*.md")), *sorted(DOCS.glob("how-to/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md"))]
 BLOCK = re.compile(
     r"^(?:<!-- needs: (?P<needs>[^\n]+) -->\n+)?```(?P<language>python|bash)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -100,10 +100,9 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
         assert result.exit_code == 0, f"{block.where}: fastres {shlex.join(words)}\n{result.output}"
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_says_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_page_says_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     photos = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg")
@@ -179,8 +178,9 @@ def test_a_site_with_a_dead_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sound" / "index.md").write_text("# Home\n[here](#home)\n")
     (tmp_path / "page" / "index.md").write_text("# Home\n[there](nowhere.md)\n")
     (tmp_path / "anchor" / "index.md").write_text("# Home\n[there](index.md#nowhere)\n")
-    results = {n: build(tmp_path / f"{n}.yml", tmp_path / "site") for n in ("sound", "page", "anchor")}
-    assert results["sound"].returncode == 0, results["sound"].stderr
-    for name in ("page", "anchor"):
-        assert results[name].returncode != 0
-        assert "nowhere" in results[name].stderr
+    results = {
+        n: build(tmp_path / f"{n}.yml", tmp_path / "site") for n in ("sound", "page", "anchor")
+    }
+    assert sound.returncode == 0, sound.stderr
+    for refused in (page, anchor):
+        assert refused.returncode != 0 and "nowhere" in refused.stderr
