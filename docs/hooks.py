@@ -54,9 +54,9 @@ def commands_page() -> str:
 
 
 def _options(command: Any, context: Any) -> str:
-    """A definition list of what the help lists, in its order."""
+    """A list of what the help lists, in its order."""
     records = (param.get_help_record(context) for param in command.get_params(context))
-    return "\n\n".join(f"`{name}`\n:   {_escaped(text)}" for name, text in filter(None, records))
+    return "\n".join(f"- `{name}`: {_escaped(text)}" for name, text in filter(None, records))
 
 
 def _escaped(text: str) -> str:

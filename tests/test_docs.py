@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,6 +123,16 @@ def test_pages_have_blocks_that_run() -> None:
         assert sum(b.language == language and not b.needs for b in blocks) > 10, language
     fences = sum(len(re.findall(r"^```(?:python|bash)$", p.read_text(), re.M)) for p in PAGES)
     assert len(blocks) == fences, "a fence that is not closed"
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_lists_begin_after_an_empty_line(page: Path) -> None:
+    """Else MkDocs takes them for text, where other readers of Markdown do not."""
+    text = re.sub(r"^```.*?^```$", "a block", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = text.splitlines()
+    for before, line in pairwise(lines):
+        if re.match(r" *(-|\d+\.) ", line) and before and not re.match(r"#|-|\d+\. | ", before):
+            pytest.fail(f"{page.name}: leave a line empty before {line!r}")
 
 
 def test_a_block_that_is_wrong_is_found(tmp_path: Path) -> None:
