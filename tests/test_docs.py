@@ -29,6 +29,7 @@ from fastres.cli.main import app
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md"))]
+NAMES = [str(page.relative_to(ROOT).with_suffix("")) for page in PAGES]
 BLOCK = re.compile(
     r"^(?:<!-- needs: (?P<needs>[^\n]+) -->\n+)?```(?P<language>python|bash)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -102,7 +103,7 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_what_a_page_says_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -125,7 +126,7 @@ def test_pages_have_blocks_that_run() -> None:
     assert len(blocks) == fences, "a fence that is not closed"
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES[1:], ids=NAMES[1:])
 def test_lists_begin_after_an_empty_line(page: Path) -> None:
     """Else MkDocs takes them for text, where other readers of Markdown do not."""
     text = re.sub(r"^```.*?^```$", "a block", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -133,6 +134,17 @@ def test_lists_begin_after_an_empty_line(page: Path) -> None:
     for before, line in pairwise(lines):
         if re.match(r" *(-|\d+\.) ", line) and before and not re.match(r"#|-|\d+\. | ", before):
             pytest.fail(f"{page.name}: leave a line empty before {line!r}")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_beside_the_site_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#([^)\s]+))?\)", (ROOT / name).read_text())
+    for path, anchor in links:
+        assert (ROOT / path).exists(), f"{name}: {path} is not there"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.MULTILINE)
+            there = {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+            assert anchor in there, f"{name}: {path} has no heading #{anchor}"
 
 
 def test_a_block_that_is_wrong_is_found(tmp_path: Path) -> None:
@@ -189,9 +201,9 @@ def test_a_site_with_a_dead_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sound" / "index.md").write_text("# Home\n[here](#home)\n")
     (tmp_path / "page" / "index.md").write_text("# Home\n[there](nowhere.md)\n")
     (tmp_path / "anchor" / "index.md").write_text("# Home\n[there](index.md#nowhere)\n")
-    results = {
-        n: build(tmp_path / f"{n}.yml", tmp_path / "site") for n in ("sound", "page", "anchor")
-    }
+    sound, page, anchor = (
+        build(tmp_path / f"{name}.yml", tmp_path / "site") for name in ("sound", "page", "anchor")
+    )
     assert sound.returncode == 0, sound.stderr
     for refused in (page, anchor):
         assert refused.returncode != 0 and "nowhere" in refused.stderr
