@@ -10,7 +10,7 @@ TRITON_PYTHON ?= $(BIN)/python
 # libraries behind them are not in the package index
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.0.1 tensorrt-cu13-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.106
 
-.PHONY: run test install dev lint types unit interpret bench report zoo soak dist gpu gpu-first gpu-second gpu-cache kernels clean
+.PHONY: run test install dev lint types unit interpret bench report zoo soak docs dist gpu gpu-first gpu-second gpu-cache kernels clean
 
 run: install  ## install, then the main job: photographs through ResNet-50, digits through trained nets
 	$(BIN)/python examples/main_job.py
@@ -109,6 +109,9 @@ $(OLDEST)/.installed: setup.py pyproject.toml  ## the oldest PyTorch that is sup
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	$(OLDEST)/bin/python -m pip install --quiet --editable . 'torch==2.11.*'
 	touch $@
+
+docs: dev  ## the site, into build/site; a warning, a dead link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 dist: dev  ## sdist and wheel into dist/, checked as the package index does
 	rm -rf dist

@@ -169,7 +169,7 @@ def test_every_folder_is_in_the_wheel(tmp_path: Path) -> None:
 
 def test_files_that_the_docs_name_are_there() -> None:
     there = {str(path.relative_to(ROOT)) for path in ROOT.glob("[!.]*/**/*.py")}
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
         if page.name == "CHANGELOG.md":
             continue
         for name in re.findall(r"`([\w/]+\.py)`", page.read_text()):
