@@ -40,10 +40,14 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
             handle = _begin(temporary, folder)
         yield temporary
     finally:
-        if temporary != path:
-            _remove(temporary)
-        if handle >= 0:
-            os.close(handle)
+        try:
+            _remove(temporary, but=path)
+        except KeyboardInterrupt:  # of what is half removed nothing stays; a second one ends that
+            _remove(temporary, but=path)
+            raise
+        finally:
+            if handle >= 0:
+                os.close(handle)
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -138,9 +142,11 @@ def _exchange(one: Path, other: Path) -> None:
     raise OSError(number, what, str(other))
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, but: Path | None = None) -> None:
     """As far as that is possible: the next sweep takes the rest."""
     with suppress(OSError):
+        if path == but:
+            return
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         elif path.exists():  # unlink fails on a read-only disk even where there is nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,25 @@ class TestUnfinished:
         with unfinished(tmp_path / "it") as temporary:
             assert temporary.exists()
         assert os.listdir(tmp_path) == [LEFT]
+
+
+def test_an_interrupt_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C where the old engine, exchanged for the new one, is half removed."""
+    rmtree, asked = shutil.rmtree, []
+
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        asked.append(path)
+        if len(asked) == 1:
+            (path / "one").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    (tmp_path / "engine").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "engine" / name).write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with unfinished(tmp_path / "engine", folder=True) as temporary:
+            (temporary / "new").write_text("new")
+            put_in_place(temporary, tmp_path / "engine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["engine", "new"] and len(asked) == 2
