@@ -12,7 +12,7 @@ import torch
 from fastres.backends.base import Executable, Run, until
 from fastres.backends.reference import ReferenceExecutable
 from fastres.deadlines import Deadline
-from fastres.errors import InputError
+from fastres.errors import GraphError, InputError
 from fastres.graph.ir import Graph
 from fastres.graph.shapes import infer_shapes
 
@@ -58,13 +58,13 @@ def of_nothing(
     Raises:
         InputError: the model has none.
     """
-    shapes = infer_shapes(graph, [tuple(x.shape) for x in inputs])
-    if all(0 in shapes[name] for name in graph.outputs):
-        return [torch.empty(shapes[name], device=device) for name in graph.outputs]
-    # an output without the batch has values all the same, such as the mean of nothing
     try:
+        shapes = infer_shapes(graph, [tuple(x.shape) for x in inputs])
+        if all(0 in shapes[name] for name in graph.outputs):
+            return [torch.empty(shapes[name], device=device) for name in graph.outputs]
+        # an output without the batch has values all the same, such as the mean of nothing
         return ReferenceExecutable(graph, torch.float32, device).run(inputs)
-    except (RuntimeError, IndexError, InputError) as error:
+    except (RuntimeError, IndexError, InputError, GraphError) as error:
         raise InputError(
             f"the batch is empty, and the model has no result for it: {error}"
         ) from error

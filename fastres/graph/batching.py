@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fastres.errors import InputError
+from fastres.errors import GraphError, InputError
 from fastres.graph import aten
 from fastres.graph.ir import Add, Aten, Graph, Mul, Node, Softmax
 from fastres.graph.shapes import infer_shapes
@@ -51,18 +51,25 @@ def why_not_split(
     batch = first[0]
     if not isinstance(batch, Sym) or any(size != batch for size in first):
         return f"the model takes a batch of {' and '.join(str(size) for size in first)}"
-    shapes = [infer_shapes(graph, [(n, *shape[1:]) for shape in input_shapes]) for n in _PROBED]
+    try:
+        shapes = [_sizes(graph, input_shapes, size) for size in _PROBED] if tried else []
+    except GraphError as error:
+        return f"it does not take a batch of every size: {error}"
     images = {value.name for value in graph.inputs}  # values with one entry for each image
     for node in graph.nodes:
         if images.isdisjoint(node.inputs):
             continue  # computed from constants alone
         if node.spec.shape[:1] != (batch,):
             return f"{node.name} has the shape {node.spec}, which does not begin with the batch"
-        if _mixes(graph, node, images, shapes if tried else ()):
+        if _mixes(graph, node, images, shapes):
             return f"{node.name} mixes the images of a batch"
         images.add(node.name)
     loose = [name for name in graph.outputs if name not in images]
     return f"the output {loose[0]} does not depend on the batch" if loose else None
+
+
+def _sizes(graph: Graph, input_shapes: Sequence[Sequence[int]], batch: int) -> Shapes:
+    return infer_shapes(graph, [(batch, *shape[1:]) for shape in input_shapes])
 
 
 def _mixes(graph: Graph, node: Node, images: set[str], shapes: Sequence[Shapes]) -> bool:

@@ -167,6 +167,24 @@ class TestCalls:
         with pytest.raises(InputError, match="mixes the images of a batch"):
             engine(torch.randn(3, 1, 4, 4))
 
+    def test_a_call_that_only_some_batch_sizes_fit(self, rolls: Contents, tmp_path: Path) -> None:
+        size = {"size": [0, 0, 0, 1]}  # the batch, as PyTorch's argument
+        summed = called("aten.cumsum.default", [{"input": 0}, size])
+
+        def change(manifest: dict[str, Any]) -> None:
+            manifest["options"]["max_batch_size"] = 2
+
+        forge(tmp_path / "split", rolls, graph=summed, manifest=change)
+        with pytest.raises(InputError, match="roll mixes the images"):
+            fastres.load(tmp_path / "split")
+        forge(tmp_path / "whole", rolls, graph=summed)
+        forge(tmp_path / "fixed", rolls, graph=called("aten.cumsum.default", [{"input": 0}, 1]))
+        engine, fixed = fastres.load(tmp_path / "whole"), fastres.load(tmp_path / "fixed")
+        assert torch.equal(engine(X), fixed(X))
+        with pytest.raises(InputError, match="Dimension out of range"):  # there are 0 to 3
+            engine(X.expand(4, -1, -1, -1))
+        assert engine(X[:0]).shape == (0, 2, 4, 4)
+
 
 class TestMemory:
     def test_a_batch_of_millions_is_not_made_ready(

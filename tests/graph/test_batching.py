@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ import fastres
 from fastres.errors import InputError
 from fastres.graph.batching import why_not_split
 from fastres.graph.capture import capture
+from fastres.graph.ir import Aten
 from fastres.options import Input
 
 ModelOf = Callable[..., nn.Module]
@@ -64,6 +67,19 @@ MIXED: dict[str, tuple[Forward, str]] = {
 @pytest.mark.parametrize("name", SEPARATE)
 def test_images_by_themselves(name: str, model_of: ModelOf) -> None:
     assert reason(model_of, SEPARATE[name]) is None
+
+
+def test_a_call_that_only_some_sizes_fit(model_of: ModelOf) -> None:
+    graph = capture(model_of(lambda m, x: x.roll(1, 1).roll(1, 2)), [SMALL]).graph
+    first, second = graph.nodes
+    assert isinstance(first.op, Aten)
+    summed = msgspec.structs.replace(
+        first.op, overload="aten.cumsum.default", args='[{"input": 0}, {"size": [0, 0, 0, 1]}]'
+    )
+    odd = replace(graph, nodes=(msgspec.structs.replace(first, op=summed), second))
+    for tried, why in ((True, "not take a batch of every size: roll"), (False, "roll mixes")):
+        found = why_not_split(odd, [SMALL.usual], tried)
+        assert found is not None and why in found
 
 
 @pytest.mark.parametrize("name", MIXED)
