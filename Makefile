@@ -10,7 +10,7 @@ TRITON_PYTHON ?= $(BIN)/python
 # libraries behind them are not in the package index
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.0.1 tensorrt-cu13-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.106
 
-.PHONY: run test install dev lint types unit interpret bench report zoo soak docs dist gpu gpu-first gpu-second gpu-cache kernels clean
+.PHONY: run test install dev lint types unit interpret bench report pictures zoo soak docs dist gpu gpu-first gpu-second gpu-cache kernels clean
 
 run: install  ## install, then the main job: photographs through ResNet-50, digits through trained nets
 	$(BIN)/python examples/main_job.py
@@ -72,6 +72,11 @@ report: dev  ## everything that a report shows, measured afresh: about half an h
 	$(BIN)/python bench/accuracy.py --quick -o build/report/accuracy.json
 	$(BIN)/python bench/accuracy.py --parity --depths 18,50 -o build/report/parity.json
 	$(BIN)/fastres report build/report/*.json -o build/report/report.html
+
+pictures: dev  ## of README and docs: charts of committed results, and ResNet-50 as it runs here
+	mkdir -p build
+	$(BIN)/fastres report bench/results/peers.json -o build/report.html --pictures docs/pictures
+	$(BIN)/fastres profile fastres:resnet50 --pictures docs/pictures
 
 zoo: dev  ## whether timm's residual networks compile and agree: a table, an hour
 	mkdir -p build

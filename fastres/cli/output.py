@@ -146,6 +146,19 @@ def check_folder(*outputs: Path | None) -> None:
             raise InputError(f"{output} cannot be written: {error.strerror}") from error
 
 
+def make_folder(folder: Path | None) -> None:
+    """Tells the same of a folder, which is made if it is missing.
+
+    Raises:
+        InputError: it cannot be made, or is no folder.
+    """
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made a folder: {error.strerror}") from error
+
+
 def note(text: str) -> None:
     """Something the user must know, on stderr so that it cannot spoil a report."""
     _say(Text.assemble(("note: ", "yellow"), printable(text)))

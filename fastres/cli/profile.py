@@ -9,7 +9,7 @@ import typer
 
 from fastres.cli import flags, pictures
 from fastres.cli.flags import Request
-from fastres.cli.output import check_folder, emit, working
+from fastres.cli.output import check_folder, emit, make_folder, working
 from fastres.cli.targets import open_target, precision_ran, to_engine
 from fastres.errors import InputError
 
@@ -29,9 +29,18 @@ def profile(
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the network there, as a page for a browser."),
     ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            metavar="FOLDER",
+            help="Also draw the network there in one picture, as SVG, light and dark.",
+        ),
+    ] = None,
 ) -> None:
     """Show the time, GFLOP/s and GB/s of every node in one run; on a GPU, share of the roofline."""
     check_folder(output, trace, html)
+    make_folder(folder)
     request = request.about(model)
     size, *more = request.batch_sizes
     if more:
@@ -47,6 +56,11 @@ def profile(
         from fastres.report.page import write_page
 
         write_page(html, network_page(target.name, engine, [batch], found))
+    if folder is not None:
+        from fastres.report.image import write_images
+        from fastres.report.network import network_picture
+
+        write_images(folder, {"network": network_picture(target.name, engine, [batch], found)})
     ran = precision_ran(engine)
     head = f"{target.name} on {engine.info.backend} in {ran}, batch {size}"
     fields = {

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastres.cli import flags
-from fastres.cli.output import check_output, emit, working
+from fastres.cli.output import check_output, emit, make_folder, working
 
 
 def report(
@@ -23,21 +23,40 @@ def report(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")
     ] = Path("report.html"),
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            metavar="FOLDER",
+            help="Also draw speed over peers and the roofline there, as SVG, light and dark.",
+        ),
+    ] = None,
     as_json: flags.Json = False,
 ) -> None:
     """Write charts and tables of results as one HTML file that needs nothing else.
 
     Needs matplotlib: pip install 'fastres[report]'.
     """
+    from fastres.report.image import write_images
     from fastres.report.page import write_page
+    from fastres.report.pictures import pictures
     from fastres.report.reading import read
     from fastres.report.writing import report as make
 
     check_output(output, *results)
+    make_folder(folder)
     sources = [read(path) for path in dict.fromkeys(results)]
     with working("drawing"):
         page = make(sources)
+        drawn = {} if folder is None else pictures([source.document for source in sources])
     write_page(output, page)
+    written = [] if folder is None else write_images(folder, drawn)
     size = len(page.encode())
-    fields = {"page": str(output), "bytes": size, "results": [source.name for source in sources]}
-    emit("report", f"{output}: {size / 1024:.0f} KiB", fields, as_json=as_json)
+    fields = {
+        "page": str(output),
+        "bytes": size,
+        "pictures": [str(path) for path in written],
+        "results": [source.name for source in sources],
+    }
+    said = [f"{output}: {size / 1024:.0f} KiB", *map(str, written)]
+    emit("report", "\n".join(said), fields, as_json=as_json)

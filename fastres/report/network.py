@@ -20,6 +20,7 @@ from fastres.report.html import Cell, Column, Html, folded, items, join, table, 
 from fastres.report.network_boxes import INPUT, Box, boxes_of, captured_and_run
 from fastres.report.network_drawing import drawing
 from fastres.report.network_layout import blocks_of
+from fastres.report.network_overview import overview
 from fastres.report.numbers import number, short
 from fastres.report.page import page
 from fastres.report.provenance import machine_table
@@ -44,10 +45,22 @@ def network_page(
         inputs: what the engine was profiled with.
         profile: what it found.
     """
-    planar = engine.planar(tuple(inputs))
-    shapes = infer_shapes(engine.graph, [tuple(x.shape) for x in planar])
+    shapes = _shapes(engine, inputs)
     here = msgspec.convert(asdict(machine()), records.Machine)
     return draw(name, engine.graph, engine.source, engine.info, profile, shapes, here)
+
+
+def network_picture(
+    name: str, engine: Engine, inputs: Sequence[torch.Tensor], profile: Profile
+) -> Html:
+    """The whole network as one SVG element; see `network_page`."""
+    shapes = _shapes(engine, inputs)
+    return overview(name, boxes_of(engine.graph, engine.source, engine.info, profile, shapes))
+
+
+def _shapes(engine: Engine, inputs: Sequence[torch.Tensor]) -> Shapes:
+    planar = engine.planar(tuple(inputs))
+    return infer_shapes(engine.graph, [tuple(x.shape) for x in planar])
 
 
 def draw(

@@ -14,9 +14,19 @@ from itertools import pairwise, takewhile
 from fastres.report.network_boxes import Box
 
 Point = tuple[float, float]
-WIDTH, HEIGHT, GAP, MARGIN = 272.0, 106.0, 26.0, 16.0
-HEADER = 22.0  # of a block of several boxes: its name
-_LANE = 18.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large boxes are, and how far apart; `header` is for the name of a block of several
+    boxes, `lane` for a line that passes them."""
+
+    width: float
+    height: float
+    gap: float
+    margin: float
+    header: float
+    lane: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Block:
     top: float
     bottom: float
     right: float
+    scale: Scale
 
     @property
     def name(self) -> str:
@@ -74,7 +85,7 @@ def blocks_of(boxes: Sequence[Box]) -> list[list[Box]]:
     return blocks
 
 
-def place(boxes: Sequence[Box], top: float) -> Block:
+def place(boxes: Sequence[Box], top: float, scale: Scale) -> Block:
     """Lays out one block from a height on."""
     here = {box.name for box in boxes}
     reads = {box.name: [name for name in box.inputs if name in here] for box in boxes}
@@ -83,19 +94,19 @@ def place(boxes: Sequence[Box], top: float) -> Block:
         depth[box.name] = 1 + max((depth[name] for name in reads[box.name]), default=-1)
     paths = _paths(boxes, reads, depth)
     column = {name: i for i, path in enumerate(paths) for name in path}
-    first = top + GAP + (HEADER + GAP / 2 if len(boxes) > 1 else 0)
+    first = top + scale.gap + (scale.header + scale.gap / 2 if len(boxes) > 1 else 0)
+    across, down = scale.width + scale.gap, scale.height + scale.gap
     places = {
-        name: (MARGIN + column[name] * (WIDTH + GAP), first + depth[name] * (HEIGHT + GAP))
-        for name in depth
+        name: (scale.margin + column[name] * across, first + depth[name] * down) for name in depth
     }
-    right = MARGIN + len(paths) * (WIDTH + GAP) - GAP
+    right = scale.margin + len(paths) * across - scale.gap
     edges: list[Edge] = []
     for box in boxes:
         for name in box.inputs:
-            edges.append(_edge(name, box.name, places, paths, (right, first), top))
-            right += _LANE * edges[-1].skips
-    bottom = first + (max(depth.values()) + 1) * (HEIGHT + GAP) - GAP
-    return Block(tuple(boxes), paths, places, tuple(edges), top, bottom, right)
+            edges.append(_edge(name, box.name, places, paths, (right, first), top, scale))
+            right += scale.lane * edges[-1].skips
+    bottom = first + (max(depth.values()) + 1) * down - scale.gap
+    return Block(tuple(boxes), paths, places, tuple(edges), top, bottom, right, scale)
 
 
 def _paths(
@@ -124,6 +135,7 @@ def _edge(
     paths: Sequence[Sequence[str]],
     corner: Point,
     top: float,
+    scale: Scale,
 ) -> Edge:
     """Along a column that is free between the two boxes; where there is none, past all boxes.
 
@@ -132,14 +144,14 @@ def _edge(
         top: where what it reads of earlier blocks comes in.
     """
     right, first = corner
-    middle = WIDTH / 2
+    middle = scale.width / 2
     x, y = places[end][0] + middle, places[end][1]
-    above = y - GAP / 2
+    above = y - scale.gap / 2
     if start in places:
-        from_x, from_y = places[start][0] + middle, places[start][1] + HEIGHT
-        fork = from_y + GAP / 2
+        from_x, from_y = places[start][0] + middle, places[start][1] + scale.height
+        fork = from_y + scale.gap / 2
     else:
-        from_x, from_y, fork = MARGIN + middle, top, first - GAP / 2
+        from_x, from_y, fork = scale.margin + middle, top, first - scale.gap / 2
     if (start, end) in {pair for path in paths for pair in pairwise(path)}:
         return Edge(start, end, ((from_x, from_y), (x, y)), False)
     if start in {path[-1] for path in paths}:  # its column is free from there on
@@ -147,6 +159,6 @@ def _edge(
         return Edge(start, end, ((from_x, from_y), (from_x, above), (x, above), (x, y)), False)
     if end in {path[0] for path in paths}:  # its column is free up to there
         return Edge(start, end, ((from_x, from_y), (from_x, fork), (x, fork), (x, y)), False)
-    lane, x = right + _LANE, x + middle / 2
+    lane, x = right + scale.lane, x + middle / 2
     around = ((from_x, from_y), (from_x, fork), (lane, fork), (lane, above), (x, above), (x, y))
     return Edge(start, end, around, True)

@@ -119,14 +119,15 @@ def check_charts() -> None:
         ) from error
 
 
-def chart(alt: str, height: float, paint: Callable[[Axes], None]) -> Html:
+def chart(alt: str, height: float, *paints: Callable[[Axes], None]) -> Html:
     """An SVG element.
 
     Args:
         alt: what the chart shows, in words and with its main numbers. Charts of one page must
             differ in it: the ids within are made of it.
-        height: in the units in which it is WIDTH wide.
-        paint: draws; in the colours of this module.
+        height: in the units in which each of its panels is WIDTH wide.
+        paints: each draws a panel, in the colours of this module; several stand side by side and
+            share what goes up.
 
     Raises:
         BackendUnavailable: matplotlib is not installed.
@@ -140,10 +141,12 @@ def chart(alt: str, height: float, paint: Callable[[Axes], None]) -> Html:
         warnings.filterwarnings("ignore", "Glyph")  # the browser has other fonts
         matplotlib.rcdefaults()  # whatever the user's own style is
         matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": alt})
-        drawing = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
-        axes = drawing.subplots()
-        axes.tick_params(length=0)
-        paint(axes)
+        width = len(paints) * WIDTH
+        drawing = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        panels = drawing.subplots(1, len(paints), sharey=True, squeeze=False)[0]
+        for axes, paint in zip(panels, paints, strict=True):
+            axes.tick_params(length=0)
+            paint(axes)
         file = io.BytesIO()
         drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _inline(file.getvalue(), alt)

@@ -73,3 +73,16 @@ def test_profile_refuses_a_page_that_cannot_be_written(
     run: Run, engine: Path, tmp_path: Path
 ) -> None:
     assert "is a folder" in run("profile", engine, "--html", tmp_path, status=2).stderr
+
+
+def test_pictures(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "pictures"
+    peers = RESULTS / "peers.json"
+    result = run("report", peers, "-o", tmp_path / "page.html", "--pictures", folder)
+    assert f"{folder / 'peers-light.svg'}" in result.stdout
+    run("profile", "fastres:cifar_resnet8", "--pictures", folder)
+    names = [f"{n}-{t}.svg" for n in ("network", "peers", "roofline") for t in ("dark", "light")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for command in (("report", peers), ("profile", "fastres:cifar_resnet8")):
+        refused = run(*command, "--pictures", peers, status=2)
+        assert f"{peers} cannot be made a folder" in refused.stderr

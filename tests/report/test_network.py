@@ -19,7 +19,8 @@ from fastres.engine.profile import Profile, make_profile
 from fastres.graph.shapes import infer_shapes
 from fastres.report.network import draw, network_page
 from fastres.report.network_boxes import Box, boxes_of, captured_and_run
-from fastres.report.network_layout import GAP, HEIGHT, WIDTH, Block, blocks_of, place
+from fastres.report.network_drawing import PAGE
+from fastres.report.network_layout import Block, blocks_of, place
 from fastres.report.records import Machine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,7 +87,7 @@ def boxes(engine: Engine, *shape: int, skip: Sequence[str] = ()) -> dict[str, Bo
 
 def laid_out(engine: Engine) -> list[Block]:
     found = list(boxes(engine, *SMALL.shape).values())
-    return [place(block, 0.0) for block in blocks_of(found)]
+    return [place(block, 0.0, PAGE) for block in blocks_of(found)]
 
 
 class TestBoxes:
@@ -155,8 +156,11 @@ class TestLayout:
         for block in blocks:
             assert sorted(n for path in block.paths for n in path) == sorted(block.places)
             for (x, y), (other_x, other_y) in combinations(block.places.values(), 2):
-                assert abs(x - other_x) >= WIDTH + GAP or abs(y - other_y) >= HEIGHT + GAP
-            assert all(x + WIDTH <= block.right for x, _ in block.places.values())
+                assert (
+                    abs(x - other_x) >= PAGE.width + PAGE.gap
+                    or abs(y - other_y) >= PAGE.height + PAGE.gap
+                )
+            assert all(x + PAGE.width <= block.right for x, _ in block.places.values())
 
     @pytest.mark.parametrize("name", NETWORKS)
     def test_every_input_is_a_line_that_crosses_no_box(
@@ -192,9 +196,9 @@ def _crosses(points: Sequence[tuple[float, float]], corner: tuple[float, float])
     """Whether a line of upright and level pieces goes through the inside of a box."""
     left, top = corner
     return any(
-        min(a, c) < left + WIDTH
+        min(a, c) < left + PAGE.width
         and max(a, c) > left
-        and min(b, d) < top + HEIGHT
+        and min(b, d) < top + PAGE.height
         and max(b, d) > top
         for (a, b), (c, d) in zip(points, points[1:], strict=False)
     )
