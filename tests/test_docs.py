@@ -126,6 +126,20 @@ def test_pages_have_blocks_that_run() -> None:
     assert len(blocks) == fences, "a fence that is not closed"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_pictures_are_there_in_both_themes(page: Path) -> None:
+    text = page.read_text()
+    light, dark = (re.findall(rf'{name}="([^"]*)"', text) for name in ("src", "srcset"))
+    assert [name.replace("-light", "-dark") for name in light] == dark
+    for name in (*light, *dark):
+        assert (page.parent / name).is_file(), f"{page.name}: no {name}"
+    assert text.count("<img alt=") == len(light), "a picture without words"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 @pytest.mark.parametrize("page", PAGES[1:], ids=NAMES[1:])
 def test_lists_begin_after_an_empty_line(page: Path) -> None:
     """Else MkDocs takes them for text, where other readers of Markdown do not."""
