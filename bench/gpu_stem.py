@@ -12,15 +12,14 @@ from gpu_run import Row, Run
 from torch import Tensor
 
 from fastres.backends.triton.running.timing import milliseconds
-from fastres.kernels.box_choice import box_candidates, box_seconds
-from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches
+from fastres.kernels.conv2d import conv2d_launch, conv2d_tma_launches
 from fastres.kernels.cost import target_of
 from fastres.kernels.folding import ROW, TAPS, pack_stem_weight, stem_shape
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.layout import to_nhwc
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem_launch
+from fastres.kernels.tiles.box_choice import box_candidates, box_seconds
 from fastres.tolerances import errors
 
 
@@ -28,7 +27,7 @@ def stem(run: Run) -> Iterator[Row]:
     """The 7x7 stem: over pixels, over folded pixels, and folded through overlapping boxes.
 
     Whether the driver takes a tensor map whose pixels overlap is one of the first questions. That
-    form is no engine's: it multiplies the folding's zeros by NaN and infinities (`taps_jit`).
+    form is no engine's: it multiplies the folding's zeros by NaN and infinities (`jit.taps`).
     """
     generator = torch.Generator(run.device).manual_seed(0)
     for batch in run.batch_sizes:

@@ -1,7 +1,7 @@
 """What kernel benchmarks are about: every kernel family on ResNet's layers, in many precisions.
 
 A case lays out its own operands over poisoned outputs and knows how to check them; nothing is
-timed here. The layers are those of `fastres.kernels.aot_table`, whose machine code is checked.
+timed here. The layers are those of `fastres.kernels.aot.layers`, whose machine code is checked.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fastres.backends.triton.planning.eight_bits import OPERAND_OF
 from fastres.backends.triton.planning.problems import AnyTile, Problem
 from fastres.backends.triton.planning.table import Tiles, shipped_for
 from fastres.backends.triton.tuning.trial_eight_bits import make_trial
-from fastres.kernels import boxes, chain_tiles
-from fastres.kernels.aot_table import BOXES, CHAINS, CLASSIFIER, LAYERS, STEM, Layer
-from fastres.kernels.boxes import BoxTile
-from fastres.kernels.chain_tiles import ChainShape
+from fastres.kernels.aot.layers import BOXES, CHAINS, CLASSIFIER, LAYERS, STEM, Layer
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import stem_shape
 from fastres.kernels.geometry import ConvShape
+from fastres.kernels.tiles import BoxTile, boxes
+from fastres.kernels.tiles import chain as chain_tiles
+from fastres.kernels.tiles.chain import ChainShape
 from fastres.options import Precision
 
 BATCHES = (256, 1, 32)

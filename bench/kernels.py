@@ -43,8 +43,8 @@ from fastres.backends.triton.shipping.cross import compiled_plan, launches_of, s
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.kernels.aot import KernelFacts, fits, key_of, narrow_loads
-from fastres.kernels.aot_table_int8 import byte_faults
-from fastres.kernels.binary_build import Built
+from fastres.kernels.aot.faults import byte_faults
+from fastres.kernels.compiled.build import Built
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 from fastres.kernels.quantised import is_bytes

@@ -38,9 +38,9 @@ from fastres.cli.output import check_folder, write_file
 from fastres.errors import InputError
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
-from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
+from fastres.kernels.tiles.chain import ChainShape
 from fastres.options import Options, Precision
 from fastres.text import render
 

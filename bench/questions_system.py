@@ -15,12 +15,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastres.backends.triton.planning.problems import Problem
 from fastres.backends.triton.planning.table import Tiles
 from fastres.kernels.bottleneck_chain import chain_launch
-from fastres.kernels.boxes import BoxTile
-from fastres.kernels.chain_tiles import ChainShape, ChainTile, chain_cost
-from fastres.kernels.conv2d_tma import conv2d_tma_launches
+from fastres.kernels.conv2d import conv2d_tma_launches
+from fastres.kernels.conv2d.parts import new_parts
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.launch import Launch, is_interpreted
-from fastres.kernels.parts import new_parts
+from fastres.kernels.tiles import BoxTile, ChainTile
+from fastres.kernels.tiles.chain import ChainShape, chain_cost
 
 _LOADED = 4e9  # bytes that a pass of the question about L2 loads
 _BUFFER = 16 << 20  # bytes it loads them from: well within L2

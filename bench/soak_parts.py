@@ -48,8 +48,8 @@ from fastres.errors import (
     UnsupportedError,
 )
 from fastres.graph.ir import Graph
-from fastres.kernels.binary import KernelBinary
-from fastres.kernels.tensor_map import TensorMap
+from fastres.kernels.compiled.binary import KernelBinary
+from fastres.kernels.compiled.tensor_map import TensorMap
 
 SECONDS, MEMORY = 5.0, 300 << 20
 HANGS = 30  # seconds after which a process is ended; of a call in the interpreter, ten times that

@@ -16,7 +16,12 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.bottleneck_chain_jit import bottleneck_chain_kernel
-from fastres.kernels.chain_tiles import (
+from fastres.kernels.cost import Target, target_of
+from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.launch import Argument, Launch, check_like, check_nhwc, is_interpreted
+from fastres.kernels.pairs import in_pairs, interleaved
+from fastres.kernels.quantised import ANY_DTYPES, bias_dtypes, by_steps, factor, is_bytes
+from fastres.kernels.tiles.chain import (
     DEPTH,
     ChainShape,
     ChainTile,
@@ -25,11 +30,6 @@ from fastres.kernels.chain_tiles import (
     is_valid,
     refusal,
 )
-from fastres.kernels.cost import Target, target_of
-from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.launch import Argument, Launch, check_like, check_nhwc, is_interpreted
-from fastres.kernels.pairs import in_pairs, interleaved
-from fastres.kernels.quantised import ANY_DTYPES, bias_dtypes, by_steps, factor, is_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 

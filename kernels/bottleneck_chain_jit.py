@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from fastres.kernels.dependent import await_predecessor, prefetch_weights
-from fastres.kernels.epilogue_jit import apply_activation, round_to
-from fastres.kernels.pairs_jit import in_order, load_box, store_box
-from fastres.kernels.product_jit import add_product
+from fastres.kernels.jit.dependent import await_predecessor, prefetch_weights
+from fastres.kernels.jit.epilogue import apply_activation, round_to
+from fastres.kernels.jit.pairs import in_order, load_box, store_box
+from fastres.kernels.jit.product import add_product
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def bottleneck_chain_kernel(
     STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     WIDEN: tl.constexpr,  # operands to fp32 first: Triton's interpreter has no bf16 arithmetic
-    BY_STEPS: tl.constexpr,  # of fp8: `tiles.summed_by_steps`, of the 3x3
+    BY_STEPS: tl.constexpr,  # of fp8: `tiles.depth.summed_by_steps`, of the 3x3
     NEXT_BY_STEPS: tl.constexpr,  # and of a_next
     BOX_N: tl.constexpr,
     BOX_P: tl.constexpr,

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
-from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.epilogue_jit import apply_activation, round_to
+from fastres.kernels.jit.dependent import await_predecessor
+from fastres.kernels.jit.epilogue import apply_activation, round_to
 from fastres.kernels.launch import Launch, check_inner_stride, check_like, check_nhwc
 from fastres.kernels.quantised import ANY_DTYPES, bias_dtypes, factor, is_bytes
-from fastres.kernels.tiles import PoolTile, choose_pool_tile
+from fastres.kernels.tiles.pool import PoolTile, choose_pool_tile
 
 
 @triton.jit

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from fastres.kernels.geometry import ConvShape, Pair
-from fastres.kernels.tiles import GemmShape
+from fastres.kernels.geometry import ConvShape, GemmShape, Pair
 
 FOLDED = 16  # channels of a folded pixel: 2 x 2 pixels of up to 4 channels
 MARGIN = (2, 1)  # folded pixels of zeros before and after: 4 taps reach from -2 to +1

@@ -5,10 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastres.kernels.cost import Cost
-from fastres.kernels.tiles import GemmShape
 
 Pair = tuple[int, int]
 _MERGED = 64
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """The matrix product behind one call.
+
+    Args:
+        m: rows: output pixels.
+        n: columns: output channels of one group.
+        k: depth: taps times input channels of one group.
+        channels: input channels of one group; a depth block that divides it stays in one tap.
+        groups: independent products.
+        x: elements of the input in memory; None where each row's channels are read once.
+    """
+
+    m: int
+    n: int
+    k: int
+    channels: int
+    groups: int = 1
+    x: int | None = None
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Launch:
         return seconds, "arithmetic" if seconds > in_memory else "memory"
 
     def overlapping(self) -> "Launch":
-        """The same as a dependent launch: `fastres.kernels.dependent`.
+        """The same as a dependent launch: `fastres.kernels.jit.dependent`.
 
         In Triton's interpreter, which runs one kernel after the other, nothing changes.
         """

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
-from fastres.kernels.epilogue_jit import round_to
+from fastres.kernels.jit.epilogue import round_to
 from fastres.kernels.launch import Launch, check_like
 from fastres.kernels.quantised import ANY_DTYPES, factor, is_bytes
-from fastres.kernels.tiles import PoolTile
+from fastres.kernels.tiles.pool import PoolTile
 
 PICTURE_DTYPES = (*ANY_DTYPES, torch.uint8)
 

@@ -9,12 +9,13 @@ import triton.language as tl
 
 from fastres.kernels.conv2d import conv2d
 from fastres.kernels.cost import Cost
-from fastres.kernels.dependent import await_predecessor
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.epilogue_jit import round_to
+from fastres.kernels.jit.dependent import await_predecessor
+from fastres.kernels.jit.epilogue import round_to
 from fastres.kernels.launch import Launch, check_like, check_nhwc
 from fastres.kernels.quantised import ANY_DTYPES, check_factor, factor, is_bytes, result_dtypes
-from fastres.kernels.tiles import ConvTile, PoolTile, choose_mean_tile
+from fastres.kernels.tiles.conv import ConvTile
+from fastres.kernels.tiles.pool import PoolTile, choose_mean_tile
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Of each 16 rows of a product [channels, pixels] a thread holds r and r + 8 (PTX ISA, accumulators of
 `wgmma` and `mma`): of channels in order never two that lie side by side in memory, and so a kernel
 would move single bytes. With the weights' rows interleaved those two are neighbours, and what turns
-a tile of 16-bit numbers on its way to shared memory and back will do. `pairs_jit.py` is the rest.
+a tile of 16-bit numbers on its way to shared memory and back will do. `jit/pairs.py` is the rest.
 """
 
 from collections.abc import Sequence

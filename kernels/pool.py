@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
-from fastres.kernels.dependent import await_predecessor
-from fastres.kernels.epilogue_jit import lowest, nearest_tf32, round_to
 from fastres.kernels.geometry import Pair, PoolShape, max_pool_cost
+from fastres.kernels.jit.dependent import await_predecessor
+from fastres.kernels.jit.epilogue import lowest, nearest_tf32, round_to
 from fastres.kernels.launch import Launch, check_like, check_nhwc
 from fastres.kernels.quantised import ANY_DTYPES
-from fastres.kernels.tiles import PoolTile, choose_pool_tile
+from fastres.kernels.tiles.pool import PoolTile, choose_pool_tile
 
 
 @triton.jit

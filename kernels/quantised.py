@@ -13,7 +13,7 @@ import torch
 
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import BYTE_DTYPES, FLOAT_DTYPES, Argument, check_like
-from fastres.kernels.tiles import summed_by_steps
+from fastres.kernels.tiles.depth import summed_by_steps
 
 ANY_DTYPES = (*FLOAT_DTYPES, *BYTE_DTYPES)
 _DEEPEST = 2**17 - 1  # products of up to 2**14 each in an int32

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastres.kernels.epilogue_jit import round_to
 from fastres.kernels.folding import FOLDED, MARGIN, fold_refusal, packed_shape
+from fastres.kernels.jit.epilogue import round_to
 from fastres.kernels.launch import Launch
 from fastres.kernels.layout import (
     check_first_images,
@@ -19,7 +19,7 @@ from fastres.kernels.layout import (
     normalised,
 )
 from fastres.kernels.quantised import factor, is_bytes
-from fastres.kernels.tiles import PoolTile
+from fastres.kernels.tiles.pool import PoolTile
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.folding import FOLDED, ROW, TAPS, stem_shape
 from fastres.kernels.launch import Launch, check_like
 from fastres.kernels.quantised import ANY_DTYPES
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles.conv import ConvTile
 
 
 def stem_cost(n: int, p: int, q: int, k: int, itemsize: int) -> Cost:

@@ -10,20 +10,20 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.cost import Cost
-from fastres.kernels.dependent import await_predecessor, prefetch_weights
 from fastres.kernels.epilogue import ActivationKind
-from fastres.kernels.epilogue_jit import apply_epilogue, lowest, round_to
 from fastres.kernels.folding import FOLDED, ROW, TAPS
+from fastres.kernels.jit.dependent import await_predecessor, prefetch_weights
+from fastres.kernels.jit.epilogue import apply_epilogue, lowest, round_to
+from fastres.kernels.jit.taps import without_zeros
 from fastres.kernels.launch import Launch, check_like, is_interpreted
 from fastres.kernels.quantised import bias_dtypes, epilogue_arguments, is_bytes
 from fastres.kernels.stem import output_pixels, stem_cost
-from fastres.kernels.stem_pool_tiles import (
+from fastres.kernels.tiles.stem_pool import (
     StemPoolTile,
     choose_stem_pool_tile,
     pooled,
     stem_pool_refusal,
 )
-from fastres.kernels.taps_jit import without_zeros
 
 
 @triton.jit

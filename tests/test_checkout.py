@@ -91,7 +91,7 @@ def test_the_tests_of_a_gpu_are_found(site: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = re.search(r"(\d+)/\d+ tests collected", done.stdout)
     assert found and int(found[1]) > 500
-    assert "tests/kernels/test_conv2d.py" in done.stdout and "test_run.py" in done.stdout
+    assert "tests/kernels/conv2d/test_pointers.py" in done.stdout and "test_run.py" in done.stdout
 
 
 def test_the_questions_to_a_gpu_can_be_asked(site: Path) -> None:

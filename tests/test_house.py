@@ -19,15 +19,15 @@ EXAMPLES = ("utils.py", "runtime/cache.py", "setup.py")  # that the docs speak o
 GROUND = [ROOT / "bench", ROOT / "examples"]
 
 
-def floors() -> list[list[str]]:
-    """From the ground up: the rows of the table in docs/architecture.md."""
+def floors(package: str) -> list[list[str]]:
+    """From the ground up: the rows of a package's table in docs/architecture.md."""
     text = (ROOT / "docs" / "architecture.md").read_text()
-    table = text.partition("| floor | of `fastres` |")[2].partition("\n\n")[0]
+    table = text.partition(f"| floor | of `{package}` |")[2].partition("\n\n")[0]
     rows = [re.findall(r"`(\w+)`", line) for line in table.splitlines()[2:]]
-    return [[f"fastres.{name}" for name in row] for row in reversed(rows)]
+    return [[f"{package}.{name}" for name in row] for row in reversed(rows)]
 
 
-FLOORS = floors()
+HOUSES = {package: floors(package) for package in ("fastres", "fastres.kernels")}
 ONLY_IN = {  # package → the modules that may import it
     "triton": ("fastres.kernels", "fastres.backends.triton"),
     "openvino": ("fastres.backends.openvino_runtime",),
@@ -43,18 +43,19 @@ ONLY_IN = {  # package → the modules that may import it
     "matplotlib": ("fastres.report",),
     "cuda": ("fastres.kernels",),
 }
-TRITON_FREE = (
-    "__init__",
-    "binary",
-    "cost",
-    "device_memory",
-    "driver",
-    "epilogue",
-    "folding",
-    "geometry",
-    "reference",
-    "stem_pool_tiles",
-    "tensor_map",
+TRITON_FREE = (  # files and folders of kernels/
+    "__init__.py",
+    "compiled/__init__.py",
+    "compiled/binary.py",
+    "compiled/device_memory.py",
+    "compiled/driver.py",
+    "compiled/tensor_map.py",
+    "cost.py",
+    "epilogue.py",
+    "folding.py",
+    "geometry.py",
+    "pairs.py",
+    "reference.py",
     "tiles",
 )
 
@@ -78,18 +79,22 @@ def imports_of(path: Path) -> list[str]:
     return found
 
 
-def floor_of(module: str) -> int | None:
-    for i, floor in enumerate(FLOORS):
+def floor_of(module: str, house: list[list[str]]) -> int | None:
+    for i, floor in enumerate(house):
         if any(module == name or module.startswith(name + ".") for name in floor):
             return i
     return None
 
 
 def looks_up(module: str, imports: Iterable[str]) -> list[str]:
-    """What a module imports from above it."""
-    own = floor_of(module)
-    assert own is not None, f"{module} stands on no floor: add it to the table in architecture.md"
-    return [name for name in imports if (floor_of(name) or 0) > own]
+    """What a module imports from above it, in each house that it is in."""
+    found = []
+    for package, house in HOUSES.items():
+        if module.startswith(package + "."):
+            own = floor_of(module, house)
+            assert own is not None, f"{module} is on no floor: add it to docs/architecture.md"
+            found += [name for name in imports if (floor_of(name, house) or 0) > own]
+    return found
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -109,6 +114,9 @@ def test_a_look_upwards_is_seen(tmp_path: Path) -> None:
     assert looks_up("fastres.engine.planted", imports_of(planted))
     planted.write_text("from fastres.graph import ir\n")
     assert not looks_up("fastres.engine.planted", imports_of(planted))
+    planted.write_text("from fastres.kernels.pool import max_pool\n")
+    assert looks_up("fastres.kernels.tiles.planted", imports_of(planted))
+    assert not looks_up("fastres.kernels.aot.planted", imports_of(planted))
 
 
 def circle_of(imports: Mapping[str, Iterable[str]]) -> set[str]:
@@ -141,10 +149,27 @@ def test_packages_are_imported_where_they_belong(path: Path) -> None:
             )
 
 
+def all_that_comes_along(module: str, modules: Mapping[str, Iterable[str]]) -> set[str]:
+    """What an import of a module imports: packages around it, what those import, and so on."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        parts = waiting.pop().split(".")
+        names = {".".join(parts[:i]) for i in range(1, len(parts) + 1)} - found
+        found |= names
+        waiting += [inner for name in names for inner in modules.get(name, ())]
+    return found
+
+
 def test_data_parts_of_the_kernels_import_no_triton() -> None:
-    for stem in TRITON_FREE:
-        names = imports_of(ROOT / "kernels" / f"{stem}.py")
-        assert not any(name.split(".")[0] == "triton" for name in names), stem
+    modules = {module_of(path): imports_of(path) for path in (ROOT / "kernels").rglob("*.py")}
+    assert "triton" in all_that_comes_along("fastres.kernels.compiled.build", modules)
+    for name in TRITON_FREE:
+        path = ROOT / "kernels" / name
+        for file in path.rglob("*.py") if path.is_dir() else [path]:
+            assert "triton" not in all_that_comes_along(module_of(file), modules), file
+    of_a_package = {"a": ["a.c"], "a.b": ["os"], "a.c": ["triton.language"]}
+    assert "triton" in all_that_comes_along("a.b", of_a_package)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)

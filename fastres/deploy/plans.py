@@ -17,7 +17,7 @@ from fastres.backends.triton.running.linked import (
     check_descriptor,
 )
 from fastres.errors import ArtifactError
-from fastres.kernels.binary import KernelHeader
+from fastres.kernels.compiled.binary import KernelHeader
 
 MARGIN, FOLDED = (2, 1), 16  # of a folded picture, as in fastres.kernels.folding
 ELEMENTS = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "int8": "i1", "int32": "i4"}

@@ -29,16 +29,16 @@ from fastres.deploy.plans import (
 )
 from fastres.deploy.weights import PLAIN, PackedArrays, bf16, tf32
 from fastres.errors import ArtifactError, BackendUnavailable, InputError, OutOfMemory
-from fastres.kernels.binary import KernelBinary, KernelHeader, pack
-from fastres.kernels.device_memory import DeviceMemory, Stream
-from fastres.kernels.driver import (
+from fastres.kernels.compiled.binary import KernelBinary, KernelHeader, pack
+from fastres.kernels.compiled.device_memory import DeviceMemory, Stream
+from fastres.kernels.compiled.driver import (
     DriverModule,
     DriverUnavailable,
     encode_tensor_map,
     launch,
     use_device,
 )
-from fastres.kernels.tensor_map import TensorMap
+from fastres.kernels.compiled.tensor_map import TensorMap
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PLANS = "compiled_triton_plans.json"

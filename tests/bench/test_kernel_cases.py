@@ -23,8 +23,8 @@ from fastres.graph.cost import multiply_adds, traffic
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.shapes import infer_shapes
-from fastres.kernels.chain_tiles import chain_cost
 from fastres.kernels.cost import Cost, Target
+from fastres.kernels.tiles.chain import chain_cost
 from fastres.options import Precision
 
 BENCH = Path(__file__).parents[2] / "bench"

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from fastres.kernels import reference
 from fastres.kernels.aot import compile_launch, fits
-from fastres.kernels.aot_table import CompileCase, chain_cases
+from fastres.kernels.aot.cases import CompileCase, chain_cases
 from fastres.kernels.bottleneck_chain import bottleneck_chain, chain_launch, chain_shape
-from fastres.kernels.chain_tiles import ChainShape, ChainTile, chain_candidates
 from fastres.kernels.conv2d import conv2d
 from fastres.kernels.cost import Target
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.tiles import ChainTile
+from fastres.kernels.tiles.chain import ChainShape, chain_candidates
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 FOUR_WARPS = ChainTile((2, 8, 8), 4, 3, 2)

@@ -9,13 +9,14 @@ import torch
 
 from fastres.kernels import reference
 from fastres.kernels.aot import compile_launch, fits
-from fastres.kernels.aot_table import CHAINS
-from fastres.kernels.aot_table_int8 import chain_cases
+from fastres.kernels.aot.cases_int8 import chain_cases
+from fastres.kernels.aot.layers import CHAINS
 from fastres.kernels.bottleneck_chain import ChainScales, bottleneck_chain
-from fastres.kernels.chain_tiles import ChainShape, ChainTile, chain_candidates, refusal
 from fastres.kernels.conv2d import conv2d
 from fastres.kernels.cost import Target
 from fastres.kernels.epilogue import ActivationKind
+from fastres.kernels.tiles import ChainTile
+from fastres.kernels.tiles.chain import ChainShape, chain_candidates, refusal
 
 INT8, FP32, FP8 = torch.int8, torch.float32, torch.float8_e4m3fn
 SMALL = ChainTile((1, 4, 4), 4, 3, 1)

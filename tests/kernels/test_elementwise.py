@@ -5,7 +5,7 @@ import torch
 
 from fastres.kernels import reference
 from fastres.kernels.aot import compile_launch, fits
-from fastres.kernels.aot_table import elementwise_cases
+from fastres.kernels.aot.cases import elementwise_cases
 from fastres.kernels.elementwise import add_act, elementwise, elementwise_cost
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.tiles import PoolTile

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from fastres.kernels.aot import compile_kernel, facts_of
-from fastres.kernels.aot_table_int8 import byte_cases
-from fastres.kernels.boxes import BoxTile, Projection, tile_refusal
-from fastres.kernels.conv2d import conv2d
-from fastres.kernels.conv2d_tma import conv2d_tma
+from fastres.kernels.aot.cases_int8 import byte_cases
+from fastres.kernels.conv2d import conv2d, conv2d_tma
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
 from fastres.kernels.linear import linear
 from fastres.kernels.quantised import by_steps
-from fastres.kernels.tiles import ConvTile, summed_by_steps
+from fastres.kernels.tiles import BoxTile, ConvTile
+from fastres.kernels.tiles.boxes import Projection, tile_refusal
+from fastres.kernels.tiles.depth import summed_by_steps
 from fastres.tolerances import FP8_SUM_RMS, errors
 
 FP8, FP32 = torch.float8_e4m3fn, torch.float32
@@ -47,7 +47,7 @@ def exponent(x):
 def tensor_cores(products, at_a_time):
     """Sums over the last dimension: 32 products an instruction, cut off, and of so many in fp32.
 
-    As the reports have it that `tiles.summed_by_steps` names.
+    As the reports have it that `tiles.depth.summed_by_steps` names.
     """
     total = torch.zeros(products.shape[:-1], dtype=torch.float64)
     for step in products.split(at_a_time, -1):

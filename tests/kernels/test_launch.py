@@ -7,7 +7,7 @@ import triton
 from triton import knobs
 from triton.runtime import jit
 
-from fastres.kernels.aot_table import all_cases
+from fastres.kernels.aot.cases import all_cases
 from fastres.kernels.conv2d import conv2d
 from fastres.kernels.cost import Cost, Target, least_seconds, target_of
 from fastres.kernels.linear import global_avg_pool

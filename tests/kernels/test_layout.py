@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastres.kernels.aot import compile_launch, fits
-from fastres.kernels.aot_table import layout_cases
+from fastres.kernels.aot.cases import layout_cases
 from fastres.kernels.layout import cast, normalisation, to_nchw, to_nhwc, to_nhwc_launch
 from fastres.kernels.tiles import PoolTile
 

@@ -5,7 +5,7 @@ import torch
 
 from fastres.kernels import reference
 from fastres.kernels.aot import compile_launch, fits, narrow_loads
-from fastres.kernels.aot_table import stem_cases
+from fastres.kernels.aot.cases import stem_cases
 from fastres.kernels.folding import pack_stem_weight, packed_shape, stem_refusal
 from fastres.kernels.layout import normalisation
 from fastres.kernels.space_to_depth import space_to_depth, space_to_depth_launch

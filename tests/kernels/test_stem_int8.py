@@ -12,8 +12,7 @@ from fastres.kernels.layout import cast, normalisation, to_nchw, to_nhwc, to_nhw
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem
 from fastres.kernels.stem_pool import stem_pool
-from fastres.kernels.stem_pool_tiles import StemPoolTile
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles import ConvTile, StemPoolTile
 
 INT8, HALF, BF16, FP32, BYTE = torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.uint8
 FP8 = torch.float8_e4m3fn

@@ -12,15 +12,14 @@ from fastres.kernels.pool import max_pool
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem, stem_cost
 from fastres.kernels.stem_pool import stem_pool, stem_pool_cost, stem_pool_launch
-from fastres.kernels.stem_pool_tiles import (
-    StemPoolTile,
-    choose_stem_pool_tile,
+from fastres.kernels.tiles import StemPoolTile, choose_conv_tile, choose_stem_pool_tile
+from fastres.kernels.tiles.conv import conv_seconds
+from fastres.kernels.tiles.stem_pool import (
     pooled,
     stem_pool_candidates,
     stem_pool_refusal,
     stem_pool_seconds,
 )
-from fastres.kernels.tiles import choose_conv_tile, conv_seconds
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 

@@ -8,9 +8,8 @@ import torch
 
 from fastres.kernels import reference
 from fastres.kernels.aot import compile_launch
-from fastres.kernels.boxes import BoxTile
-from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches
+from fastres.kernels.conv2d import conv2d_launch, conv2d_tma_launches
+from fastres.kernels.conv2d.split_k import sum_parts_launch
 from fastres.kernels.cost import Target
 from fastres.kernels.elementwise import elementwise_launch
 from fastres.kernels.folding import packed_shape
@@ -20,9 +19,9 @@ from fastres.kernels.layout import to_nhwc_launch
 from fastres.kernels.linear import global_avg_pool_launch
 from fastres.kernels.pool import avg_pool_launch, max_pool_launch
 from fastres.kernels.space_to_depth import space_to_depth_launch
-from fastres.kernels.split_k import sum_parts_launch
 from fastres.kernels.stem import stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
+from fastres.kernels.tiles import BoxTile
 
 HOPPER = Target.typical(90)
 Make = Callable[..., torch.Tensor]  # normal values of a shape, of a dtype

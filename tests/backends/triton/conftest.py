@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fastres
 from fastres.backends.triton.planning.plan import Plan
 from fastres.backends.triton.shipping.stored import recorded
 from fastres.backends.triton.shipping.stored_kernels import MachineCode, read_code
-from fastres.kernels.binary import KernelBinary
-from fastres.kernels.tensor_map import TensorMap
+from fastres.calib.table import CalibrationTable
+from fastres.graph.capture import capture
+from fastres.graph.ir import Graph
+from fastres.graph.passes.pipeline import optimise
+from fastres.graph.passes.quantise import quantise
+from fastres.kernels.compiled.binary import KernelBinary
+from fastres.kernels.compiled.tensor_map import TensorMap
+from fastres.quantization.calibrate import collect
 
 
 class FakeDriver:
@@ -29,6 +36,9 @@ class FakeDriver:
 
     def launch(self, kernel: int, arguments: Sequence[bytes], programs: int) -> None:
         self.launched.append((self.headers[kernel].kernel, programs, list(arguments)))
+
+
+Quantised = Callable[[nn.Module, Tensor], tuple[Graph, CalibrationTable]]
 
 
 class Saved(NamedTuple):
@@ -46,6 +56,19 @@ class Saved(NamedTuple):
 @pytest.fixture(scope="session")
 def fake_driver() -> type[FakeDriver]:
     return FakeDriver
+
+
+@pytest.fixture(scope="session")
+def quantised() -> Quantised:
+    """quantised(model, images): its graph, every layer in int8, and the table it has them from."""
+
+    def make(model: nn.Module, images: Tensor) -> tuple[Graph, CalibrationTable]:
+        inputs = (fastres.Input((1, *images.shape[1:])),)
+        graph = optimise(capture(model, inputs).graph)
+        table = collect(graph, inputs, [(images,)], "mse")
+        return quantise(graph, table, "skip"), table
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -26,11 +26,11 @@ from fastres.backends.triton.planning.plan import (
 from fastres.backends.triton.planning.problems import Problem
 from fastres.graph.ir import Graph
 from fastres.graph.specs import DTYPES
-from fastres.kernels.boxes import Projection
-from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.cost import Target, Work
 from fastres.kernels.folding import TAPS, stem_shape
 from fastres.kernels.geometry import ConvShape
+from fastres.kernels.tiles.boxes import Projection
+from fastres.kernels.tiles.chain import ChainShape
 from fastres.options import Precision, Sizes
 
 _PRECISION_OF: dict[str, Precision] = {

@@ -41,10 +41,8 @@ from fastres.backends.triton.planning.regions import Boundary
 from fastres.backends.triton.planning.table import Tiles
 from fastres.errors import UnsupportedError
 from fastres.graph.ir import Node
-from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.geometry import mergeable
-from fastres.kernels.stem_pool_tiles import StemPoolTile
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles import ChainTile, ConvTile, StemPoolTile
 
 _THEN_A_POOL = "and a pool"
 _BY_ITSELF = "and that by itself"

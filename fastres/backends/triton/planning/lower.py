@@ -60,12 +60,10 @@ from fastres.graph.ir import (
     Normalize,
 )
 from fastres.graph.shapes import infer_shapes
-from fastres.kernels.boxes import BoxTile, counter_bytes, workspace_bytes
-from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.folding import packed_shape
 from fastres.kernels.geometry import Pair
-from fastres.kernels.stem_pool_tiles import StemPoolTile
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles import BoxTile, ChainTile, ConvTile, StemPoolTile
+from fastres.kernels.tiles.boxes import counter_bytes, workspace_bytes
 from fastres.options import Precision, Sizes
 
 

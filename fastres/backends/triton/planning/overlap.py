@@ -1,6 +1,6 @@
 """Whether a plan's kernels are dependent launches: reckoned from how short they are.
 
-What these are stands in `fastres.kernels.dependent`.
+What these are stands in `fastres.kernels.jit.dependent`.
 """
 
 from __future__ import annotations

@@ -11,12 +11,9 @@ import msgspec
 from fastres.backends.base import Choice
 from fastres.backends.triton.planning.vendor import VendorTile
 from fastres.graph.ir import Normalize
-from fastres.kernels.boxes import BoxTile
-from fastres.kernels.chain_tiles import ChainTile
 from fastres.kernels.epilogue import ActivationKind
 from fastres.kernels.geometry import Pair
-from fastres.kernels.stem_pool_tiles import StemPoolTile
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles import BoxTile, ChainTile, ConvTile, StemPoolTile
 from fastres.options import Sizes
 
 

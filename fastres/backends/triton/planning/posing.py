@@ -10,14 +10,14 @@ from fastres.backends.triton.planning.problems import Problem
 from fastres.backends.triton.planning.regions import Boundary, returned
 from fastres.backends.triton.planning.vendor import PRECISIONS
 from fastres.graph.ir import Conv2d, Graph, Node
-from fastres.kernels import chain_tiles
-from fastres.kernels.boxes import Projection
-from fastres.kernels.boxes import refusal as box_refusal
-from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import stem_refusal, stem_shape
 from fastres.kernels.geometry import ConvShape, PoolShape
-from fastres.kernels.stem_pool_tiles import stem_pool_refusal
+from fastres.kernels.tiles import chain
+from fastres.kernels.tiles.boxes import Projection
+from fastres.kernels.tiles.boxes import refusal as box_refusal
+from fastres.kernels.tiles.chain import ChainShape
+from fastres.kernels.tiles.stem_pool import stem_pool_refusal
 from fastres.options import EIGHT_BITS, Precision, Sizes
 
 
@@ -197,7 +197,7 @@ class Posing:
         except ValueError as error:
             return str(error)
         itemsize = OPERAND_OF[precisions.pop()].itemsize
-        return chain_tiles.refusal(shape, itemsize, self._target)
+        return chain.refusal(shape, itemsize, self._target)
 
     def _stem_shape(self, node: Node) -> ConvShape:
         shape = self.shape(node)

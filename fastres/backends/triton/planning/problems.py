@@ -12,13 +12,24 @@ from typing import Literal
 
 from fastres.backends.triton.planning.eight_bits import OPERAND_OF
 from fastres.backends.triton.planning.vendor import VendorTile, vendor_cost
-from fastres.kernels import box_choice, boxes, chain_tiles, folding, stem_pool_tiles, tiles
-from fastres.kernels.boxes import BoxTile, Projection
-from fastres.kernels.chain_tiles import ChainShape, ChainTile
+from fastres.kernels import folding
 from fastres.kernels.cost import Target, Work
-from fastres.kernels.geometry import ConvShape, PoolShape, max_pool_cost
-from fastres.kernels.stem_pool_tiles import StemPoolTile
-from fastres.kernels.tiles import ConvTile, GemmShape, PoolTile
+from fastres.kernels.geometry import ConvShape, GemmShape, PoolShape, max_pool_cost
+from fastres.kernels.tiles import (
+    BoxTile,
+    ChainTile,
+    ConvTile,
+    PoolTile,
+    StemPoolTile,
+    box_choice,
+    boxes,
+    chain,
+    choose_pool_tile,
+    conv,
+    stem_pool,
+)
+from fastres.kernels.tiles.boxes import Projection
+from fastres.kernels.tiles.chain import ChainShape
 from fastres.options import Precision
 
 Kind = Literal["pointers", "folded stem", "boxes", "chain", "stem and pool", "max pool", "vendor"]
@@ -86,13 +97,13 @@ class Problem:
         """The tiles that can run it there, the best by estimate first."""
         found: list[AnyTile]
         if isinstance(self.shape, ChainShape):
-            found = [*chain_tiles.chain_candidates(self.shape, self.itemsize, target)]
+            found = [*chain.chain_candidates(self.shape, self.itemsize, target)]
         elif isinstance(self.shape, PoolShape):
-            found = [tiles.choose_pool_tile(self.shape.c, self.itemsize)]
+            found = [choose_pool_tile(self.shape.c, self.itemsize)]
         elif self.kind == "vendor":
             found = [VendorTile(self.library)]
         elif self.kind == "stem and pool":
-            found = [*stem_pool_tiles.stem_pool_candidates(self.shape, self.itemsize, target)]
+            found = [*stem_pool.stem_pool_candidates(self.shape, self.itemsize, target)]
         elif self.kind == "boxes":
             found = [
                 *box_choice.box_candidates(
@@ -107,7 +118,7 @@ class Problem:
             ]
         else:
             found = [
-                *tiles.conv_candidates(
+                *conv.conv_candidates(
                     self._gemm, self.itemsize, target, tensor_cores=self.tensor_cores
                 )
             ]
@@ -118,7 +129,7 @@ class Problem:
         if isinstance(tile, VendorTile):
             return math.inf
         if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
-            return chain_tiles.chain_seconds(tile, self.shape, self.itemsize, target)
+            return chain.chain_seconds(tile, self.shape, self.itemsize, target)
         if isinstance(self.shape, PoolShape):
             work = self.work(tile)
             return max(work.memory_seconds(target), work.l2_seconds(target))
@@ -134,15 +145,15 @@ class Problem:
                 result_itemsize=self._result_itemsize,
             )
         if isinstance(tile, StemPoolTile):
-            return stem_pool_tiles.stem_pool_seconds(tile, self.shape, self.itemsize, target)
+            return stem_pool.stem_pool_seconds(tile, self.shape, self.itemsize, target)
         assert isinstance(tile, ConvTile)
         sizes = self._gemm, self.itemsize, target, self.tensor_cores
-        return tiles.conv_seconds(tile, *sizes, residual=self.residual)
+        return conv.conv_seconds(tile, *sizes, residual=self.residual)
 
     def work(self, tile: AnyTile) -> Work:
         """What a tile has the GPU do: products, device memory, L2, launches."""
         if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
-            return chain_tiles.chain_work(tile, self.shape, self.itemsize)
+            return chain.chain_work(tile, self.shape, self.itemsize)
         if isinstance(self.shape, PoolShape):
             cost = max_pool_cost(self.shape, self.itemsize)
             return Work(0, cost.bytes, cost.bytes)  # a block's windows overlap in its L1
@@ -160,9 +171,9 @@ class Problem:
                 result_itemsize=self._result_itemsize,
             )
         if isinstance(tile, StemPoolTile):
-            return stem_pool_tiles.stem_pool_work(tile, self.shape, self.itemsize)
+            return stem_pool.stem_pool_work(tile, self.shape, self.itemsize)
         assert isinstance(tile, ConvTile)
-        return tiles.conv_work(tile, self._gemm, self.itemsize, residual=self.residual)
+        return conv.conv_work(tile, self._gemm, self.itemsize, residual=self.residual)
 
     def takes(self, tile: AnyTile, target: Target) -> bool:
         """Whether a tile, perhaps from a file, can run it there."""
@@ -171,9 +182,9 @@ class Problem:
         if isinstance(tile, VendorTile):
             return tile.library == self.library
         if isinstance(tile, ChainTile) and isinstance(self.shape, ChainShape):
-            return chain_tiles.is_valid(tile, self.shape, self.itemsize, target)
+            return chain.is_valid(tile, self.shape, self.itemsize, target)
         if isinstance(self.shape, PoolShape):
-            return tile == tiles.choose_pool_tile(self.shape.c, self.itemsize)
+            return tile == choose_pool_tile(self.shape.c, self.itemsize)
         assert isinstance(self.shape, ConvShape)
         if isinstance(tile, BoxTile):
             return not boxes.tile_refusal(
@@ -186,9 +197,9 @@ class Problem:
                 fp8=self.precision == "fp8",
             )
         if isinstance(tile, StemPoolTile):
-            return stem_pool_tiles.is_valid(tile, self.itemsize, target)
+            return stem_pool.is_valid(tile, self.itemsize, target)
         assert isinstance(tile, ConvTile)
-        return tiles.is_valid(tile, self.itemsize, self.tensor_cores, target)
+        return conv.is_valid(tile, self.itemsize, self.tensor_cores, target)
 
     @property
     def tensor_cores(self) -> bool:

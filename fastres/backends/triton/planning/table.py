@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -236,9 +237,20 @@ def shipped_for(target: Target) -> list[Table]:
 @cache
 def kernels_digest() -> str:
     """SHA-256 over the kernels' sources, shortened."""
+    return digest_of(resources.files("fastres.kernels"))
+
+
+def digest_of(folder: Traversable) -> str:
+    """SHA-256, shortened, over every Python file in a tree: its path from there, what it holds."""
     digest = hashlib.sha256()
-    folder = resources.files("fastres.kernels")
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".py"):
-            digest.update(file.name.encode() + file.read_bytes())
+    for name, data in _sources(folder):
+        digest.update(name.encode() + data)
     return digest.hexdigest()[:16]
+
+
+def _sources(folder: Traversable, above: str = "") -> Iterator[tuple[str, bytes]]:
+    for file in sorted(folder.iterdir(), key=lambda f: f.name):
+        if file.is_dir():
+            yield from _sources(file, f"{above}{file.name}/")
+        elif file.name.endswith(".py"):
+            yield above + file.name, file.read_bytes()

@@ -30,8 +30,7 @@ from fastres.backends.triton.planning.plan import (
 )
 from fastres.backends.triton.running.pack import Packed
 from fastres.kernels.bottleneck_chain import ChainScales, chain_launch, chain_shape
-from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches
+from fastres.kernels.conv2d import conv2d_launch, conv2d_tma_launches
 from fastres.kernels.cost import Target
 from fastres.kernels.elementwise import elementwise_launch
 from fastres.kernels.geometry import ConvShape, PoolShape

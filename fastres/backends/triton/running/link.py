@@ -16,7 +16,7 @@ from fastres.backends.triton.running.linked import (
     Pointer,
     check_descriptor,
 )
-from fastres.kernels.binary import KernelHeader
+from fastres.kernels.compiled.binary import KernelHeader
 
 
 def takes_pictures(step: AnyStep) -> bool:

@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import msgspec
 
-from fastres.kernels.binary import KernelHeader, Value
+from fastres.kernels.compiled.binary import KernelHeader, Value
+from fastres.kernels.compiled.tensor_map import TensorView
 from fastres.kernels.cost import Cost
-from fastres.kernels.tensor_map import TensorView
 
 Sizes: TypeAlias = tuple[int, ...]
 Key: TypeAlias = tuple[str | float | None, ...]  # of a packed constant: how, and of which
@@ -122,7 +122,7 @@ def extent(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
 def values(
     launch: LinkedLaunch, arena: int, constants: Mapping[Key, int], pictures: int = 0
 ) -> dict[str, Value]:
-    """A launch's arguments as `fastres.kernels.binary.pack` takes them.
+    """A launch's arguments as `fastres.kernels.compiled.binary.pack` takes them.
 
     Args:
         arena: its address.

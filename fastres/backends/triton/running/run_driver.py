@@ -20,17 +20,17 @@ from fastres.backends.triton.running.link import check_linked, takes_pictures
 from fastres.backends.triton.running.linked import LinkedLaunch, LinkedPlan, values
 from fastres.backends.triton.running.pack import Packed
 from fastres.errors import ArtifactError
-from fastres.kernels.binary import KernelBinary, KernelHeader, pack
-from fastres.kernels.driver import (
+from fastres.kernels.compiled.binary import KernelBinary, KernelHeader, pack
+from fastres.kernels.compiled.driver import (
     DriverModule,
     DriverUnavailable,
     encode_tensor_map,
     launch,
     use_device,
 )
+from fastres.kernels.compiled.tensor_map import TensorMap
 from fastres.kernels.folding import MARGIN
 from fastres.kernels.reference import round_tf32, saturated
-from fastres.kernels.tensor_map import TensorMap
 
 
 class Driver(Protocol):

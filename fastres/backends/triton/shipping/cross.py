@@ -28,7 +28,7 @@ from fastres.backends.triton.tuning.choosing import ban
 from fastres.errors import ArtifactError
 from fastres.graph.ir import Graph
 from fastres.kernels.aot import MATRIX, KernelFacts, fits, key_of
-from fastres.kernels.binary_build import Built, build_launch
+from fastres.kernels.compiled.build import Built, build_launch
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 from fastres.options import Options, Precision

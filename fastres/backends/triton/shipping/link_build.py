@@ -25,11 +25,11 @@ from fastres.backends.triton.running.linked import (
 )
 from fastres.backends.triton.running.pack import Packed
 from fastres.kernels.aot import key_of
-from fastres.kernels.binary import KernelHeader
-from fastres.kernels.binary_build import check_specialised, values_of
+from fastres.kernels.compiled.binary import KernelHeader
+from fastres.kernels.compiled.build import check_specialised, values_of
+from fastres.kernels.compiled.tensor_map import TensorView
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
-from fastres.kernels.tensor_map import TensorView
 
 
 def digest_of(launch: Launch) -> str:

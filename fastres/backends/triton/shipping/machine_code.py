@@ -18,8 +18,8 @@ from fastres.backends.triton.shipping.stored_code import usable_code
 from fastres.backends.triton.shipping.stored_kernels import KERNELS, MachineCode
 from fastres.errors import ArtifactError
 from fastres.graph.ir import Graph
+from fastres.kernels.compiled.driver import DriverUnavailable
 from fastres.kernels.cost import Target
-from fastres.kernels.driver import DriverUnavailable
 from fastres.options import Precision
 
 

@@ -19,7 +19,7 @@ from fastres.backends.triton.shipping.stored_kernels import (
     StoredCode,
     read_code,
 )
-from fastres.kernels.binary import KernelBinary
+from fastres.kernels.compiled.binary import KernelBinary
 
 
 def write_code(

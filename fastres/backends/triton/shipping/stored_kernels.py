@@ -18,7 +18,7 @@ import msgspec
 from fastres.backends.parts import read_part
 from fastres.backends.triton.running.linked import LinkedPlan
 from fastres.errors import ArtifactError
-from fastres.kernels.binary import KernelBinary, KernelHeader
+from fastres.kernels.compiled.binary import KernelBinary, KernelHeader
 
 KERNELS = "compiled_triton_kernels.json"
 CODE = "compiled_triton_kernels.bin"

@@ -11,23 +11,21 @@ import torch.nn.functional as F
 from fastres.backends.triton.planning.eight_bits import OPERAND_OF
 from fastres.backends.triton.planning.problems import AnyTile, Problem
 from fastres.kernels.bottleneck_chain import chain_launch
-from fastres.kernels.boxes import BoxTile
-from fastres.kernels.chain_tiles import ChainShape, ChainTile
-from fastres.kernels.conv2d import conv2d_launch
-from fastres.kernels.conv2d_tma import conv2d_tma_launches
+from fastres.kernels.conv2d import conv2d_launch, conv2d_tma_launches
+from fastres.kernels.conv2d.parts import new_parts
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, Pair, PoolShape
 from fastres.kernels.launch import Launch
 from fastres.kernels.pairs import interleaved
-from fastres.kernels.parts import new_parts
 from fastres.kernels.pool import max_pool_launch
 from fastres.kernels.reference import round_tf32
 from fastres.kernels.space_to_depth import space_to_depth
 from fastres.kernels.stem import stem_launch
 from fastres.kernels.stem_pool import stem_pool_launch
-from fastres.kernels.stem_pool_tiles import StemPoolTile, pooled
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles import BoxTile, ChainTile, ConvTile, StemPoolTile
+from fastres.kernels.tiles.chain import ChainShape
+from fastres.kernels.tiles.stem_pool import pooled
 from fastres.tolerances import errors
 
 _IMAGES = 2  # compared with the oracle, from each end of the batch

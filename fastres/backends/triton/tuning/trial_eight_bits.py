@@ -14,10 +14,10 @@ from fastres.backends.triton.tuning.trial import Trial
 from fastres.backends.triton.tuning.trial_vendor import VendorTrial
 from fastres.kernels import reference
 from fastres.kernels.bottleneck_chain import ChainScales
-from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.folding import pack_stem_weight, packed_shape
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.space_to_depth import space_to_depth
+from fastres.kernels.tiles.chain import ChainShape
 from fastres.options import EIGHT_BITS
 
 _UNWRITTEN = -128  # which no ReLU gives

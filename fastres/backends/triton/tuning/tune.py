@@ -19,8 +19,8 @@ from fastres.backends.triton.running.timing import milliseconds
 from fastres.backends.triton.tuning.trial import Trial
 from fastres.backends.triton.tuning.trial_eight_bits import make_trial
 from fastres.errors import DeviceLost
-from fastres.kernels.boxes import BoxTile
 from fastres.kernels.cost import Target, target_of
+from fastres.kernels.tiles import BoxTile
 
 _TRIED = 16  # tiles a problem: the best by estimate
 

@@ -24,9 +24,9 @@ from fastres.graph.capture import capture
 from fastres.graph.ir import Graph
 from fastres.graph.passes.pipeline import optimise
 from fastres.graph.specs import DTYPES
-from fastres.kernels.boxes import BoxTile
 from fastres.kernels.cost import Target
 from fastres.kernels.geometry import ConvShape
+from fastres.kernels.tiles import BoxTile
 
 HOPPER, META = Target.typical(90), torch.device("meta")
 SHAPE = (1, 256, 7, 9)

@@ -31,8 +31,7 @@ from fastres.kernels.aot import compile_launch, narrow_loads
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import stem_shape
 from fastres.kernels.geometry import ConvShape, PoolShape
-from fastres.kernels.stem_pool_tiles import StemPoolTile
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles import ConvTile, StemPoolTile
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 40, 40)

@@ -19,16 +19,11 @@ from fastres.backends.triton.planning.table import Tiles
 from fastres.backends.triton.shipping import cross
 from fastres.backends.triton.shipping.stored import PLANS, read_plans, recorded, write_plans
 from fastres.backends.triton.shipping.stored_kernels import CODE, KERNELS
-from fastres.errors import (
-    ArtifactError,
-    BackendUnavailable,
-    InputError,
-    UnsupportedError,
-)
+from fastres.errors import ArtifactError, BackendUnavailable, InputError, UnsupportedError
 from fastres.graph.ir import Flatten, Pad, Slice
 from fastres.kernels.aot import KernelFacts
-from fastres.kernels.binary import KernelBinary
-from fastres.kernels.binary_build import Built
+from fastres.kernels.compiled.binary import KernelBinary
+from fastres.kernels.compiled.build import Built
 from fastres.kernels.cost import Target
 from fastres.kernels.launch import Launch
 
@@ -203,7 +198,7 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("ptxas died")
 
     monkeypatch.setattr(cross, "build_launch", broken)
-    with pytest.raises(UnsupportedError, match=r"(?s)no tile .*conv1: _conv2d_kernel with .*ptxas"):
+    with pytest.raises(UnsupportedError, match=r"(?s)no tile .*conv1: conv2d_kernel with .*ptxas"):
         fastres.compile(fastres.models.cifar_resnet(8).eval(), SHAPE, target="sm_90")
 
 

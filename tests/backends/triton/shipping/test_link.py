@@ -30,7 +30,7 @@ from fastres.backends.triton.shipping.link_build import digest_of, link
 from fastres.backends.triton.shipping.stored_code import write_code
 from fastres.backends.triton.shipping.stored_kernels import CODE, KERNELS
 from fastres.errors import ArtifactError
-from fastres.kernels.binary_build import arguments_of
+from fastres.kernels.compiled.build import arguments_of
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import MARGIN
 from fastres.kernels.launch import Launch

@@ -22,7 +22,7 @@ from fastres.backends.triton.shipping import machine_code
 from fastres.backends.triton.shipping.stored_code import code_files, usable_code
 from fastres.backends.triton.shipping.stored_kernels import CODE, KERNELS, read_code
 from fastres.errors import ArtifactError
-from fastres.kernels.driver import DriverUnavailable
+from fastres.kernels.compiled.driver import DriverUnavailable
 
 pytestmark = [
     pytest.mark.compile,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastres import kernels
 from fastres.backends.triton.planning.problems import Problem
 from fastres.backends.triton.planning.table import (
     Entry,
@@ -17,6 +18,7 @@ from fastres.backends.triton.planning.table import (
     Table,
     Tiles,
     cache_path,
+    digest_of,
     kernels_digest,
     read_table,
     shipped,
@@ -28,13 +30,13 @@ from fastres.backends.triton.tuning.trial import Trial
 from fastres.backends.triton.tuning.trial_eight_bits import make_trial
 from fastres.backends.triton.tuning.tune import tune
 from fastres.errors import ArtifactError
-from fastres.kernels.boxes import BoxTile, Projection
-from fastres.kernels.chain_tiles import ChainShape
 from fastres.kernels.cost import Target
 from fastres.kernels.folding import stem_shape
 from fastres.kernels.geometry import ConvShape, PoolShape
 from fastres.kernels.reference import round_tf32
-from fastres.kernels.tiles import ConvTile
+from fastres.kernels.tiles import BoxTile, ConvTile
+from fastres.kernels.tiles.boxes import Projection
+from fastres.kernels.tiles.chain import ChainShape
 
 CPU = torch.device("cpu")
 HOPPER = Target.typical(90)
@@ -136,6 +138,20 @@ class TestTables:
 
     def test_the_digest_is_of_the_kernels(self) -> None:
         assert len(kernels_digest()) == 16
+        assert kernels_digest() == digest_of(Path(kernels.__file__).parent)
+
+    def test_the_digest_is_of_a_whole_tree(self, tmp_path: Path) -> None:
+        inner = tmp_path / "tiles"
+        for name in ("conv.py", "notes.txt", "__pycache__/conv.pyc"):
+            (inner / name).parent.mkdir(parents=True, exist_ok=True)
+            (inner / name).write_text("a = 1")
+        before = digest_of(tmp_path)
+        (inner / "__pycache__" / "conv.pyc").write_text("b = 1")  # no source
+        assert digest_of(tmp_path) == before
+        (inner / "conv.py").write_text("a = 2")
+        changed = digest_of(tmp_path)
+        inner.rename(tmp_path / "boxes")
+        assert len({before, changed, digest_of(tmp_path)}) == 3
 
 
 class TestTiles:
