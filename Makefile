@@ -68,9 +68,9 @@ report: dev  ## everything that a report shows, measured afresh: about half an h
 	mkdir -p build/report
 	$(BIN)/fastres bench fastres:resnet50 --precision $(PRECISIONS) --batch-size 1,8 --layers -o build/report/peers.json
 	$(BIN)/fastres bench fastres:resnet50@v1 fastres:resnet50@v1.5 --precision $(PRECISIONS) --batch-size 1,8 --peers none -o build/report/versions.json
-	$(BIN)/python bench/scaling.py --precision $(FLOATS) -o build/report/scaling.json
-	$(BIN)/python bench/accuracy.py --quick -o build/report/accuracy.json
-	$(BIN)/python bench/accuracy.py --parity --depths 18,50 -o build/report/parity.json
+	$(BIN)/python -m bench.cpu.scaling --precision $(FLOATS) -o build/report/scaling.json
+	$(BIN)/python -m bench.accuracy --quick -o build/report/accuracy.json
+	$(BIN)/python -m bench.accuracy --parity --depths 18,50 -o build/report/parity.json
 	$(BIN)/fastres report build/report/*.json -o build/report/report.html
 
 pictures: dev  ## of README and docs: charts of committed results, and ResNet-50 as it runs here
@@ -83,31 +83,31 @@ zoo: dev  ## whether timm's residual networks compile and agree: a table, an hou
 	$(BIN)/python bench/zoo.py -o build/zoo.json | tee build/zoo.txt
 
 soak: dev  ## damaged files, forged engines, killed savers, leaks: by ten thousands, an hour
-	$(BIN)/python bench/soak_files.py
-	$(BIN)/python bench/soak_saving.py
-	$(BIN)/python bench/soak_leaks.py
-	$(BIN)/python bench/soak_engines.py
-	$(BIN)/python bench/soak_engines.py --calls 0.9
-	$(BIN)/python bench/soak_parts.py
-	$(BIN)/python bench/soak_parts.py --interpret
+	$(BIN)/python -m bench.soak.files
+	$(BIN)/python -m bench.soak.saving
+	$(BIN)/python -m bench.soak.leaks
+	$(BIN)/python -m bench.soak.engines
+	$(BIN)/python -m bench.soak.engines --calls 0.9
+	$(BIN)/python -m bench.soak.parts
+	$(BIN)/python -m bench.soak.parts --interpret
 
 CACHED = $(if $(wildcard $(CACHE)),--cache $(CACHE))
 
 gpu-cache:  ## without a GPU: what the short runs launch, compiled into CACHE with the Triton of TRITON_PYTHON
-	$(TRITON_PYTHON) bench/gpu_cache_make.py -o $(CACHE)
+	$(TRITON_PYTHON) -m bench.gpu.cache -o $(CACHE)
 
 gpu:  ## on a machine with an NVIDIA GPU: right first, then tuned, then how fast; results in build/gpu
-	$(PYTHON) bench/gpu.py --out build/gpu --carry $(CARRY) $(CACHED)
+	$(PYTHON) -m bench.gpu --out build/gpu --carry $(CARRY) $(CACHED)
 
 gpu-first:  ## there, in four minutes: is it right, and where does the time go? results in CARRY
-	$(PYTHON) bench/gpu.py --plan first --out build/gpu --carry $(CARRY) $(CACHED)
+	$(PYTHON) -m bench.gpu --plan first --out build/gpu --carry $(CARRY) $(CACHED)
 
 gpu-second:  ## after it, in seven: the rest tuned, every test, and speed beside PyTorch's own
-	$(PYTHON) bench/gpu.py --plan second --out build/gpu --carry $(CARRY) $(CACHED)
+	$(PYTHON) -m bench.gpu --plan second --out build/gpu --carry $(CARRY) $(CACHED)
 
 kernels: dev $(OLDEST)/.installed  ## every kernel of whole networks for sm_80 to sm_120; no GPU
-	$(BIN)/python bench/kernels.py --out build/kernels.json
-	$(OLDEST)/bin/python bench/kernels.py --out build/kernels-oldest.json
+	$(BIN)/python -m bench.kernels --out build/kernels.json
+	$(OLDEST)/bin/python -m bench.kernels --out build/kernels-oldest.json
 
 $(OLDEST)/.installed: setup.py pyproject.toml  ## the oldest PyTorch that is supported, and its Triton
 	$(PYTHON) -m venv $(OLDEST)

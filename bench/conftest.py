@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.pictures import PHOTOS
 from fastres import models
 from fastres.calib.images import Preprocess, find_images
 from fastres.options import Precision
 from fastres.timing.checks import Reference, reference
-
-PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
-sys.path.insert(0, str(Path(__file__).parent))  # as when one of the scripts is started
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from bench.children import ROOT
 from fastres.calib.images import Preprocess, find_images
 
-PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+PHOTOS = ROOT / "examples" / "photos"
 
 
 def photographs(batch_size: int, image_size: int = 224) -> Tensor:

@@ -24,16 +24,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401
+if not __package__:  # as `python bench/zoo.py`, where only this folder is on the path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import timm
 import torch
-from outputs import check_output, headed
-from pictures import photographs
 from rich.table import Table
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastres
+from bench.documents import check_output, headed
+from bench.pictures import photographs
 from fastres.cli.output import write_file
 from fastres.errors import FastresError, first_line
 from fastres.models import settle

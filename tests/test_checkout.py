@@ -95,7 +95,7 @@ def test_the_tests_of_a_gpu_are_found(site: Path) -> None:
 
 
 def test_the_questions_to_a_gpu_can_be_asked(site: Path) -> None:
-    done = run(site, "bench/gpu.py", "--help")
+    done = run(site, "-m", "bench.gpu", "--help")
     assert done.returncode == 0 and "--budget" in done.stdout, done.stderr[-2000:]
 
 

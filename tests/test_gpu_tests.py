@@ -86,16 +86,16 @@ def test_one_of_each_kernel_family_is_marked() -> None:
 
 
 def test_the_short_run_asks_one_of_each_and_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    gpu_pytest = importlib.import_module("gpu_pytest")
+    monkeypatch.syspath_prepend(str(ROOT))
+    under_pytest = importlib.import_module("bench.gpu.under_pytest")
     asked: list[list[str]] = []
 
     def pretend(run: object, flags: list[str]) -> dict[str, object]:
         asked.append(flags)
         return {"name": "pytest", "right": True}
 
-    monkeypatch.setattr(gpu_pytest, "_pytest", pretend)
-    section = gpu_pytest.tests(None)
+    monkeypatch.setattr(under_pytest, "_pytest", pretend)
+    section = under_pytest.tests(None)
     rows, answer = [], None
     try:
         while True:

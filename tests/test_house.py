@@ -16,7 +16,7 @@ FOLDERS = {"fastres": "fastres", "kernels": "fastres.kernels", "calib": "fastres
 SOURCES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 
 EXAMPLES = ("utils.py", "runtime/cache.py", "setup.py")  # that the docs speak of, and are not here
-GROUND = [ROOT / "bench", ROOT / "examples"]
+GROUND = (ROOT / "bench", ROOT / "examples")
 
 
 def floors(package: str) -> list[list[str]]:
@@ -42,6 +42,7 @@ ONLY_IN = {  # package → the modules that may import it
     "pycuda": ("fastres.deploy",),
     "matplotlib": ("fastres.report",),
     "cuda": ("fastres.kernels",),
+    "bench": (),  # which no wheel holds
 }
 TRITON_FREE = (  # files and folders of kernels/
     "__init__.py",
@@ -128,12 +129,49 @@ def circle_of(imports: Mapping[str, Iterable[str]]) -> set[str]:
     return set(left)
 
 
+def imports_in(tree: Path) -> dict[str, list[str]]:
+    """What each file of a package, or of a folder of scripts, imports; by the names they use."""
+    top = tree.parent if (tree / "__init__.py").exists() else tree
+    files = {path.relative_to(top).with_suffix(""): path for path in tree.rglob("*.py")}
+    return {".".join(name.parts): imports_of(path) for name, path in files.items()}
+
+
+def wings_of(imports: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
+    """What each folder of a package imports; a file beside the folders is one for itself."""
+    found: dict[str, set[str]] = {}
+    for name, names in imports.items():
+        wing, *others = (".".join(one.split(".")[:2]) for one in (name, *names))
+        found.setdefault(wing, set()).update(others)
+    return found
+
+
 def test_no_files_import_each_other() -> None:
     modules = {module_of(path): imports_of(path) for path in SOURCES}
     assert not circle_of({name: found for name, found in modules.items() if name != "fastres"})
     for folder in GROUND:
-        assert not circle_of({path.stem: imports_of(path) for path in folder.glob("*.py")})
+        assert not circle_of(imports_in(folder))
+        assert not circle_of(wings_of(imports_in(folder)))
+
+
+def test_a_circle_is_seen(tmp_path: Path) -> None:
     assert circle_of({"a": ["b"], "b": ["c"], "c": ["a", "d"], "d": []}) == {"a", "b", "c"}
+    house = tmp_path / "house"
+    for name, code in {
+        "__init__": "",
+        "beside": "",
+        "east/low": "from house import beside",
+        "east/high": "from house.west.low import x",
+        "west/low": "import house.beside",
+        "west/high": "from house.west import low",
+    }.items():
+        (house / name).parent.mkdir(exist_ok=True, parents=True)
+        (house / f"{name}.py").write_text(code)
+    assert len(imports_in(house)) == 6 and not circle_of(wings_of(imports_in(house)))
+    (house / "west" / "high.py").write_text("def f():\n    from house.east import low")
+    assert not circle_of(imports_in(house))
+    assert circle_of(wings_of(imports_in(house))) == {"house.east", "house.west"}
+    (house / "west" / "low.py").write_text("from house.east.high import y")
+    assert circle_of(imports_in(house)) == {"house.east.high", "house.west.low"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -203,6 +241,30 @@ def test_files_that_the_docs_name_are_there() -> None:
                 page.name,
                 name,
             )
+
+
+def not_there(text: str) -> list[str]:
+    """Benchmarks that a text tells to run, or names, and that are not here."""
+    modules = re.findall(r"-m\s+(bench(?:\.\w+)*)", text)
+    found = {name: ROOT / name.replace(".", "/") for name in modules}
+    missing = [
+        name
+        for name, at in found.items()
+        if not at.with_suffix(".py").exists() and not (at / "__main__.py").exists()
+    ]
+    files = re.findall(r"(?<![\w/])bench/[\w/]+\.py", text)
+    return missing + [name for name in files if not (ROOT / name).exists()]
+
+
+def test_benchmarks_that_are_named_are_there() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "Makefile", *SOURCES]
+    pages += ROOT.glob("bench/**/*.py")
+    told = {page: page.read_text() for page in pages if page.name != "CHANGELOG.md"}
+    assert sum(text.count("-m bench.") for text in told.values()) > 40
+    assert not {page.name: missing for page, text in told.items() if (missing := not_there(text))}
+    assert not not_there("`python -m bench.gpu.cache`. $(PYTHON) -m bench.zoo; python bench/zoo.py")
+    planted = "python -m\nbench.gpu.nothing, bench/nothing.py; python -m bench, tests/bench/no.py"
+    assert not_there(planted) == ["bench.gpu.nothing", "bench", "bench/nothing.py"]
 
 
 def test_import_fastres_is_lazy() -> None:

@@ -16,8 +16,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULTS.json...",
-            help="What fastres bench -o FILE or fastres profile -o FILE wrote, bench/scaling.py, "
-            "bench/accuracy.py or bench/int8.py; together in one page.",
+            help="What fastres bench -o FILE or fastres profile -o FILE wrote, bench.cpu.scaling, "
+            "bench.accuracy or bench.cpu.int8; together in one page.",
         ),
     ],
     output: Annotated[

@@ -28,7 +28,7 @@ from fastres.report.records import (
 
 
 class Bench(msgspec.Struct, frozen=True):
-    """What `fastres bench` writes, and bench/int8.py, which has `model` and `sqnr_db`.
+    """What `fastres bench` writes, and bench.cpu.int8, which has `model` and `sqnr_db`.
 
     Args:
         backends: where ours run, by target.
@@ -149,7 +149,7 @@ class Trial(msgspec.Struct, frozen=True):
 
 
 class Accuracy(msgspec.Struct, frozen=True):
-    """What bench/accuracy.py prints with --json."""
+    """What bench.accuracy prints with --json."""
 
     sections: tuple[Trial, ...]
     machine: Machine = Machine()
@@ -173,7 +173,7 @@ class Settled(msgspec.Struct, frozen=True):
 
 
 class Parities(msgspec.Struct, frozen=True):
-    """What bench/accuracy.py writes of settled networks."""
+    """What bench.accuracy writes of settled networks."""
 
     rows: tuple[Settled, ...]
     machine: Machine = Machine()
@@ -193,7 +193,7 @@ class GuardTrial(msgspec.Struct, frozen=True):
 
 
 class GuardTrials(msgspec.Struct, frozen=True):
-    """What bench/guard_trials.py writes.
+    """What bench.cpu.guard_trials writes.
 
     Args:
         limit: the fraction that the guard was to tolerate.

@@ -86,6 +86,6 @@ def _decode(data: bytes, fields: Mapping[str, msgspec.Raw], name: str) -> Docume
     found = ", ".join(list(fields)[:8]) or "none"
     raise InputError(
         f"{name} holds nothing to report on: its fields are {found}; supported are the documents "
-        "of fastres bench, fastres profile, bench/scaling.py, bench/accuracy.py, bench/int8.py and "
-        "bench/guard_trials.py"
+        "of fastres bench, fastres profile, bench.cpu.scaling, bench.accuracy, bench.cpu.int8 and "
+        "bench.cpu.guard_trials"
     )

@@ -43,7 +43,7 @@ class Run(msgspec.Struct, frozen=True):
     seconds: Amount = None
     duration_s: Amount = None
     launches: Count | None = None
-    seed: int | None = None  # of bench/scaling.py; `fastres bench` has it beside `run`
+    seed: int | None = None  # of bench.cpu.scaling; `fastres bench` has it beside `run`
     transfers: str = ""
     finished: bool = True
 

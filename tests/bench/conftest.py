@@ -1,4 +1,4 @@
-"""The benchmarks are scripts: their folder comes first on the path, as when one is started."""
+"""Benchmarks are modules from the checkout's root on, which comes first; examples are scripts."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import timm
-import zoo
+
+from bench import zoo
 
 KINDS = (  # what is particular about each, and what of it the CPU backend does not take
     ("resnet10t", ""),  # deep stem, average pools in shortcuts

@@ -1,6 +1,6 @@
 """Compiled parts that are well-formed and lie: refused, or of no influence, at once.
 
-Plans and tables are changed as a forger would, who has this library; bench/soak_parts.py does so at
+Plans and tables are changed as a forger would, who has this library; bench.soak.parts does so at
 random.
 """
 

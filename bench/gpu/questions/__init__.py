@@ -1,0 +1,1 @@
+"""The section `questions`: what asks, the cases of each question, and their kernels."""

@@ -1,0 +1,1 @@
+"""Kernels by themselves: compiled (`python -m bench.kernels`), predicted, and timed."""

@@ -1,0 +1,1 @@
+"""What is tried by ten thousands: damage, forgeries, kills and leaks; each program stands alone."""
