@@ -1,4 +1,4 @@
-"""From a histogram of magnitudes to the magnitude at which int8 saturates: four algorithms.
+"""From a histogram of magnitudes to the magnitude at which int8 saturates: five algorithms.
 
 All take the same histogram. int8 is symmetric here, with 127 steps of threshold / 127 on each side
 of zero. `entropy` is from S. Migacz, 8-bit Inference with TensorRT (GTC 2017); `percentile` and

@@ -68,11 +68,12 @@ def compile(
             fixed. An `Input` can give ranges. Several come in a sequence, or by the names that the
             forward has for them. None takes (N, 3, 224, 224). Not for an ExportedProgram, which
             brings the sizes that it was exported for.
-        backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "tensorrt", "reference", or
-            a list that is tried in order; what was passed over, and why, is in `engine.info`.
-        precision: "fp32", "tf32", "fp16", "bf16", "int8", "fp8" (triton, sm_89 and newer); None
-            takes that of the model's parameters, or int8 with a calibration. Inputs and outputs
-            keep the model's dtype whatever the precision.
+        backend: "auto" (triton with a GPU, else cpu), "cpu", "triton", "tensorrt", "reference",
+            "onnxruntime", or a list that is tried in order; what was passed over, and why, is in
+            `engine.info`.
+        precision: "fp32", "tf32", "fp16", "bf16", "int8", "fp8" (triton on sm_89 and newer,
+            reference); None takes that of the model's parameters, or int8 with a calibration.
+            Inputs and outputs keep the model's dtype whatever the precision.
         hint: "latency" gives one caller all cores, "throughput" serves several at a time.
         device: None takes the backend's own.
         max_batch_size: larger batches are run in parts, or refused with oversize="error".

@@ -59,7 +59,7 @@ class DeviceLost(FastresError):
 
 
 class ArtifactError(FastresError):
-    """A saved engine is damaged, incomplete, or written by a newer version."""
+    """A saved engine is damaged, incomplete, newer than this version, or would take too much."""
 
 
 class ParityError(FastresError):

@@ -18,7 +18,7 @@ from typing import Any
 
 # what the optional packages are for; the required ones are read off our own metadata
 _OPTIONAL = {
-    "onnxruntime": "a peer in fastres bench",
+    "onnxruntime": "the onnxruntime backend, and a peer in fastres bench",
     "torchvision": "models named torchvision:NAME",
     "timm": "models named timm:NAME",
     "tensorrt": "the tensorrt backend",

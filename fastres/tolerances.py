@@ -11,7 +11,8 @@ stands with the measurement behind it, and none is changed without a new one.
 
 Measured on two Xeon cores with AVX-512 and AMX, torch 2.15, OpenVINO 2026.4, on settled ResNet-18
 and -50 (64 and 224 pixels), CIFAR-20 and -110 and a pre-activation net of 20 layers, batches of 1
-to 4 photographs, against float64. Largest / RMS error of the logits, PyTorch and the CPU backend:
+to 4 photographs, against float64. Largest / RMS error of the logits, PyTorch and the CPU backend,
+in fp32 from before it had `fastres.graph.passes.halve_sums`:
 
                      fp32 PyTorch   fp32 CPU       bf16 PyTorch   bf16 CPU
     ResNet-18 at 224 2.3e-6/5.5e-7  4.9e-6/9.8e-7  3.8e-2/1.1e-2  2.8e-2/8.0e-3

@@ -1,9 +1,9 @@
 """A saved engine: settings, graph and weights, without pickle and without a byte taken on trust.
 
-    manifest.json        schema, versions, settings, and size and SHA-256 of the files below
+    manifest.json        schema, versions, settings, and size and SHA-256 of the last three
     manifest.sha256      SHA-256 of the manifest
     graph.json           the graph that runs and the graph it was made from (graph/serial.py)
-    weights.safetensors  the constants of the graph that runs
+    weights.safetensors  the constants of the graph that runs, and what new weights do not bring
     compiled_*           what a backend compiled and may take back when the engine is loaded
 
 The files lie in a folder, or in one zip if the path ends in `.fastres` (container.py). Digests

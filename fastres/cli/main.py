@@ -1,7 +1,7 @@
 """`fastres`: the entry point, the list of commands, and what becomes of errors.
 
 Exit status: 0 well, 1 a check failed, 2 usage or bad input, 3 this machine lacks something,
-130 interrupted, 141 nobody reads the output any more.
+130 interrupted, 141 nobody reads the output any more, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations

@@ -163,9 +163,10 @@ class Softmax(msgspec.Struct, frozen=True, tag=True):
 
 
 class Quantize(msgspec.Struct, frozen=True, tag=True):
-    """q = x / scale, rounded half to even and saturated: int8 with zero point 0, or fp8 e4m3.
+    """q = x / scale, rounded half to even and saturated: 8 bits with zero point 0, or fp8 e4m3.
 
-    int8 saturates at -128 and 127, e4m3 at -448 and 448; the node's spec says which it is.
+    int8 saturates at -128 and 127, uint8 at 0 and 255, e4m3 at -448 and 448; the node's spec says
+    which it is.
     """
 
     scale: float

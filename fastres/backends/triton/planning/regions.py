@@ -1,7 +1,9 @@
 """Graph → regions: which nodes one launch may cover, beyond what the graph's own epilogues say.
 
-So far: shortcut A. The subsampling Slice and the channel Pad of a parameter-free shortcut are not
-run at all; the convolution that adds them reads the block's input strided, with a channel offset.
+Shortcut A: the subsampling Slice and the channel Pad of a parameter-free shortcut are not run at
+all; the convolution that adds them reads the block's input strided, with a channel offset. Stems,
+alone or with their max pool. Projections, beside the convolution that adds them. Boundaries of
+bottlenecks, with the next block's first 1x1.
 """
 
 from __future__ import annotations
