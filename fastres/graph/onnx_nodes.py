@@ -168,10 +168,40 @@ def _concat(w: Writer, node: Node) -> None:
 
 
 def _pad(w: Writer, node: Node) -> None:
-    assert isinstance(node.op, Pad)
-    pads = w.ints(node, "pads", (*node.op.before, *node.op.after))
-    value = w.number(node, "value", np.asarray(node.op.value))
-    w.emit("Pad", node.name, [*w.inputs(node), pads, value], node.name, mode="constant")
+    op = node.op
+    assert isinstance(op, Pad)
+    source = w.inputs(node)
+    channels = op.before[1:2] + op.after[1:2]
+    if w.pads_with_zeros and op.value != 0 and any(channels):
+        source, op = [_with_channels(w, node, op, *channels)], _elsewhere(op)
+    pads = w.ints(node, "pads", (*op.before, *op.after))
+    value = w.number(node, "value", np.asarray(op.value))
+    w.emit("Pad", node.name, [*source, pads, value], node.name, mode="constant")
+
+
+def _with_channels(w: Writer, node: Node, op: Pad, before: int, after: int) -> str:
+    """The operand with channels of zeros, to which the value is added: the same numbers.
+
+    Of 8 bits, OpenVINO (2026.4) pads channels with the value itself, cut off to a whole number,
+    where it stands for a number of steps.
+    """
+    rank, channels = len(op.before), node.spec.shape[1]
+    assert isinstance(channels, int)
+    sides = [0, before, *[0] * (rank - 1), after, *[0] * (rank - 2)]
+    added = np.zeros((1, channels, *[1] * (rank - 2)))
+    added[:, :before] = op.value
+    added[:, channels - after :] = op.value
+    zeros, sums = f"{node.name}/zeros", f"{node.name}/channels"
+    operands = [w.ints(node, "channel_pads", sides), w.number(node, "zero", np.asarray(0.0))]
+    w.emit("Pad", f"{zeros}/pad", [*w.inputs(node), *operands], zeros, mode="constant")
+    w.emit("Add", f"{sums}/add", [zeros, w.number(node, "added", added)], sums)
+    return sums
+
+
+def _elsewhere(op: Pad) -> Pad:
+    """The padding of all dimensions but the channels."""
+    before, after = ((*side[:1], 0, *side[2:]) for side in (op.before, op.after))
+    return Pad(before, after, op.value)
 
 
 def _slice(w: Writer, node: Node) -> None:

@@ -30,6 +30,7 @@ class Writer:
         self.read: dict[tuple[str, int], None] = {}  # a set that keeps its order
         self._half = half
         self._quantised = any(isinstance(node.op, Quantize) for node in graph.nodes)
+        self.pads_with_zeros = for_openvino and self._quantised
         self._cast: set[str] = set()
 
     def kind(self, node: Node) -> int:

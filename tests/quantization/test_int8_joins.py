@@ -79,7 +79,20 @@ JOINS: dict[str, tuple[Body, int]] = {
         32,
     ),
     "an average that overlaps": (lambda s, x: F.avg_pool2d(s.b(x).relu(), 3, 2, 1), 16),
+    "channels of 0.5, added to": (lambda s, x: widened(s, x, (0, 0, 0, 0, 8, 8), 0.5), 32),
+    "channels of -0.5, added to": (lambda s, x: widened(s, x, (0, 0, 0, 0, 16, 0), -0.5), 32),
+    "channels and rows of 0.25": (
+        lambda s, x: F.pad(F.max_pool2d(s.b(x).relu(), 2), (1, 0, 0, 2, 3, 5), value=0.25),
+        24,
+    ),
 }
+
+
+def widened(s: Any, x: Tensor, pad: tuple[int, ...], value: float) -> Tensor:
+    """A shortcut that is given more channels, and not of zeros, beside a stride of two."""
+    y = s.b(x).relu()
+    taken: Tensor = F.conv2d(y, s.w.weight, s.w.bias, stride=2)
+    return (taken + F.pad(y[:, :, ::2, ::2], pad, value=value)).relu()
 
 
 def pooled(pad: tuple[int, int, int, int], value: float, signed: bool = False) -> Body:
