@@ -29,6 +29,7 @@ from fastres.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PHOTOS = ROOT / "examples" / "photos"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md"))]
 NAMES = [str(page.relative_to(ROOT).with_suffix("")) for page in PAGES]
 BLOCK = re.compile(
@@ -110,7 +111,7 @@ def test_what_a_page_says_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     only_pictures = shutil.ignore_patterns("*.md")
-    shutil.copytree(ROOT / "examples" / "photos", tmp_path / "photos", ignore=only_pictures)
+    shutil.copytree(PHOTOS, tmp_path / "examples" / "photos", ignore=only_pictures)
     namespace = ModuleType("page").__dict__
     for block in blocks_of(page.read_text(), str(page.relative_to(ROOT))):
         parsed(block)
