@@ -27,12 +27,13 @@ FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibil
 
 
 def threads() -> tuple[list[str], list[str]]:
-    """Where the headers and the library of oneTBB lie, if the package tbb-devel has brought them."""
+    """Where oneTBB's headers and its library lie, if the package tbb-devel has brought them."""
     try:
         found = [Path(str(file.locate())).resolve() for file in files("tbb-devel") or ()]
     except PackageNotFoundError:
         return [], []
-    headers = [str(path.parents[1]) for path in found if path.parts[-2:] == ("tbb", "parallel_for.h")]
+    known = ("include", "tbb", "parallel_for.h")
+    headers = [str(path.parents[1]) for path in found if path.parts[-3:] == known]
     return headers, [str(Path(folder).parent / "lib") for folder in headers]
 
 
@@ -51,7 +52,11 @@ class BuildLibrary(build_ext):
         for name in ext.sources:
             own = [*FLAGS, *INSTRUCTIONS[Path(name).name]]
             compiled += self.compiler.compile(
-                [name], self.build_temp, include_dirs=headers, extra_postargs=own, depends=ext.depends
+                [name],
+                self.build_temp,
+                include_dirs=headers,
+                extra_postargs=own,
+                depends=ext.depends,
             )
         self.compiler.link_shared_object(
             compiled,
@@ -88,6 +93,7 @@ setup(
     package_dir=HOMES,
     package_data={"fastres": ["py.typed"], "fastres.report": ["page.*"]}
     | {"fastres.backends.triton.planning.tables": ["*.json"]},
+    exclude_package_data={"fastres.kernels.cpu": ["*.cpp", "*.h"]},
     ext_modules=kernels(),
     cmdclass=commands,
 )

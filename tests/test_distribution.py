@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 TREES = {"fastres": "fastres", "kernels": "fastres/kernels", "calib": "fastres/calib"}
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 NOT_PUBLISHED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so")
-COMPILED = "fastres/kernels/cpu/libfastres_cpu.so"  # of these, in the wheel where there is a compiler
+COMPILED = (
+    "fastres/kernels/cpu/libfastres_cpu.so"  # of these, in the wheel where there is a compiler
+)
 SOURCES = (".cpp", ".h")
 
 
@@ -80,10 +82,21 @@ def test_the_sdist_holds_what_the_tree_does(tree: Path, built: dict[str, Path]) 
 
 
 def test_without_a_compiler_all_else_is_built(tree: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+    ]
     nothing = {name: str(tmp_path / "none") for name in ("CC", "CXX")}
     done = subprocess.run(
-        [*command, str(tree)], capture_output=True, text=True, env=clean() | nothing
+        [*command, "--outdir", str(tmp_path), str(tree)],
+        capture_output=True,
+        text=True,
+        env=clean() | nothing,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     (wheel,) = tmp_path.glob("*.whl")

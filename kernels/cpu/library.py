@@ -31,7 +31,7 @@ def why_not() -> str | None:
     """Why the library cannot be used here; None if it can."""
     path = Path(__file__).with_name(NAME)
     if not path.is_file():
-        return "it was not built: fastres was installed without a C++17 compiler or oneTBB's headers"
+        return "it was not built: fastres was installed without a compiler or oneTBB's headers"
     try:
         found = _library()
     except (OSError, ImportError) as error:

@@ -76,8 +76,8 @@ def convolve(
 ) -> None:
     """y[n, h, w, k] = relu(sum_crs x[n, h+r-1, w+s-1, c] weight[k, c, r, s] + bias[k] + residual).
 
-    A result rounds by the largest value of its tile's inputs, 6x6 pixels of F(4), not only of the 3x3
-    that it reads. Where that would not be finite it is computed from these alone. The same bits for
+    A result rounds by the largest value of its tile's inputs, 6x6 pixels of F(4), not of the 3x3
+    alone that it reads; where that would not be finite it is computed from these. The same bits for
     any blocking and number of threads.
 
     Source: A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks (2015).

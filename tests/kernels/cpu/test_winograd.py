@@ -133,17 +133,13 @@ def test_what_does_not_fit_is_refused() -> None:
             x, Weights(weight[:, :8], bias, 2), y, Blocking(2, 4)
         ),
         "y is .1, 4, 4, 16.": lambda: convolve(x, weights, y[:, :3], Blocking(2, 4)),
-        "residual is": lambda: convolve(
-            x, weights, y, Blocking(2, 4), residual=residual[..., :8]
-        ),
+        "residual is": lambda: convolve(x, weights, y, Blocking(2, 4), residual=residual[..., :8]),
         "for tiles of 2, not 4": lambda: convolve(x, weights, y, Blocking(4, 4)),
         "at least 1": lambda: convolve(x, weights, y, Blocking(2, 0)),
         "float32 on the CPU, not torch.float64": lambda: convolve(
             x.double(), weights, y, Blocking(2, 4)
         ),
-        "x is contiguous": lambda: convolve(
-            x.transpose(1, 2), weights, y, Blocking(2, 4)
-        ),
+        "x is contiguous": lambda: convolve(x.transpose(1, 2), weights, y, Blocking(2, 4)),
         "there are tiles of": lambda: Weights(weight, bias, 3),
         "weights of 3x3": lambda: Weights(weight[..., :1], bias, 2),
         "the bias is .16.": lambda: Weights(weight, bias[:3], 2),
