@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TREES = {"fastres": "fastres", "kernels": "fastres/kernels", "calib": "fastres/calib"}
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
-NOT_PUBLISHED = shutil.ignore_patterns("__pycache__", "*.pyc")
+NOT_PUBLISHED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so")
+COMPILED = (
+    "fastres/kernels/cpu/libfastres_cpu.so"  # of these, in the wheel where there is a compiler
+)
+SOURCES = (".cpp", ".h")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,11 @@ def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     return {path.suffix: path for path in out.iterdir()}
 
 
+def can_compile() -> bool:
+    """Whether this machine has what the kernels of the CPU are built with."""
+    return platform.machine() == "x86_64" and shutil.which("c++") is not None
+
+
 def clean() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
 
@@ -55,7 +65,9 @@ def files_of(folder: Path) -> Iterator[str]:
 def test_the_wheel_holds_what_the_tree_does(tree: Path, built: dict[str, Path]) -> None:
     with zipfile.ZipFile(built[".whl"]) as wheel:
         inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert inside == {f"{home}/{f}" for name, home in TREES.items() for f in files_of(tree / name)}
+    files = {f"{home}/{f}" for name, home in TREES.items() for f in files_of(tree / name)}
+    assert inside - {COMPILED} == {name for name in files if not name.endswith(SOURCES)}
+    assert (COMPILED in inside) == can_compile()
     for needed in ("py.typed", "report/page.js", "backends/triton/planning/tables/__init__.py"):
         assert f"fastres/{needed}" in inside
     assert any(name.endswith("tables/tiles_nvidia_h200_132sm.json") for name in inside)
@@ -67,6 +79,29 @@ def test_the_sdist_holds_what_the_tree_does(tree: Path, built: dict[str, Path]) 
     made = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
     trees = {f"{name}/{file}" for name in TREES for file in files_of(tree / name)}
     assert names - made == trees | {*FILES}
+
+
+def test_without_a_compiler_all_else_is_built(tree: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+    ]
+    nothing = {name: str(tmp_path / "none") for name in ("CC", "CXX")}
+    done = subprocess.run(
+        [*command, "--outdir", str(tmp_path), str(tree)],
+        capture_output=True,
+        text=True,
+        env=clean() | nothing,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as built:
+        assert COMPILED not in built.namelist() and "fastres/__init__.py" in built.namelist()
 
 
 def test_what_is_said_of_it_can_be_shown(built: dict[str, Path]) -> None:
@@ -106,8 +141,10 @@ def run(installed: Path, folder: Path, *command: str) -> str:
 
 USED = """
 import sys, numpy, torch, fastres, fastres.kernels.tiles
+from fastres.kernels.cpu import library
 from fastres.backends.triton.planning.table import Machine, shipped
 assert fastres.__file__.startswith(sys.prefix) and fastres.kernels.__file__.startswith(sys.prefix)
+assert library.why_not() is None or "not built" in library.why_not(), library.why_not()
 assert len(shipped(Machine("NVIDIA H200", 132, "", "")).entries) > 300
 engine = fastres.load("engine.fastres")
 print(tuple(engine(torch.zeros(2, 3, 32, 32)).shape))
