@@ -75,12 +75,15 @@ def test_among_workers_the_others_go_on(tmp_path: Path) -> None:
 def test_one_of_each_kernel_family_is_marked() -> None:
     """Each file of kernel tests is of one family; its first case on a GPU is the short run's."""
 
-    def found(which: str) -> list[str]:
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", which]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return re.findall(r"^(tests/\S+\.py)::", done.stdout, re.MULTILINE)
-
-    every, first = found("gpu"), found("gpu and first")
+    # both in one process, which imports each file once
+    flags = "'--collect-only', '-q', '-m'"
+    asked = f"[pytest.main([{flags}, which]) for which in ('gpu', 'gpu and first')]"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import pytest; {asked}"], cwd=ROOT, capture_output=True, text=True
+    )
+    found = re.findall(r"^(tests/\S+\.py)::|(tests collected)", done.stdout, re.MULTILINE)
+    end = found.index(("", "tests collected"))
+    every, first = ([path for path, _ in part if path] for part in (found[:end], found[end:]))
     assert len(every) > 500 and 20 < len(first) < 40
     assert sorted(first) == sorted(set(every))
 

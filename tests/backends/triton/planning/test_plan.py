@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -219,12 +220,14 @@ def test_a_banned_tile_is_the_nodes_own(batch: int) -> None:
     """Also of a 1x1 that the chain in front of it leaves out: the chain's choice names it, too."""
     graph, shapes = bottleneck("v1.5"), ((batch, 3, 224, 224),)
     chained_for = set()
-    for step in make_plan(graph, shapes, "fp16", HOPPER).steps:
+    asked = Tiles(HOPPER.target)
+    plan = make_plan(graph, shapes, "fp16", asked)
+    kinds = {problem.key: problem.kind for problem in asked.asked()}
+    for step in plan.steps:
         if (tile := getattr(step, "tile", None)) is None:
             continue
-        tiles = Tiles(HOPPER.target)
-        plan = make_plan(graph, shapes, "fp16", tiles)
-        kinds = {problem.key: problem.kind for problem in tiles.asked()}
+        tiles = copy(asked)  # knows all estimates
+        tiles.banned = {}
         ban(tiles, plan, step.node, "it spills")
         ((key, banned),) = tiles.banned
         assert banned == tile and isinstance(tile, TILE_OF[kinds[key]]), step.node
