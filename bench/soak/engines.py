@@ -50,6 +50,7 @@ def case(number: int, seed: int, calls: float, known: Sequence[Source], folder: 
             found = pytree.tree_leaves(engine(source.x))
             took, grown = time.process_time() - begun, _peak() - before
             kind = _compared(engine, source.x, found)
+            kind = kind.replace("BAD", f"BAD {source.name}:")
     except DOCUMENTED as error:
         took, grown = time.process_time() - begun, _peak() - before
         kind = f"{type(error).__name__} {stage}"

@@ -52,7 +52,7 @@ def test_what_is_not_well_is_found(
         "__call__",
         lambda *a: torch.utils._pytree.tree_map(lambda y: y + 1, real(*a)),
     )
-    assert engines.case(3, 0, 0.0, known, tmp_path) == "BAD another answer than its graph's"
+    assert engines.case(3, 0, 0.0, known, tmp_path).endswith(": another answer than its graph's")
 
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("x")
