@@ -33,7 +33,7 @@ GPU_FOLDERS = {  # that have tests of a GPU, and what those need
     "backends/tensorrt": "onnx",
 }
 # begun first: none is waited for in the end
-LONG_FILES = ("test_networks.py", "test_bench.py", "test_docs.py")
+LONG_FILES = ("test_short_runs.py", "test_networks.py", "test_bench.py", "test_docs.py")
 
 if find_spec("hypothesis") is None:
     run_path(str(HERE / "without_hypothesis.py"))["stand_in"]()
