@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 def roofline_charts(benches: Mapping[str, Bench]) -> Html:
     """One chart for each profile: what its layers reach."""
     works = (w for bench in benches.values() for p in bench.profiles for w in p.rows)
-    colours = numbered(work.op or "other" for work in works if _placed(work))
+    colours = numbered(work.op or "other" for work in works if placed(work))
     return figures(
         [
             _roofline(called(name, benches), profile, bench.rates, colours)
             for name, bench in benches.items()
             for profile in bench.profiles
-            if any(map(_placed, profile.rows))
+            if any(map(placed, profile.rows))
         ]
     )
 
@@ -57,15 +57,25 @@ def _tables(profile: Profile, head: str) -> Html:
     )
 
 
-def _placed(work: Work) -> bool:
+def placed(work: Work) -> bool:
+    """Whether it has a place under a roof."""
     return bool(work.flop and work.bytes and work.gflop_per_s)
+
+
+def roof(rate: Rate | None, left: float, right: float) -> tuple[list[float], list[float]]:
+    """What rates allow at most, from one intensity to another; nothing where they are not known."""
+    if rate is None or not rate.gflop_per_s or not rate.gb_per_s:
+        return [], []
+    ridge = rate.gflop_per_s / rate.gb_per_s
+    bends = sorted({left, min(max(ridge, left), right), right})
+    return bends, [min(rate.gflop_per_s, x * rate.gb_per_s) for x in bends]
 
 
 def _roofline(
     head: str, profile: Profile, rates: Mapping[str, Rate], colours: Mapping[str, int]
 ) -> Html:
     title = f"{head}{profile.title}"
-    rows = [work for work in profile.rows if _placed(work)]
+    rows = [work for work in profile.rows if placed(work)]
     intensity = {work.name: work.flop / work.bytes for work in rows}
     kinds = {kind: colours[kind] for kind in dict.fromkeys(work.op or "other" for work in rows)}
     ran = dict.fromkeys(work.precision or profile.precision for work in rows)
@@ -75,21 +85,19 @@ def _roofline(
         left, right = 0.7 * min(intensity.values()), 1.4 * max(intensity.values())
         tops = [work.gflop_per_s for work in rows if work.gflop_per_s]
         for precision, rate in roofs.items():
-            if rate.gflop_per_s and rate.gb_per_s:
-                ridge = rate.gflop_per_s / rate.gb_per_s
-                bends = sorted({left, min(max(ridge, left), right), right})
-                roof = [min(rate.gflop_per_s, x * rate.gb_per_s) for x in bends]
-                axes.plot(bends, roof, color=INK, linewidth=1.4)
+            bends, most = roof(rate, left, right)
+            if bends:
+                axes.plot(bends, most, color=INK, linewidth=1.4)
                 axes.annotate(
                     label(precision),
-                    (right, roof[-1]),
+                    (right, most[-1]),
                     (0, 3),
                     textcoords="offset points",
                     ha="right",
                     bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.0},
                     zorder=5,
                 )
-                tops += roof
+                tops += most
         for work in rows:
             i = kinds[work.op or "other"]
             x, y = intensity[work.name], work.gflop_per_s or 0.0

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from fastres.report.documents import Bench, Document
 from fastres.report.html import Html
+from fastres.report.layers import placed, roof
 from fastres.report.numbers import short, times
 from fastres.report.panels import numbered
 from fastres.report.plotting import MUTED, chart, colour, linear_or_log, marker
 from fastres.report.records import Paired, Profile, Work
-from fastres.report.speed import known
+from fastres.report.speed import draw_interval, known
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,11 +54,7 @@ def _peers(ratios: Sequence[Paired]) -> Html:
                     continue
                 i = colours[ratio.precision]
                 y = rows[ratio.runtime] + _SPREAD * (i - (len(colours) - 1) / 2)
-                low, median, high = ratio.speed.low, ratio.speed.median, ratio.speed.high
-                assert low is not None and median is not None and high is not None
-                axes.plot([low, high], [y, y], color=colour(i), linewidth=2.2)
-                axes.plot([median], [y], marker(i), color=colour(i), markersize=6.5)
-                bounds += [low, high]
+                bounds += draw_interval(axes, ratio.speed, y, i)
             linear_or_log(axes, "x", bounds)
             axes.set_yticks(range(len(rows)), list(rows))
             axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -89,13 +86,9 @@ def _roofline(profiles: Sequence[Profile], bench: Bench) -> Html:
         def paint(axes: Axes) -> None:
             tops = [y for found in points.values() for _, y in found]
             for precision, i in colours.items():
-                rate = bench.rates.get(precision)
-                if rate is not None and rate.gflop_per_s and rate.gb_per_s:
-                    ridge = rate.gflop_per_s / rate.gb_per_s
-                    bends = sorted({left, min(max(ridge, left), right), right})
-                    roof = [min(rate.gflop_per_s, x * rate.gb_per_s) for x in bends]
-                    axes.plot(bends, roof, color=colour(i), linewidth=1.6)
-                    tops += roof
+                bends, most = roof(bench.rates.get(precision), left, right)
+                axes.plot(bends, most, color=colour(i), linewidth=1.6)
+                tops += most
                 for x, y in points.get((precision, size), ()):
                     axes.plot([x], [y], marker(i), color=colour(i), markersize=5, alpha=0.75)
             linear_or_log(axes, "x", across)
@@ -129,4 +122,4 @@ def _legend(axes: Axes, colours: Mapping[str, int]) -> None:
 
 
 def _placed(profile: Profile) -> list[Work]:
-    return [work for work in profile.rows if work.flop and work.bytes and work.gflop_per_s]
+    return [work for work in profile.rows if placed(work)]

@@ -157,11 +157,7 @@ def _ratio_chart(lanes: Panel, ratios: Sequence[Rated], head: str, axis: str) ->
         bounds = [1.0]
         for target, size, ratio in ratios:
             y, i = lanes.lane(target, size), lanes.series[target]
-            low, median, high = ratio.low, ratio.median, ratio.high
-            assert low is not None and median is not None and high is not None
-            axes.plot([low, high], [y, y], color=colour(i), linewidth=2.2)
-            axes.plot([median], [y], marker(i), color=colour(i), markersize=6.5)
-            bounds += [low, high]
+            bounds += draw_interval(axes, ratio, y, i)
         linear_or_log(axes, "x", bounds)
         lanes.frame(axes)
         axes.set_xlabel(axis)
@@ -169,6 +165,15 @@ def _ratio_chart(lanes: Panel, ratios: Sequence[Rated], head: str, axis: str) ->
     said = "; ".join(f"batch {size}, {target} {times(ratio)}" for target, size, ratio in ratios)
     drawn = chart(f"{head}, with 95 % intervals: {said}.", lanes.height, paint)
     return figure(drawn, lanes.title, legend(lanes.series))
+
+
+def draw_interval(axes: Axes, ratio: Interval, y: float, i: int) -> tuple[float, float]:
+    """A known ratio of the i-th series at a height; its ends."""
+    low, median, high = ratio.low, ratio.median, ratio.high
+    assert low is not None and median is not None and high is not None
+    axes.plot([low, high], [y, y], color=colour(i), linewidth=2.2)
+    axes.plot([median], [y], marker(i), color=colour(i), markersize=6.5)
+    return low, high
 
 
 def _latency_chart(lanes: Panel, measurements: Sequence[Measurement]) -> Html:

@@ -35,9 +35,12 @@ def test_the_maps_are_a_convolution(name: str) -> None:
 
 @pytest.mark.parametrize("name", FINITE)
 def test_convolved(name: str) -> None:
-    x, weight = torch.randn(2, 5, 7, 9), torch.randn(4, 5, 3, 3)
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 7, 9, generator=draw), torch.randn(4, 5, 3, 3, generator=draw)
     y = points.convolved(x, weight, FINITE[name], 2)
-    torch.testing.assert_close(y, F.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)
+    want = F.conv2d(x.double(), weight.double(), padding=1)
+    # of 20 draws the largest: 1.7e-4 of F(6), 6.6e-5 of the others
+    assert float((y - want).abs().max()) < (3e-4 if name.startswith("F(6)") else 1e-4)
 
 
 def test_what_the_kernels_took_is_the_best() -> None:

@@ -117,12 +117,12 @@ def test_what_is_not_finite_goes_no_further_than_it_should(
 
 @pytest.mark.parametrize("isa", SETS)
 def test_short_chains_round_less(isa: int) -> None:
-    """F(4) of 512 channels: less than three times the error of PyTorch's own sums."""
+    """F(4) of 512 channels: 0.82 times the error of PyTorch's own sums; in one chain 2.1 times."""
     x, weight, bias, _ = case((1, 14, 14, 512, 64))
     want = exact(x, weight, bias)
     own = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
     y = run(x, Weights(weight, bias, 4, isa), Blocking(4, 16), threads=2)
-    assert float((y - want).norm()) < 3 * float((own - want).norm())
+    assert float((y - want).norm()) < 1.2 * float((own - want).norm())
 
 
 def test_what_does_not_fit_is_refused() -> None:
